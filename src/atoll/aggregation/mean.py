@@ -1,0 +1,128 @@
+"""Mean: the weighted average, as a running sum that is exact and therefore order-free."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from atoll.aggregation.fixed import ExactScalar, FixedSum
+from atoll.aggregation.stage import Accumulator, Reducer, Schema
+from atoll.errors import RunError
+from atoll.updates import Aggregate, Update
+from atoll.vectors import Vectors
+
+logger = logging.getLogger("atoll")
+
+
+@dataclass(frozen=True)
+class Mean(Reducer):
+    """sum(weight * vector) / sum(weight), in O(model) memory and int64 fixed point.
+
+    Statistics are averaged with the same weights; counters stay integers (rounded half to even).
+    Measurements: the mean over clients of every metric they report, and `float_fallback`, the
+    vectors that were too large for fixed point and were summed in float64 instead.
+    """
+
+    def open(self, schema: Schema) -> Accumulator:
+        return _RunningMean(schema)
+
+
+class _RunningMean(Accumulator):
+    def __init__(self, schema: Schema) -> None:
+        self.sums = {name: FixedSum(size) for name, size in schema.vectors.items()}
+        self.statistics = {
+            name: FixedSum(size) for name, size in schema.statistics.items() if name != "counters"
+        }
+        # Counters are small whole numbers: Python integers cannot overflow and never round.
+        self.counters = (
+            np.zeros(schema.statistics["counters"], object)
+            if "counters" in schema.statistics
+            else None
+        )
+        self.weight = ExactScalar()
+        self.count = 0
+        self.metrics: dict[str, tuple[ExactScalar, ExactScalar]] = {}
+
+    def add(self, update: Update) -> None:
+        self._count(update, 1)
+
+    def withdraw(self, update: Update) -> None:
+        self._count(update, -1)
+
+    def _count(self, update: Update, sign: int) -> None:
+        for name, total in self.sums.items():
+            total.add(update.vectors[name], update.weight, sign)
+        for name, total in self.statistics.items():
+            total.add(update.statistics[name], update.weight, sign)
+        if self.counters is not None:
+            units = round(update.weight * (1 << 30))
+            self.counters += sign * units * update.statistics["counters"].astype(object)
+        self.weight.add(update.weight, sign)
+        self.count += sign
+        for name, value in update.metrics.items():
+            if math.isfinite(value):
+                total_value, count = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
+                total_value.add(value, sign)
+                count.add(1, sign)
+
+    def merge(self, other: Accumulator) -> None:
+        assert isinstance(other, _RunningMean)
+        for name, total in self.sums.items():
+            total.merge(other.sums[name])
+        for name, total in self.statistics.items():
+            total.merge(other.statistics[name])
+        if self.counters is not None:
+            self.counters += other.counters
+        self.weight.units += other.weight.units
+        self.count += other.count
+        for name, (value, count) in other.metrics.items():
+            mine = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
+            mine[0].units += value.units
+            mine[1].units += count.units
+
+    def close(self, population: int) -> Aggregate:
+        weight = self.weight.value()
+        if self.count < 1 or not weight > 0:
+            raise RunError("there is nothing to average: no update was accepted")
+        inexact = [name for name, total in self.sums.items() if not total.exact]
+        for name in inexact:
+            logger.warning(
+                "%s holds values beyond 2^64; they were summed in float64, so the last bits depend "
+                "on the order of arrival; the run is probably diverging",
+                name,
+            )
+        measurements = {
+            name: value.value() / count.value()
+            for name, (value, count) in sorted(self.metrics.items())
+            if count.units
+        }
+        return Aggregate(
+            _divide(self.sums, weight),
+            _divide(self.statistics, weight) | self._mean_counters(),
+            weight=weight,
+            count=self.count,
+            population=population,
+            measurements={**measurements, "float_fallback": float(len(inexact))},
+        )
+
+    def _mean_counters(self) -> Vectors:
+        if self.counters is None:
+            return {}
+        units = self.weight.units
+        means = [_round_division(int(total), units) for total in self.counters]
+        return {"counters": np.array(means, np.int64)}
+
+
+def _divide(sums: dict[str, FixedSum], weight: float) -> Vectors:
+    with np.errstate(over="ignore"):
+        return {name: (total.value() / weight).astype(np.float32) for name, total in sums.items()}
+
+
+def _round_division(numerator: int, denominator: int) -> int:
+    """numerator / denominator to the nearest integer, halves to even, without floats."""
+    quotient, remainder = divmod(numerator, denominator)
+    twice = 2 * remainder
+    return quotient + (twice > denominator or (twice == denominator and quotient % 2 == 1))

@@ -1,0 +1,52 @@
+"""The client as an algorithm sees it: what `work` may do where the data are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from atoll.data.examples import Examples
+from atoll.learners.base import Assignment, Correction, Learner, Local
+from atoll.vectors import STATISTICS, Array, Vectors
+
+
+@dataclass
+class Client:
+    """One client at work in one round.
+
+    `model` is the received model, `statistics` what the client's work changed in its buffers and
+    counters. Both stay out of the algorithm's sight: it handles parameters.
+    """
+
+    learner: Learner
+    examples: Examples
+    model: Vectors
+    assignment: Assignment
+    statistics: Vectors = field(default_factory=dict)
+
+    def train(self, params: Array, correction: Correction | None = None) -> Local:
+        """The local loop from `params` along `correction(gradient, params)`."""
+        local = self.learner.train(self._at(params), self.examples, self.assignment, correction)
+        self._keep(local.statistics)
+        return local
+
+    def gradient(self, params: Array, *, keep_statistics: bool = False) -> Array:
+        """The gradient [P] of the client's mean loss at `params`."""
+        gradient, statistics = self.learner.gradient(
+            self._at(params), self.examples, self.assignment.key
+        )
+        if keep_statistics:
+            self._keep(statistics)
+        return gradient
+
+    def _at(self, params: Array) -> Vectors:
+        return {**self.model, "params": self.learner.asnumpy(params)}
+
+    def _keep(self, statistics: dict[str, Any]) -> None:
+        self.statistics = {
+            section: np.subtract(statistics[section], self.model[section])
+            for section in STATISTICS
+            if section in statistics
+        }

@@ -1,0 +1,32 @@
+"""Data: who holds what. Load or wrap a set, then give its examples to clients."""
+
+from atoll.data.catalogue import load, names
+from atoll.data.dataset import Dataset
+from atoll.data.examples import Examples
+from atoll.data.federated import FederatedData
+from atoll.data.gathered import from_clients
+from atoll.data.sources import (
+    from_arrays,
+    from_huggingface,
+    from_sklearn,
+    from_table,
+    from_torch,
+    from_torchvision,
+)
+from atoll.data.synthetic import synthetic
+
+__all__ = [
+    "Dataset",
+    "Examples",
+    "FederatedData",
+    "from_arrays",
+    "from_clients",
+    "from_huggingface",
+    "from_sklearn",
+    "from_table",
+    "from_torch",
+    "from_torchvision",
+    "load",
+    "names",
+    "synthetic",
+]

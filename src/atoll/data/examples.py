@@ -1,0 +1,43 @@
+"""Examples: inputs and targets side by side, the unit that learners are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: classification: y [N] int64 in [0, classes); regression: y [N] or [N, D] float32;
+#: tokens: x and y [N, T] int64 in [0, classes), y being the token that follows.
+Task = Literal["classification", "regression", "tokens"]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Examples:
+    """Rows of two columns that may be shared with many other clients.
+
+    `x` [N, ...] and `y` [N, ...] are whole columns; `rows` [n] picks this holder's rows
+    (None: all of them). Nothing is copied until a batch is taken.
+    """
+
+    x: NDArray[Any]
+    y: NDArray[Any]
+    rows: Rows | None = None
+
+    def __len__(self) -> int:
+        return len(self.x) if self.rows is None else len(self.rows)
+
+    def at(self, positions: Rows | slice) -> Rows | slice:
+        """Row numbers in the whole columns of these positions among this holder's rows."""
+        return positions if self.rows is None else self.rows[positions]
+
+    def take(self, positions: Rows | slice) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Inputs and targets of the examples at these positions."""
+        rows = self.at(positions)
+        return self.x[rows], self.y[rows]
+
+    def all(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Every input and target, gathered."""
+        return self.take(slice(None))

@@ -1,0 +1,195 @@
+"""FederatedData: who holds what. Columns are held once; clients are sets of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.data.examples import Examples, Rows, Task
+from atoll.errors import DataError
+from atoll.keys import Key
+
+if TYPE_CHECKING:
+    from atoll.data.dataset import Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """The data of a population: for each client a train and a test part, and a global test part.
+
+    Clients are numbered 0 to len - 1 and named by `names`. `test_part` is the set's own held-out
+    part where it has one, and all clients' test parts together otherwise.
+    """
+
+    name: str
+    task: Task
+    classes: int | None
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]
+    x: NDArray[Any]
+    y: NDArray[Any]
+    train_rows: tuple[Rows, ...]
+    test_rows: tuple[Rows, ...]
+    test_part: Examples
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise DataError(f"{self.name}: there are no clients")
+        if len(set(self.names)) != len(self.names):
+            raise DataError(f"{self.name}: two clients have the same name")
+        empty = [
+            name for name, rows in zip(self.names, self.train_rows, strict=True) if not len(rows)
+        ]
+        if empty:
+            raise DataError(
+                f"{self.name}: client {empty[0]!r} has no training examples"
+                + (f" (nor have {len(empty) - 1} others)" if len(empty) > 1 else "")
+                + "; drop it, or partition with a larger minimum"
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.x.shape[1:])
+
+    def train(self, client: int) -> Examples:
+        """The training part of one client."""
+        return Examples(self.x, self.y, self.train_rows[client])
+
+    def test(self, client: int) -> Examples:
+        """The test part of one client; it may be empty."""
+        return Examples(self.x, self.y, self.test_rows[client])
+
+    def all_train(self) -> Examples:
+        """Every client's training part together, as nobody in a federation can see it."""
+        return Examples(self.x, self.y, np.concatenate(self.train_rows))
+
+    def index(self, name: str) -> int:
+        """The number of the client with this name."""
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise DataError(f"{self.name} has no client {name!r}") from None
+
+    def subset(self, clients: Sequence[int]) -> FederatedData:
+        """The same data with only these clients; the global test part stays."""
+        return FederatedData(
+            self.name,
+            self.task,
+            self.classes,
+            self.class_names,
+            tuple(self.names[client] for client in clients),
+            self.x,
+            self.y,
+            tuple(self.train_rows[client] for client in clients),
+            tuple(self.test_rows[client] for client in clients),
+            self.test_part,
+        )
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Training examples of each client, [N]."""
+        return np.array([len(rows) for rows in self.train_rows], np.int64)
+
+    def label_distribution(self) -> NDArray[np.int64]:
+        """Training examples of each client and class, [N, classes]."""
+        if self.task != "classification" or self.classes is None:
+            raise DataError(f"{self.name} is a {self.task} set: it has no label distribution")
+        return np.stack(
+            [np.bincount(self.y[rows], minlength=self.classes) for rows in self.train_rows]
+        )
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of names, rows and contents: equal for equal populations."""
+        state = sha256()
+        for name, train, test in zip(self.names, self.train_rows, self.test_rows, strict=True):
+            state.update(f"{len(name)} {name} {len(train)} {len(test)} ".encode())
+            state.update(np.ascontiguousarray(train).data)
+            state.update(np.ascontiguousarray(test).data)
+        for column in (self.x, self.y, *self.test_part.all()):
+            state.update(f"{column.dtype} {column.shape} ".encode())
+            state.update(np.ascontiguousarray(column).data)
+        return state.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of this population, ready for JSON."""
+        sizes = self.sizes()
+        return {
+            "name": self.name,
+            "task": self.task,
+            "classes": self.classes,
+            "input_shape": list(self.shape),
+            "clients": len(self),
+            "train_examples": int(sizes.sum()),
+            "test_examples": len(self.test_part),
+            "smallest_client": int(sizes.min()),
+            "median_client": float(np.median(sizes)),
+            "largest_client": int(sizes.max()),
+        }
+
+    def __str__(self) -> str:
+        s = self.summary()
+        kind = f"{s['task']}, {s['classes']} classes" if s["classes"] else s["task"]
+        lines = [
+            f"{self.name}: {kind}, inputs {s['input_shape']}",
+            f"{s['clients']} clients hold {s['train_examples']} training examples "
+            f"({s['smallest_client']} to {s['largest_client']}, median {s['median_client']:g}); "
+            f"{s['test_examples']} test examples",
+        ]
+        if self.task == "classification" and len(self) <= 20:
+            counts = self.label_distribution()
+            width = max(len(name) for name in self.names)
+            lines += [
+                f"  {name:<{width}}  " + " ".join(f"{count:5d}" for count in row)
+                for name, row in zip(self.names, counts, strict=True)
+            ]
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw who holds which labels (or how much, without labels) into an image file."""
+        from atoll.data.picture import draw_population
+
+        return draw_population(self, Path(path))
+
+
+def assemble(
+    dataset: Dataset,
+    names: Sequence[str],
+    partition: Sequence[Rows],
+    test: float,
+    seed: int,
+    x: NDArray[Any] | None = None,
+) -> FederatedData:
+    """Hold out the fraction `test` of each client's rows and put the population together.
+
+    A client always keeps at least one training example; a client of few rows may hold out none.
+    """
+    if not 0 <= test < 1:
+        raise DataError(f"the test fraction must be at least 0 and below 1, not {test}")
+    train_rows, test_rows = [], []
+    for name, rows in zip(names, partition, strict=True):
+        shuffled = Key(seed).fold("hold out", name).generator().permutation(rows)
+        held_out = min(round(len(rows) * test), max(len(rows) - 1, 0))
+        test_rows.append(np.sort(shuffled[:held_out]))
+        train_rows.append(np.sort(shuffled[held_out:]))
+    columns = dataset.x if x is None else x
+    return FederatedData(
+        dataset.name,
+        dataset.task,
+        dataset.classes,
+        dataset.class_names,
+        tuple(names),
+        columns,
+        dataset.y,
+        tuple(train_rows),
+        tuple(test_rows),
+        dataset.test or Examples(columns, dataset.y, np.concatenate(test_rows)),
+    )

@@ -1,0 +1,112 @@
+"""scikit-learn's bunches: what its `load_*`, `fetch_*` and `make_*` functions give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from atoll.data.dataset import Dataset
+from atoll.data.examples import Task
+from atoll.data.sources.arrays import from_arrays
+from atoll.data.sources.table import encode_columns, read_table
+from atoll.errors import DataError
+
+
+def from_sklearn(
+    bunch: Mapping[str, Any],
+    *,
+    task: Task | None = None,
+    classes: int | None = None,
+    keys: Mapping[str, ArrayLike] | None = None,
+    test: Mapping[str, Any] | tuple[ArrayLike, ArrayLike] | None = None,
+    name: str | None = None,
+) -> Dataset:
+    """The `data` [N, F] and `target` [N] or [N, D] of a bunch, frames included.
+
+    A frame with text or categorical columns is encoded as `from_table` does. `target_names`
+    become the class names of a classification set. `test` is another bunch of the same kind
+    (the `subset="test"` of some sets) or a pair (x, y). The rest is as in `from_arrays`.
+
+    Raises DataError where `data` or `target` is missing or does not fit.
+    """
+    name = name or _name(bunch)
+    data, target = _part(bunch, name)
+    if _is_mixed_frame(data):
+        data, test = _encoded(data, test, name)
+    held_out = _part(test, f"{name}, test part") if isinstance(test, Mapping) else test
+    return from_arrays(
+        data,
+        target,
+        task=task,
+        classes=classes,
+        keys=keys,
+        test=held_out,
+        name=name,
+        class_names=_class_names(bunch, target, task, classes),
+        describe=_title(bunch),
+    )
+
+
+def _part(bunch: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    if not isinstance(bunch, Mapping):
+        raise DataError(
+            f"{name}: from_sklearn takes a bunch with data and target, "
+            f"not {type(bunch).__name__!r}; for a pair (x, y) use from_arrays"
+        )
+    for part in ("data", "target"):
+        if bunch.get(part) is None:
+            raise DataError(f"{name}: the bunch has no {part!r}; load it with its {part}")
+    return bunch["data"], bunch["target"]
+
+
+def _is_mixed_frame(data: Any) -> bool:
+    """Whether these are columns that `np.asarray` would not make numbers of."""
+    return hasattr(data, "__arrow_c_stream__") and not all(
+        isinstance(dtype, np.dtype) and dtype.kind in "fiu"
+        for dtype in getattr(data, "dtypes", (None,))
+    )
+
+
+def _encoded(data: Any, test: Any, name: str) -> tuple[Any, Any]:
+    table = read_table(data, name)
+    if test is None:
+        return encode_columns(table, table.column_names, name=name)[0], None
+    part = f"{name}, test part"
+    held_out, target = _part(test, part) if isinstance(test, Mapping) else test
+    inputs, held_out = encode_columns(
+        table, table.column_names, test=read_table(held_out, part), name=name
+    )
+    return inputs, (held_out, target)
+
+
+def _class_names(
+    bunch: Mapping[str, Any], target: Any, task: Task | None, classes: int | None
+) -> tuple[str, ...]:
+    """The names of the classes of whole targets; of other targets these names are no classes."""
+    target = np.asarray(target)
+    names = bunch.get("target_names")
+    whole = target.dtype.kind in "iub" and target.ndim == 1 and target.size > 0
+    if names is None or task not in (None, "classification") or not whole:
+        return ()
+    if len(names) <= target.max() or classes not in (None, len(names)):
+        return ()
+    return tuple(str(text) for text in names)
+
+
+def _name(bunch: Mapping[str, Any]) -> str:
+    if isinstance(bunch, Mapping):
+        for text in ((bunch.get("details") or {}).get("name"), bunch.get("filename")):
+            if isinstance(text, str) and text:
+                return PurePath(text).name.partition(".")[0]
+    return "sklearn"
+
+
+def _title(bunch: Mapping[str, Any]) -> str:
+    lines = (line.strip() for line in str(bunch.get("DESCR") or "").splitlines())
+    # A description opens with a reStructuredText anchor, then the title.
+    return next((line for line in lines if re.match(r"\w", line)), "")

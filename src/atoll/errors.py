@@ -1,0 +1,58 @@
+"""Every error that atoll raises on purpose: a sentence for people, and what to do."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class AtollError(Exception):
+    """Base of all of atoll's own errors; its text is a sentence for people."""
+
+
+class ConfigurationError(AtollError):
+    """A federation, a schedule or a command that cannot work as it is written."""
+
+
+class DataError(AtollError):
+    """Data that cannot be used: empty, not finite, out of range, or not found."""
+
+
+class LayoutError(AtollError):
+    """Vectors that do not fit the layout of the model."""
+
+
+class UpdateRefused(AtollError):
+    """An update that was refused at the door; the run goes on without it."""
+
+
+class CheckpointError(AtollError):
+    """A checkpoint or run folder that is missing, damaged or of another run."""
+
+
+class RunError(AtollError):
+    """A run that cannot go on."""
+
+
+class MissingPackage(AtollError, ImportError):
+    """An optional package that is not installed."""
+
+
+def require(module: str, install: str, purpose: str) -> ModuleType:
+    """Import an optional module, or say which `pip install` line brings it.
+
+    `module` may be dotted; `install` is what pip is asked for; `purpose` completes "... needs".
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        # A package that is there but broken is a different problem with a different cure.
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(package):
+            raise MissingPackage(
+                f"{purpose} needs the package {package!r}, which is not installed; "
+                f"run: pip install '{install}'"
+            ) from None
+        raise MissingPackage(
+            f"{purpose} needs {module!r}, which does not import: {error}"
+        ) from error

@@ -1,0 +1,105 @@
+"""Federation: the description of a federation, and the verbs that put it to work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from atoll.data.federated import FederatedData
+from atoll.errors import CheckpointError
+from atoll.rounds.plan import Plan
+from atoll.simulation.baselines import Baselines, train_baselines
+from atoll.simulation.devices import Devices
+from atoll.simulation.engine import Engine, Sequential
+from atoll.simulation.simulator import Simulator, check_population
+from atoll.tracking.describe import describe
+from atoll.tracking.folder import RunFolder
+from atoll.tracking.observer import Observer
+from atoll.tracking.run import Run
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Federation(Plan):
+    """What all parties agree on; `simulate` runs it in this process.
+
+    Args:
+        learner: the model and how one client trains and evaluates it.
+        algorithm: what clients do with what they receive, and what the server does in return.
+        schedule: how many rounds, who is asked, when a round ends.
+        pipeline: what happens to updates on their way, e.g. `Clip(1.0) >> Mean()`.
+        evaluation: when the model is measured, and on whose data.
+    """
+
+    def simulate(
+        self,
+        clients: FederatedData,
+        *,
+        seed: int = 0,
+        devices: Devices | None = None,
+        engine: Engine | None = None,
+        folder: str | Path | RunFolder | None = None,
+        resume: bool = False,
+        observers: Sequence[Observer] = (),
+    ) -> Run:
+        """Run the federation over a population in virtual time.
+
+        Args:
+            clients: who holds what.
+            seed: of every draw; the same plan, data and seed give the same bytes.
+            devices: how fast and reliable clients are; None is instant and always there.
+            engine: how turns are run; None is one after the other.
+            folder: where to keep the run (see `tracking.RunFolder`); None keeps nothing.
+            resume: go on with the run in `folder` from its latest checkpoint.
+            observers: what else is told about each round, e.g. `tracking.progress()`.
+        """
+        data = check_population(clients)
+        run = Run(self.describe(), _fingerprint(data, folder), seed, self.schedule.rounds)
+        keeper = RunFolder(folder) if isinstance(folder, str | Path) else folder
+        simulator = Simulator(
+            self,
+            data,
+            run,
+            devices=devices or Devices(),
+            engine=engine or Sequential(),
+            observers=[*([keeper] if keeper else []), *observers],
+        )
+        if devices is not None:
+            run.config["devices"] = describe(devices)
+        if resume:
+            if keeper is None:
+                raise CheckpointError("resume=True needs the folder of the run to go on with")
+            snapshot = keeper.resume(run)
+            if snapshot is not None:
+                simulator.restore(snapshot)
+        return simulator.go()
+
+    def baselines(
+        self,
+        clients: FederatedData,
+        *,
+        seed: int = 0,
+        central_rounds: int | None = None,
+        local_rounds: int | None = None,
+    ) -> Baselines:
+        """Train the same learner centrally, and on each client alone.
+
+        Args:
+            clients: the same population as for `simulate`.
+            seed: as for `simulate`: the initial model is the same.
+            central_rounds: rounds of local work on everybody's data together; None goes over each
+                example as often as the federation does.
+            local_rounds: rounds of local work of each client alone; None is as many as the
+                federation has, as if the client had taken part in all of them.
+        """
+        return train_baselines(self, check_population(clients), seed, central_rounds, local_rounds)
+
+    def describe(self) -> dict[str, object]:
+        """The resolved configuration, ready for JSON."""
+        plain: dict[str, object] = {"kind": "atoll.Federation"}
+        return plain | {field.name: describe(getattr(self, field.name)) for field in fields(self)}
+
+
+def _fingerprint(data: FederatedData, folder: object) -> dict[str, object]:
+    """The population's figures; with a digest of its contents where a run is to be kept."""
+    return data.summary() if folder is None else {**data.summary(), "digest": data.digest()}

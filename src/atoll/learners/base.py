@@ -1,0 +1,254 @@
+"""What the rest of atoll asks of a learner, and the local loop that gradient learners share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.data.examples import Examples, Rows, Task
+from atoll.data.federated import FederatedData
+from atoll.errors import ConfigurationError
+from atoll.keys import Key
+from atoll.learners.metrics import Sums
+from atoll.learners.rates import Rate, rate_at
+from atoll.vectors import Array, Layout, Vectors
+
+#: Turns (gradient, params) into the direction to descend along; either may be [P] or [C, P].
+Correction = Callable[[Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The correction `gradient + scale * params + constant`, which engines may fuse.
+
+    `constant` is [P] or [C, P]; None stands for zero.
+    """
+
+    scale: float = 0.0
+    constant: Array | None = None
+
+    def __call__(self, gradient: Array, params: Array) -> Array:
+        if self.scale:
+            gradient += self.scale * params
+        if self.constant is not None:
+            gradient += self.constant
+        return gradient
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a client's local training came to.
+
+    `params` [P] are the trained parameters; `path` is the sum of the learning rates of its
+    `steps`; `examples` is how many the client holds and `seen` how many it went over, with
+    repetition; `loss` is the mean training loss per step. `statistics` are the new buffers and
+    counters.
+    """
+
+    params: Array
+    steps: int
+    path: float
+    examples: int
+    seen: int
+    loss: float
+    statistics: Vectors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The circumstances of one piece of local work: which round, how much of it, which draws.
+
+    `fraction` in (0, 1] is the share of the full local work that is asked for.
+    """
+
+    round: int
+    key: Key
+    fraction: float = 1.0
+
+    def steps(self, planned: int) -> int:
+        """How many of the `planned` steps are asked for: at least one."""
+        # The small term undoes the rounding of a fraction that was computed as steps / planned.
+        return max(1, math.ceil(self.fraction * planned - 1e-6))
+
+
+class Learner(ABC):
+    """A model and how one client trains and evaluates it.
+
+    A model is a dict of flat vectors as `layout` describes them. Arrays that go in and out of
+    `train` are the learner's own kind (torch tensors, say); `asarray` and `asnumpy` convert.
+    """
+
+    #: Whether `train` takes corrections and `gradient` works; black boxes can only fit.
+    gives_gradients: bool = False
+    #: Whether a local step is `params -= lr * direction` and nothing else.
+    plain_sgd: bool = False
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Names, shapes and dtypes of the model's arrays."""
+
+    @abstractmethod
+    def init(self, key: Key) -> Vectors:
+        """The initial model."""
+
+    @abstractmethod
+    def train(
+        self,
+        model: Vectors,
+        examples: Examples,
+        assignment: Assignment,
+        correction: Correction | None = None,
+    ) -> Local:
+        """Train from `model` on `examples`; the given vectors are left as they are."""
+
+    @abstractmethod
+    def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
+        """Sums of the metrics of `model` over `examples`."""
+
+    @abstractmethod
+    def planned_steps(self, examples: int) -> int:
+        """How many local steps a client with this many examples takes in one round."""
+
+    def gradient(self, model: Vectors, examples: Examples, key: Key) -> tuple[Array, Vectors]:
+        """The gradient [P] of the mean loss over all `examples`, and the new statistics."""
+        raise ConfigurationError(
+            f"{type(self).__name__} can only fit: it gives no gradient, which this algorithm needs"
+        )
+
+    def check(self, data: FederatedData) -> None:
+        """Raise `DataError` if this learner cannot be trained on these data."""
+
+    def asarray(self, vector: NDArray[Any]) -> Array:
+        """A NumPy vector as this learner's own kind of array, shared where possible."""
+        return vector
+
+    def asnumpy(self, array: Array) -> NDArray[Any]:
+        """This learner's own kind of array as a NumPy vector, shared where possible."""
+        return np.asarray(array)
+
+
+class Descent(Protocol):
+    """One client's training in progress on resident buffers."""
+
+    params: Array
+
+    def gather(self, rows: Rows | slice) -> None:
+        """Fetch these rows of the columns; `gradient` then takes slices of them."""
+
+    def gradient(self, batch: slice) -> tuple[Array, Any]:
+        """Gradient [P] (a buffer that may be overwritten) and mean loss of a batch."""
+
+    def step(self, direction: Array, lr: float) -> None:
+        """Move `params`, in place, along minus `direction`."""
+
+    def result(self) -> tuple[Array, Vectors]:
+        """The trained parameters (copied) and the statistics."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GradientLearner(Learner):
+    """A learner that gives gradients; subclasses say how one descent is begun.
+
+    Args:
+        lr: local learning rate, or a `rates` schedule of the round.
+        batch_size: examples per step; None takes all of a client's examples at once.
+        epochs: passes over the client's examples per round.
+        steps: if given, exactly so many local steps per round instead of `epochs`.
+        max_gradient_norm: if given, each batch gradient is scaled to at most this L2 norm.
+    """
+
+    lr: float | Rate = 0.1
+    batch_size: int | None = 32
+    epochs: int = 1
+    steps: int | None = None
+    max_gradient_norm: float | None = None
+
+    gives_gradients = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(
+                    f"{name} must be a whole number of at least 1, not {value}"
+                )
+        if not callable(self.lr) and not self.lr > 0:
+            raise ConfigurationError(f"lr must be positive, not {self.lr}")
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise ConfigurationError(
+                f"max_gradient_norm must be positive, not {self.max_gradient_norm}"
+            )
+
+    @abstractmethod
+    def descend(
+        self, model: Vectors, examples: Examples, key: Key
+    ) -> AbstractContextManager[Descent]:
+        """Begin a descent from `model` over `examples`, with draws (dropout) from `key`."""
+
+    @abstractmethod
+    def norm(self, vector: Array) -> float:
+        """L2 norm of one of this learner's arrays."""
+
+    def planned_steps(self, examples: int) -> int:
+        if self.steps is not None:
+            return self.steps
+        return self.epochs * math.ceil(examples / (self.batch_size or examples))
+
+    def train(
+        self,
+        model: Vectors,
+        examples: Examples,
+        assignment: Assignment,
+        correction: Correction | None = None,
+    ) -> Local:
+        lr = rate_at(self.lr, assignment.round)
+        steps = assignment.steps(self.planned_steps(len(examples)))
+        order = assignment.key.fold("batches").generator()
+        with self.descend(model, examples, assignment.key.fold("draws")) as descent:
+            done = seen = 0
+            losses: Any = 0.0
+            for batch in self._batches(descent, examples, steps, order):
+                direction, loss = descent.gradient(batch)
+                if self.max_gradient_norm is not None:
+                    direction *= min(1.0, self.max_gradient_norm / max(self.norm(direction), 1e-12))
+                if correction is not None:
+                    direction = correction(direction, descent.params)
+                descent.step(direction, lr)
+                done, seen, losses = done + 1, seen + batch.stop - batch.start, losses + loss
+            params, statistics = descent.result()
+        return Local(params, done, done * lr, len(examples), seen, float(losses) / done, statistics)
+
+    def _batches(
+        self, descent: Descent, examples: Examples, steps: int, order: np.random.Generator
+    ) -> Iterator[slice]:
+        """Slices of `steps` batches, over a new permutation of the examples in each epoch."""
+        count = len(examples)
+        size = min(self.batch_size or count, count)
+        while True:
+            descent.gather(examples.at(order.permutation(count)))
+            for start in range(0, count, size):
+                yield slice(start, min(start + size, count))
+                steps -= 1
+                if not steps:
+                    return
+
+    def gradient(
+        self, model: Vectors, examples: Examples, key: Key, chunk: int = 1024
+    ) -> tuple[Array, Vectors]:
+        with self.descend(model, examples, key.fold("draws")) as descent:
+            descent.gather(examples.at(slice(None)))
+            total: Any = 0.0
+            for start in range(0, len(examples), chunk):
+                batch = slice(start, min(start + chunk, len(examples)))
+                gradient, _ = descent.gradient(batch)
+                total = total + gradient * ((batch.stop - batch.start) / len(examples))
+            _, statistics = descent.result()
+        return total, statistics

@@ -1,0 +1,203 @@
+"""scikit-learn estimators as black-box learners: they fit, and their coefficients travel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.data.examples import Examples, Task
+from atoll.data.federated import FederatedData
+from atoll.errors import ConfigurationError, DataError, require
+from atoll.keys import Key
+from atoll.learners.base import Assignment, Correction, Learner, Local
+from atoll.learners.metrics import Sums, add, classification_sums, regression_sums
+from atoll.vectors import Layout, Vectors
+
+require("sklearn", "scikit-learn", "atoll.learners.SklearnLearner")
+
+from sklearn.base import (  # type: ignore[import-untyped]  # noqa: E402
+    BaseEstimator,
+    clone,
+    is_regressor,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SklearnLearner(Learner):
+    """Fits a scikit-learn estimator from the received coefficients.
+
+    Works with estimators that keep `coef_`/`intercept_` or `coefs_`/`intercepts_` and can go on
+    from them: those with `partial_fit` (SGDClassifier, SGDRegressor, MLPClassifier, MLPRegressor,
+    Perceptron, ...) and those with `warm_start` (LogisticRegression).
+
+    Args:
+        estimator: an unfitted estimator, cloned and never changed.
+        features: values per input; inputs of more dimensions are flattened.
+        classes: number of classes, or None for a regressor.
+        epochs: passes of `partial_fit`, or `max_iter` of a warm-started `fit`, per round.
+    """
+
+    estimator: BaseEstimator
+    features: int
+    classes: int | None = None
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.classes is None) != is_regressor(self.estimator):
+            raise ConfigurationError(
+                "give classes=... for a classifier, and leave it out for a regressor"
+            )
+        if self.epochs < 1:
+            raise ConfigurationError(f"epochs must be at least 1, not {self.epochs}")
+        if not hasattr(self.estimator, "partial_fit") and not hasattr(self.estimator, "warm_start"):
+            raise ConfigurationError(
+                f"{type(self.estimator).__name__} has neither partial_fit nor warm_start, so it "
+                "cannot go on from the parameters it receives"
+            )
+
+    @cached_property
+    def _blank(self) -> Any:
+        """A fitted estimator of the right shapes; `_with` overwrites a copy of it."""
+        return self._begin(0)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout.of(_coefficients(self._blank))
+
+    def init(self, key: Key) -> Vectors:
+        """What the estimator starts from: zeros for linear models, random layers for MLPs."""
+        fresh = self._begin(key.integer() % 2**32)
+        arrays = _coefficients(fresh)
+        if hasattr(fresh, "coef_"):
+            arrays = {name: np.zeros_like(array) for name, array in arrays.items()}
+        return self.layout.pack(arrays)
+
+    def planned_steps(self, examples: int) -> int:
+        return self.epochs
+
+    def check(self, data: FederatedData) -> None:
+        width = int(np.prod(data.shape))
+        if width != self.features:
+            raise DataError(
+                f"inputs of {data.name} have {width} values, but features={self.features}"
+            )
+        if data.classes != self.classes:
+            raise DataError(f"{data.name} has {data.classes} classes, but classes={self.classes}")
+
+    def train(
+        self,
+        model: Vectors,
+        examples: Examples,
+        assignment: Assignment,
+        correction: Correction | None = None,
+    ) -> Local:
+        if correction is not None:
+            raise ConfigurationError("SklearnLearner can only fit: it takes no correction")
+        seed = assignment.key.fold("batches").integer() % 2**32
+        estimator = self._with(model, seed)
+        passes = assignment.steps(self.epochs)
+        x, y = examples.all()
+        x = x.reshape(len(x), -1)
+        if hasattr(estimator, "partial_fit"):
+            order = assignment.key.fold("order").generator()
+            for _ in range(passes):
+                rows = order.permutation(len(x))
+                estimator.partial_fit(x[rows], y[rows])
+        else:
+            self._warm_fit(estimator, x, y, passes)
+        params = self.layout.pack(_coefficients(estimator))["params"]
+        return Local(params, passes, math.nan, len(x), passes * len(x), math.nan)
+
+    def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
+        estimator = self._with(model, 0)
+        parts = []
+        for start in range(0, len(examples), 4096):
+            x, y = examples.take(slice(start, start + 4096))
+            x = x.reshape(len(x), -1)
+            if task == "regression":
+                outputs = estimator.predict(x)
+                loss = float(np.square(outputs - y.reshape(outputs.shape)).sum() / 2)
+                parts.append(regression_sums(outputs, y, loss))
+            else:
+                scores = _scores(estimator, x)
+                parts.append(classification_sums(scores, y, _log_loss(scores, y), classes or 0))
+        return add(parts)
+
+    def _begin(self, seed: int) -> Any:
+        """A clone that has seen one all-zero example of each class and nothing else."""
+        estimator = clone(self.estimator)
+        if "random_state" in estimator.get_params():
+            estimator.set_params(random_state=seed)
+        x = np.zeros((self.classes or 1, self.features), np.float32)
+        y: NDArray[Any] = np.zeros(1) if self.classes is None else np.arange(self.classes)
+        if not hasattr(estimator, "partial_fit"):
+            estimator.set_params(warm_start=True)
+            estimator.fit(x, y)
+        elif self.classes is None:
+            estimator.partial_fit(x, y)
+        else:
+            estimator.partial_fit(x, y, classes=np.arange(self.classes))
+        return estimator
+
+    def _with(self, model: Vectors, seed: int) -> Any:
+        """An estimator that stands at the received parameters."""
+        estimator = self._begin(seed)
+        present = _coefficients(estimator)
+        for name, array in self.layout.unpack(model).items():
+            present[name][...] = array
+        if hasattr(estimator, "t_"):
+            estimator.t_ = 1.0
+        return estimator
+
+    def _warm_fit(self, estimator: Any, x: NDArray[Any], y: NDArray[Any], passes: int) -> None:
+        """Go on from the coefficients; classes a client lacks are kept by weightless examples."""
+        import warnings
+
+        from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+
+        estimator.set_params(max_iter=passes)
+        weight = np.ones(len(x))
+        if self.classes is not None:
+            blank = np.zeros((self.classes, x.shape[1]), x.dtype)
+            x, y = np.concatenate([x, blank]), np.concatenate([y, np.arange(self.classes)])
+            weight = np.concatenate([weight, np.zeros(self.classes)])
+        with warnings.catch_warnings():
+            # A few iterations per round are the point here, not a failure to converge.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            estimator.fit(x, y, sample_weight=weight)
+
+
+def _coefficients(estimator: Any) -> dict[str, NDArray[Any]]:
+    """The arrays that travel, as they lie in the estimator."""
+    if hasattr(estimator, "coefs_"):
+        pairs = zip(estimator.coefs_, estimator.intercepts_, strict=True)
+        return {
+            f"{number}.{kind}": array
+            for number, pair in enumerate(pairs)
+            for kind, array in zip(("coef", "intercept"), pair, strict=True)
+        }
+    if not hasattr(estimator, "coef_"):
+        raise ConfigurationError(
+            f"{type(estimator).__name__} keeps no coef_ or coefs_, so nothing of it can travel"
+        )
+    return {"coef": estimator.coef_, "intercept": estimator.intercept_}
+
+
+def _scores(estimator: Any, x: NDArray[Any]) -> NDArray[np.float64]:
+    """Log-probabilities [B, K] where the estimator has them, decision values otherwise."""
+    if hasattr(estimator, "predict_proba"):
+        return np.asarray(np.log(np.clip(estimator.predict_proba(x), 1e-12, None)))
+    return np.asarray(estimator.decision_function(x), np.float64)
+
+
+def _log_loss(scores: NDArray[np.float64], y: NDArray[np.int64]) -> float:
+    if scores.ndim == 1:
+        return float(np.logaddexp(0, np.where(y == 1, -scores, scores)).sum())
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    log_probability = shifted[np.arange(len(y)), y] - np.log(np.exp(shifted).sum(axis=1))
+    return float(-log_probability.sum())

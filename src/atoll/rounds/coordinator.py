@@ -1,0 +1,246 @@
+"""The coordinator: the round as a state machine without clocks, sockets or threads.
+
+Events go in with the time at which they happened; answers come out. The simulator feeds it a
+virtual clock and the server a real one. It handles names and times only: vectors are the server's.
+
+A round goes: open -> (deliver | lost | tick)* -> closed or abandoned. It ends when enough updates
+are accepted, when everyone invited has delivered or is lost, or at the deadline. Whoever drives it
+without a deadline must report as lost, sooner or later, every member that will not deliver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from atoll.errors import CheckpointError, ConfigurationError, RunError
+from atoll.keys import Key
+from atoll.rounds.roster import Roster
+from atoll.rounds.schedules import Poisson, Synchronous
+
+
+class Phase(StrEnum):
+    IDLE = "idle"
+    OPEN = "open"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Verdict(StrEnum):
+    """What became of a delivery."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    LATE = "late"
+    NOT_NEEDED = "no longer needed"
+    UNKNOWN = "unknown"
+    MALFORMED = "malformed"
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """One member's part in one round; its `id` is what a delivery must quote."""
+
+    id: str
+    member: int
+    client: str
+    round: int
+    attempt: int
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The verdict on a delivery, and why, in words."""
+
+    verdict: Verdict
+    reason: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        return self.verdict is Verdict.ACCEPTED
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt at a round ended; `closed` with these updates, or abandoned for a reason."""
+
+    closed: bool
+    round: int
+    attempt: int
+    accepted: tuple[str, ...]
+    reason: str = ""
+
+
+class Coordinator:
+    """Synchronous rounds over a roster.
+
+    `round` is the round that is open or comes next, counted from 1; `outcome` is how the last
+    attempt ended, None while one is open.
+    """
+
+    def __init__(self, schedule: Synchronous, key: Key) -> None:
+        self.schedule = schedule
+        self.phase = Phase.IDLE
+        self.round, self.attempt = 1, 0
+        self.deadline: float | None = None
+        self.outcome: Outcome | None = None
+        self._key = key
+        self._needed = self._fewest = 0
+        self._open: dict[str, str] = {}
+        self._accepted: dict[str, str] = {}
+        self._lost: set[str] = set()
+
+    def open(self, roster: Roster, now: float) -> tuple[Invitation, ...]:
+        """Begin the next attempt: draw a cohort and invite it.
+
+        An empty cohort abandons the attempt at once: look at `outcome`.
+        """
+        if self.phase is not Phase.IDLE:
+            raise RunError(f"a round cannot be opened while the coordinator is {self.phase}")
+        schedule = self.schedule
+        population = len(roster)
+        self._needed, self._fewest = schedule.needed(population), schedule.fewest(population)
+        if self._fewest > population:
+            raise ConfigurationError(
+                f"minimum={self._fewest} is more than the population of {population} clients"
+            )
+        key = self._key.fold("cohort", self.round, self.attempt)
+        drawn = schedule.selection.draw(roster, schedule.invited(population), self.round, key)
+        if isinstance(schedule.selection, Poisson):
+            self._needed = len(drawn)
+        invitations = tuple(
+            Invitation(
+                f"{self.round}.{self.attempt}.{member}",
+                int(member),
+                roster.names[member],
+                self.round,
+                self.attempt,
+                self._fraction(roster, int(member)),
+            )
+            for member in drawn
+        )
+        self.phase, self.outcome = Phase.OPEN, None
+        self.deadline = None if schedule.deadline is None else now + schedule.deadline
+        self._open = {invitation.id: invitation.client for invitation in invitations}
+        self._accepted, self._lost = {}, set()
+        self._settle()
+        return invitations
+
+    def deliver(self, invitation: str, client: str, now: float, fault: str = "") -> Answer:
+        """A client hands in its update; `fault` says what is wrong with it, if anything is.
+
+        A faulty update is refused and its client counts as lost, so it cannot be tried again.
+        """
+        self._expire(self.deadline is not None and now > self.deadline)
+        refusal = self._refusal(invitation, client)
+        if refusal is not None:
+            return refusal
+        if fault:
+            self.lost(invitation, now)
+            return Answer(Verdict.MALFORMED, f"the update of {client} was refused: {fault}")
+        self._accepted[invitation] = client
+        self._settle()
+        return Answer(Verdict.ACCEPTED)
+
+    def lost(self, invitation: str, now: float) -> None:
+        """A member will not deliver: it dropped out, or its lease ran out."""
+        self._expire(self.deadline is not None and now > self.deadline)
+        if self.phase is Phase.OPEN and invitation in self._open:
+            if invitation not in self._accepted:
+                self._lost.add(invitation)
+            self._settle()
+
+    def tick(self, now: float) -> None:
+        """Time has come to `now`; a round ends at its deadline, after what is delivered then."""
+        self._expire(self.deadline is not None and now >= self.deadline)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs, ready for JSON."""
+        return {
+            "phase": str(self.phase),
+            "round": self.round,
+            "attempt": self.attempt,
+            "deadline": self.deadline,
+            "needed": self._needed,
+            "fewest": self._fewest,
+            "open": self._open,
+            "accepted": self._accepted,
+            "lost": sorted(self._lost),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state` gave."""
+        try:
+            self.phase = Phase(state["phase"])
+            self.round, self.attempt = int(state["round"]), int(state["attempt"])
+            self.deadline = state["deadline"]
+            self._needed, self._fewest = int(state["needed"]), int(state["fewest"])
+            self._open, self._accepted = dict(state["open"]), dict(state["accepted"])
+            self._lost = set(state["lost"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the coordinator's state is damaged: {error!r}") from error
+        if self.phase is Phase.DONE and self.round <= self.schedule.rounds:
+            self.phase = Phase.IDLE  # the run was extended
+
+    def _fraction(self, roster: Roster, member: int) -> float:
+        if not self.schedule.adaptive or roster.capacity is None:
+            return 1.0
+        return min(roster.capacity(member), 1.0)
+
+    def _refusal(self, invitation: str, client: str) -> Answer | None:
+        if invitation not in self._open:
+            past = self._past(invitation)
+            if past:
+                return Answer(Verdict.LATE, f"{past} is over; the update of {client} came too late")
+            return Answer(Verdict.UNKNOWN, f"nobody was invited as {invitation!r}")
+        if self._open[invitation] != client:
+            return Answer(Verdict.UNKNOWN, f"{invitation!r} is not {client}'s invitation")
+        if invitation in self._accepted:
+            return Answer(Verdict.DUPLICATE, f"the update of {client} was accepted before")
+        if self.phase is not Phase.OPEN:
+            enough = len(self._accepted) >= self._needed
+            if enough:
+                return Answer(Verdict.NOT_NEEDED, f"the round has the {self._needed} it needs")
+            return Answer(Verdict.LATE, f"the round is over; {client} came too late")
+        if invitation in self._lost:
+            return Answer(Verdict.LATE, f"{client} was given up as lost")
+        return None
+
+    def _past(self, invitation: str) -> str:
+        """Which earlier attempt an invitation belongs to, if its form says so."""
+        parts = invitation.split(".")
+        if len(parts) != 3 or not all(part.isdecimal() and len(part) < 16 for part in parts):
+            return ""
+        round, attempt = int(parts[0]), int(parts[1])
+        earlier = (round, attempt) < (self.round, self.attempt) and round >= 1
+        return f"round {round}" if earlier else ""
+
+    def _expire(self, due: bool) -> None:
+        if due and self.phase is Phase.OPEN:
+            self._end(f"the deadline passed with {len(self._accepted)} of {self._needed} updates")
+
+    def _settle(self) -> None:
+        """End the round if there is nothing left to wait for."""
+        if self.phase is not Phase.OPEN:
+            return
+        if len(self._accepted) >= self._needed and self._accepted:
+            self._end("")
+        elif len(self._accepted) + len(self._lost) == len(self._open):
+            self._end(
+                f"only {len(self._accepted)} of {len(self._open)} invited clients delivered"
+                if self._open
+                else "nobody could be invited"
+            )
+
+    def _end(self, reason: str) -> None:
+        accepted = tuple(sorted(self._accepted, key=lambda name: int(name.rpartition(".")[2])))
+        closed = len(accepted) >= self._fewest
+        self.outcome = Outcome(closed, self.round, self.attempt, accepted, "" if closed else reason)
+        if closed:
+            self.round, self.attempt = self.round + 1, 0
+            self.phase = Phase.DONE if self.round > self.schedule.rounds else Phase.IDLE
+        else:
+            self.attempt += 1
+            self.phase = Phase.FAILED if self.attempt >= self.schedule.attempts else Phase.IDLE

@@ -1,0 +1,112 @@
+"""The server's side of a round in vectors: broadcast, receive, aggregate, step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from atoll.aggregation.door import admit
+from atoll.aggregation.stage import Accumulator
+from atoll.errors import CheckpointError
+from atoll.keys import Key
+from atoll.rounds.plan import Plan
+from atoll.updates import Update
+from atoll.vectors import Vectors
+
+STAGE = "stage/"
+
+
+@dataclass
+class Server:
+    """The state of a federation's model, between rounds and within one.
+
+    `state` is the algorithm's, `statistics` are the model's buffers and counters, `stages` is the
+    pipeline's. None of them is changed in place: each round makes new ones.
+    """
+
+    plan: Plan
+    key: Key
+    state: Vectors = field(init=False)
+    statistics: Vectors = field(init=False)
+    stages: Vectors = field(init=False)
+    _accumulator: Accumulator | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        model = self.plan.learner.init(self.key.fold("init"))
+        self.plan.learner.layout.check(model)
+        self.state = self.plan.algorithm.init(model.pop("params"))
+        self.statistics = model
+        self.stages = self.plan.stages.init()
+
+    def model(self) -> Vectors:
+        """The current model."""
+        return {"params": self.state["params"], **self.statistics}
+
+    def broadcast(self) -> Vectors:
+        """What every client of a round receives: named vectors, those of stages prefixed."""
+        told = self.plan.stages.broadcast(self.stages)
+        return {
+            **self.plan.algorithm.broadcast(self.state),
+            **self.statistics,
+            **{STAGE + name: vector for name, vector in told.items()},
+        }
+
+    def open(self) -> None:
+        """Begin to aggregate a round; what an abandoned attempt had gathered is dropped."""
+        self._accumulator = self.plan.stages.open(self.plan.schema)
+
+    def decode(self, message: Update) -> Update:
+        """The update in a message; raises `UpdateRefused` if it is not what it should be."""
+        update = self.plan.stages.decode(message, self.plan.schema)
+        admit(update, self.plan.schema)
+        return update
+
+    def add(self, update: Update) -> None:
+        """Take a decoded update into the round."""
+        assert self._accumulator is not None, "the round is not open"
+        self._accumulator.add(update)
+
+    def close(self, round: int, population: int) -> dict[str, float]:
+        """Step to the next model; returns the round's measurements."""
+        assert self._accumulator is not None, "the round is not open"
+        aggregate = self._accumulator.close(population)
+        self._accumulator = None
+        aggregate, self.stages = self.plan.stages.release(
+            aggregate, self.stages, self.key.fold("release", round)
+        )
+        self.state = self.plan.algorithm.step(self.state, aggregate)
+        self.statistics = {
+            name: vector + aggregate.statistics[name] for name, vector in self.statistics.items()
+        }
+        return dict(aggregate.measurements)
+
+    def vectors(self) -> Vectors:
+        """Everything that `restore` needs."""
+        return {
+            **{f"state/{name}": vector for name, vector in self.state.items()},
+            **{f"statistics/{name}": vector for name, vector in self.statistics.items()},
+            **{f"stages/{name}": vector for name, vector in self.stages.items()},
+        }
+
+    def restore(self, vectors: Vectors) -> None:
+        """Go on from what `vectors` gave; raises `CheckpointError` if it is another model's."""
+        present = self.vectors()
+        for name in sorted(set(present) ^ set(vectors)):
+            raise CheckpointError(
+                f"the checkpoint is of another federation: {name!r} is only in one of the two"
+            )
+        for name, vector in vectors.items():
+            if vector.shape != present[name].shape or vector.dtype != present[name].dtype:
+                raise CheckpointError(
+                    f"the checkpoint is of another federation: {name!r} has another shape"
+                )
+        self.state = _part(vectors, "state/")
+        self.statistics = _part(vectors, "statistics/")
+        self.stages = _part(vectors, "stages/")
+
+
+def _part(vectors: Vectors, prefix: str) -> Vectors:
+    return {
+        name.removeprefix(prefix): vector
+        for name, vector in vectors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,358 @@
+"""The simulator: drives the coordinator with a virtual clock and runs the clients' turns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll import wire
+from atoll.data.federated import FederatedData
+from atoll.errors import DataError, RunError, UpdateRefused
+from atoll.keys import Key
+from atoll.rounds.coordinator import Answer, Coordinator, Invitation, Phase, Verdict
+from atoll.rounds.plan import Plan
+from atoll.rounds.roster import Roster
+from atoll.rounds.server import Server
+from atoll.rounds.turn import assignment_for, first_memory
+from atoll.simulation.devices import Conditions, Devices, TracedDevices
+from atoll.simulation.engine import Engine, Turn
+from atoll.simulation.evaluate import (
+    check_evaluation,
+    evaluate_clients,
+    evaluate_pooled,
+    spread_metrics,
+)
+from atoll.simulation.interrupt import Interrupted, Interruption
+from atoll.tracking.observer import Observer, RoundEnd, Snapshot
+from atoll.tracking.run import Participant, Record, Run
+from atoll.updates import Update
+from atoll.vectors import Vectors
+
+REFUSALS_KEPT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """When an invited client delivers, or when it is known to be lost."""
+
+    time: float
+    invitation: Invitation
+    conditions: Conditions
+    lost: bool
+
+
+class Simulator:
+    """One simulated run of a plan over a population.
+
+    The model's arithmetic is the engine's; here is everything around it, in virtual time. A turn
+    is run only when its delivery can still count, so work that comes too late costs nothing real.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        data: FederatedData,
+        run: Run,
+        *,
+        devices: Devices,
+        engine: Engine,
+        observers: Sequence[Observer],
+    ) -> None:
+        plan.learner.check(data)
+        check_evaluation(plan.evaluation, data)
+        plan.schedule.needed(len(data))
+        self.plan, self.data, self.run = plan, data, run
+        self.devices, self.engine, self.observers = devices, engine, observers
+        self.key = Key(run.seed)
+        self.server = Server(plan, self.key)
+        self.coordinator = Coordinator(plan.schedule, self.key)
+        self.memories: dict[int, tuple[int, Vectors]] = {}
+        self.clock = 0.0
+        self._sizes = data.sizes()
+        self._resources = devices.resources(data.names, self.key)
+        self._blank = first_memory(plan, self.server.broadcast())
+        self._up_bytes = self._typical_size()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot of the same plan, data and seed."""
+        self.server.restore(dict(snapshot.vectors))
+        self.coordinator.restore(dict(snapshot.coordinator))
+        self.memories = dict(snapshot.memories)
+        self.clock = snapshot.clock
+
+    def go(self) -> Run:
+        """Run to the end; observers are told, and closed whatever happens."""
+        self.run.model = self.server.model()
+        try:
+            for observer in self.observers:
+                observer.begin(self.run)
+            with Interruption() as interruption:
+                while self.coordinator.phase is Phase.IDLE:
+                    self._round(interruption)
+            for observer in self.observers:
+                observer.end(self.run)
+        except Interrupted:
+            for observer in self.observers:
+                observer.interrupted(self.run, self._snapshot())
+            raise
+        finally:
+            for observer in self.observers:
+                observer.close()
+        return self.run
+
+    def _round(self, interruption: Interruption) -> None:
+        """Attempts until the round closes, then the step, the evaluation and the report."""
+        started = time.perf_counter()
+        round = self.coordinator.round
+        participants: list[Participant] = []
+        invited = accepted = attempts = 0
+        while self.coordinator.round == round:
+            learned, parts = self._attempt(interruption)
+            participants += parts
+            attempts += 1
+            outcome = self.coordinator.outcome
+            assert outcome is not None
+            if outcome.closed:
+                invited, accepted = len(parts), len(outcome.accepted)
+                continue
+            self._note(f"round {round}, attempt {attempts} was abandoned: {outcome.reason}")
+            if self.coordinator.phase is Phase.FAILED:
+                raise RunError(
+                    f"round {round} was abandoned {attempts} times in a row, the last time because "
+                    f"{outcome.reason}; ask for fewer updates (minimum=...), invite more clients, "
+                    "or allow more time"
+                )
+            self.clock = max(
+                self.clock + self.plan.schedule.pause, self.devices.next_change(self.clock) or 0.0
+            )
+        measurements = self.server.close(round, len(self.data))
+        self.memories |= {member: (round, memory) for member, memory in learned.items()}
+        self.run.model = self.server.model()
+        metrics, per_client = self._evaluate(round)
+        record = Record(
+            round,
+            metrics,
+            measurements,
+            invited,
+            accepted,
+            attempts,
+            sum(part.up for part in participants),
+            sum(part.down for part in participants),
+            self.clock,
+        )
+        self.run.history.append(record)
+        seconds = time.perf_counter() - started
+        self.run.seconds += seconds
+        end = RoundEnd(record, participants, per_client, self._snapshot, seconds)
+        for observer in self.observers:
+            observer.round(self.run, end)
+        if interruption.requested:
+            raise Interrupted(round)
+
+    def _attempt(self, interruption: Interruption) -> tuple[dict[int, Vectors], list[Participant]]:
+        """One attempt at a round: memories of the accepted clients, and everyone's part in it."""
+        coordinator = self.coordinator
+        invitations = coordinator.open(self._roster(), self.clock)
+        self.server.open()
+        received = self.server.broadcast()
+        down = wire.size(received)
+        arrivals = sorted(
+            (self._arrival(invitation, down) for invitation in invitations),
+            key=lambda arrival: (arrival.time, arrival.invitation.member),
+        )
+        timely = [a for a in arrivals if a.time <= (coordinator.deadline or math.inf)]
+        results = self._results(received, timely)
+        learned: dict[int, Vectors] = {}
+        parts: dict[str, Participant] = {}
+        for arrival in timely:
+            if coordinator.phase is not Phase.OPEN:
+                break
+            if interruption.requested:
+                raise Interrupted(len(self.run.history))
+            self.clock = max(self.clock, arrival.time)
+            invitation = arrival.invitation
+            if arrival.lost:
+                coordinator.lost(invitation.id, arrival.time)
+                parts[invitation.id] = Participant(invitation.client, "lost", down, 0)
+                continue
+            message, memory = next(results)
+            answer = self._deliver(arrival, message)
+            parts[invitation.id] = Participant(
+                invitation.client, str(answer.verdict), down, message_size(message)
+            )
+            if answer.accepted:
+                learned[invitation.member] = memory
+        if coordinator.phase is Phase.OPEN:
+            assert coordinator.deadline is not None
+            self.clock = coordinator.deadline
+            coordinator.tick(self.clock)
+        for arrival in arrivals:
+            if arrival.invitation.id not in parts:
+                parts[arrival.invitation.id] = self._too_late(arrival, down)
+        return learned, [parts[invitation.id] for invitation in invitations]
+
+    def _deliver(self, arrival: _Arrival, message: Update) -> Answer:
+        """Hand a message in; an update that does not pass the door never touches the model."""
+        fault = ""
+        try:
+            update = self.server.decode(message)
+        except UpdateRefused as refusal:
+            fault = str(refusal)
+        invitation = arrival.invitation
+        answer = self.coordinator.deliver(invitation.id, invitation.client, arrival.time, fault)
+        if answer.accepted:
+            self.server.add(update)
+        else:
+            self._note(f"round {invitation.round}: {answer.reason}")
+        return answer
+
+    def _results(
+        self, received: Vectors, arrivals: Sequence[_Arrival]
+    ) -> Iterator[tuple[Update, Vectors]]:
+        """The turns' results in order of arrival, run in groups that the round can still use.
+
+        A group is as many as the round needs, so those that over-selection spares never run.
+        """
+        pending = [arrival.invitation for arrival in arrivals if not arrival.lost]
+        group = max(self.plan.schedule.needed(len(self.data)), 1)
+        for start in range(0, len(pending), group):
+            turns = [self._turn(invitation) for invitation in pending[start : start + group]]
+            yield from self.engine.run(self.plan, received, turns)
+
+    def _turn(self, invitation: Invitation) -> Turn:
+        member = invitation.member
+        _, memory = self.memories.get(member, (0, self._blank))
+        assignment = assignment_for(
+            self.key, invitation.client, invitation.round, invitation.fraction
+        )
+        return Turn(invitation.client, self.data.train(member), memory, assignment)
+
+    def _arrival(self, invitation: Invitation, down: int) -> _Arrival:
+        planned = self._planned(invitation.member)
+        conditions = self._conditions(invitation.member, invitation.round)
+        assignment = assignment_for(
+            self.key, invitation.client, invitation.round, invitation.fraction
+        )
+        steps = assignment.steps(planned)
+        took = conditions.transfer(down, self._up_bytes) + steps * conditions.seconds_per_step
+        arrives = self.clock + took
+        if isinstance(self.devices, TracedDevices):
+            leaves = self.devices.leaves(invitation.client, self.clock)
+            if leaves is None or leaves < arrives:
+                return _Arrival(leaves or self.clock, invitation, conditions, True)
+        return _Arrival(arrives, invitation, conditions, conditions.drops)
+
+    def _too_late(self, arrival: _Arrival, down: int) -> Participant:
+        """A client whose delivery no longer counts; its upload is cut off where it is."""
+        client = arrival.invitation.client
+        if arrival.lost:
+            return Participant(client, "lost", down, 0)
+        assert self.coordinator.outcome is not None
+        late = not self.coordinator.outcome.closed or self.clock == self.coordinator.deadline
+        verdict = Verdict.LATE if late else Verdict.NOT_NEEDED
+        sending = self._up_bytes / arrival.conditions.up
+        began = arrival.time - arrival.conditions.latency - sending
+        share = min(max((self.clock - began) / sending, 0.0), 1.0) if sending > 0 else 0.0
+        return Participant(client, str(verdict), down, int(share * self._up_bytes))
+
+    def _roster(self) -> Roster:
+        return Roster(
+            self.data.names,
+            self._sizes,
+            self.devices.present(self.data.names, self.clock, self.key),
+            self._resources,
+            self._capacity if self.plan.schedule.adaptive else None,
+        )
+
+    def _capacity(self, member: int) -> float:
+        """The share of its work that a client can do and deliver by the deadline: whole steps."""
+        assert self.plan.schedule.deadline is not None
+        planned = self._planned(member)
+        conditions = self._conditions(member, self.coordinator.round)
+        down = wire.size(self.server.broadcast())
+        left = self.plan.schedule.deadline - conditions.transfer(down, self._up_bytes)
+        if conditions.seconds_per_step <= 0:
+            return 1.0
+        # A hair of slack: a time that was computed from steps must give those steps back.
+        steps = math.floor(left / conditions.seconds_per_step * (1 + 1e-9))
+        return min(max(steps, 1), planned) / planned
+
+    def _conditions(self, member: int, round: int) -> Conditions:
+        return self.devices.conditions(
+            self.data.names[member], round, self._planned(member), self.key
+        )
+
+    def _planned(self, member: int) -> int:
+        return self.plan.learner.planned_steps(int(self._sizes[member]))
+
+    def _evaluate(self, round: int) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+        evaluation, last = self.plan.evaluation, round == self.plan.schedule.rounds
+        metrics: dict[str, float] = {}
+        per_client: dict[str, NDArray[np.float64]] = {}
+        if last or round % evaluation.every == 0:
+            metrics = evaluate_pooled(self.plan.learner, self.run.model, self.data)
+        interval = evaluation.clients_every
+        if interval is not None and (last or round % interval == 0):
+            names = spread_metrics(evaluation, self.data)
+            clients = evaluate_clients(self.plan.learner, self.run.model, self.data, names)
+            metrics |= clients.spread()
+            per_client = clients.values
+        return metrics, per_client
+
+    def _typical_size(self) -> int:
+        """Bytes of an update as the schema promises it; stages may make it smaller."""
+        schema = self.plan.schema
+        update = Update(
+            {name: np.zeros(size, np.float32) for name, size in schema.vectors.items()},
+            statistics={n: np.zeros(s, schema.dtype(n)) for n, s in schema.statistics.items()},
+        )
+        encoded, _ = self.plan.stages.encode(
+            update,
+            self.plan.stages.broadcast(self.server.stages),
+            self.plan.stages.remember(schema),
+            self.key,
+        )
+        return message_size(encoded)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            len(self.run.history),
+            self.server.vectors(),
+            dict(self.memories),
+            self.coordinator_between_rounds(),
+            self.clock,
+        )
+
+    def coordinator_between_rounds(self) -> dict[str, object]:
+        """The coordinator as it was when the last round closed, also in the middle of the next."""
+        done = len(self.run.history) >= self.plan.schedule.rounds
+        between = Coordinator(self.plan.schedule, self.key)
+        between.round = len(self.run.history) + 1
+        between.phase = Phase.DONE if done else Phase.IDLE
+        return between.state()
+
+    def _note(self, reason: str) -> None:
+        if len(self.run.refusals) < REFUSALS_KEPT:
+            self.run.refusals.append(reason)
+
+
+def message_size(message: Update) -> int:
+    """Bytes of an update on the wire: its arrays and, as metadata, its weight and metrics."""
+    metadata = {"weight": repr(message.weight)}
+    metadata |= {name: repr(value) for name, value in message.metrics.items()}
+    return wire.size({**message.vectors, **message.statistics}, metadata)
+
+
+def check_population(data: object) -> FederatedData:
+    """The data as a population, or a sentence about what they are instead."""
+    if isinstance(data, FederatedData):
+        return data
+    raise DataError(
+        f"clients must be FederatedData, not {type(data).__name__}; partition a set first, "
+        "e.g. data.load('digits').dirichlet(clients=100, alpha=0.3)"
+    )

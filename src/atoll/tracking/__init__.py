@@ -1,0 +1,21 @@
+"""Tracking: run folders, progress, plots and loggers."""
+
+from atoll.tracking import loggers
+from atoll.tracking.folder import RunFolder, find_runs, read_run
+from atoll.tracking.observer import Observer, RoundEnd, Snapshot
+from atoll.tracking.progress import progress
+from atoll.tracking.run import Participant, Record, Run
+
+__all__ = [
+    "Observer",
+    "Participant",
+    "Record",
+    "RoundEnd",
+    "Run",
+    "RunFolder",
+    "Snapshot",
+    "find_runs",
+    "loggers",
+    "progress",
+    "read_run",
+]

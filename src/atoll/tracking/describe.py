@@ -1,0 +1,60 @@
+"""Describe: any configuration object as plain JSON, the same in every process."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from atoll.aggregation.pipeline import Pipeline
+from atoll.learners.base import Learner
+
+
+def describe(value: Any) -> Any:
+    """A JSON value that says what `value` is; dataclasses say their kind and every field."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Pipeline):
+        return [describe(stage) for stage in value.stages]
+    if is_dataclass(value) and not isinstance(value, type):
+        plain: dict[str, Any] = {"kind": _name(type(value))}
+        plain |= {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}
+        if isinstance(value, Learner):
+            plain["layout"] = {"digest": value.layout.digest, **value.layout.sizes}
+        return plain
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return f"array {value.dtype}{list(value.shape)} {sha256(value.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+        return [describe(item) for item in items]
+    if isinstance(value, functools.partial):
+        return {
+            "kind": "partial",
+            "function": describe(value.func),
+            "arguments": describe(value.args),
+            "keywords": describe(value.keywords),
+        }
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return _name(value)
+    text = repr(value)
+    # The default repr holds an address, which differs from process to process.
+    return _name(type(value)) if " at 0x" in text else text
+
+
+def digest(plain: Any) -> str:
+    """SHA-256 (hex) of a described value."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return sha256(text.encode()).hexdigest()
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"

@@ -1,0 +1,365 @@
+"""The run folder: configuration, one line per round, checkpoints, the model, figures.
+
+config.json         the resolved plan, the data and the seed
+rounds.jsonl        one line per round; the same bytes for the same plan, data and seed
+ledger.jsonl        who took part in each round, and the bytes it sent and received
+timings.jsonl       real seconds per round, which are nobody's promise
+environment.json    versions and machine
+checkpoints/        the last few, and the best model
+clients/            what clients remember, one file per client and round that changed it
+model.safetensors   the final model
+figures/            pictures, once the run is complete
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from atoll.errors import CheckpointError, MissingPackage
+from atoll.learners.metrics import HIGHER_IS_BETTER
+from atoll.tracking import checkpoints
+from atoll.tracking.describe import digest
+from atoll.tracking.observer import Observer, RoundEnd, Snapshot
+from atoll.tracking.run import Record, Run, main_metric
+from atoll.vectors import Vectors
+
+LINES = ("rounds.jsonl", "ledger.jsonl", "timings.jsonl")
+
+
+def identity(run: Run) -> str:
+    """Digest of what makes two runs the same; how long they go and are watched does not."""
+    plan = {
+        **run.config,
+        "evaluation": None,
+        "schedule": {**run.config["schedule"], "rounds": None},
+    }
+    return digest({"plan": plan, "data": run.data, "seed": run.seed})
+
+
+class RunFolder(Observer):
+    """Writes a run into a folder, and reads it back to go on.
+
+    Args:
+        path: the folder; made if need be.
+        every: rounds between checkpoints; the last round always has one.
+        keep: how many of the latest checkpoints stay.
+        best: the metric by which the best model is kept; None is accuracy or, without one, loss.
+    """
+
+    def __init__(
+        self, path: str | Path, *, every: int = 10, keep: int = 3, best: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.every, self.keep, self.best = every, keep, best
+        self._files: dict[str, TextIO] = {}
+        self._written: dict[int, int] = {}
+        self._kept: dict[int, dict[int, int]] = {}
+        self._best: float | None = None
+        self._saved = -1
+
+    def begin(self, run: Run) -> None:
+        run.folder = self.path
+        try:
+            for folder in (self.path, self.path / "checkpoints", self.path / "clients"):
+                folder.mkdir(parents=True, exist_ok=True)
+            fresh = not run.history
+            if fresh and (self.path / "config.json").exists():
+                raise CheckpointError(
+                    f"{self.path} already holds a run; resume it, or choose another folder"
+                )
+            checkpoints.write_json(
+                self.path / "config.json",
+                {
+                    "identity": identity(run),
+                    "seed": run.seed,
+                    "rounds": run.rounds,
+                    "data": run.data,
+                    "plan": run.config,
+                },
+            )
+            checkpoints.write_json(self.path / "environment.json", environment())
+            self._status("running")
+            for name in LINES:
+                self._files[name] = (self.path / name).open("a", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(
+                f"the run folder {self.path} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def round(self, run: Run, end: RoundEnd) -> None:
+        record = end.record
+        parts = [[p.client, p.outcome, p.down, p.up] for p in end.participants]
+        self._line("rounds.jsonl", record.json())
+        self._line("ledger.jsonl", {"round": record.round, "participants": parts})
+        self._line("timings.jsonl", {"round": record.round, "seconds": round(end.seconds, 6)})
+        if record.round % self.every == 0 or record.round == run.rounds:
+            self._checkpoint(run, end.snapshot())
+        self._keep_best(run, record)
+
+    def interrupted(self, run: Run, snapshot: Snapshot) -> None:
+        if run.history and snapshot.round != self._saved:
+            self._checkpoint(run, snapshot)
+        self._status("interrupted")
+
+    def end(self, run: Run) -> None:
+        checkpoints.save(
+            self.path / "model.safetensors", "model", {"identity": identity(run)}, run.model
+        )
+        self._draw(run)
+        self._status("finished")
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def resume(self, run: Run) -> Snapshot | None:
+        """Fill `run` with the folder's rounds and give its latest checkpoint.
+
+        None if the run stopped before its first one, so that it must begin anew.
+        """
+        config = read_config(self.path)
+        if config.get("identity") != identity(run):
+            raise CheckpointError(
+                f"{self.path} holds another run: its plan, data or seed differ from those given; "
+                f"compare them with {self.path / 'config.json'}"
+            )
+        found = sorted((self.path / "checkpoints").glob("[0-9]*.safetensors"))
+        if not found:
+            self._truncate(0)
+            (self.path / "config.json").unlink()
+            return None
+        about, vectors = checkpoints.load(found[-1], "checkpoint")
+        if about.get("identity") != config["identity"]:
+            raise CheckpointError(f"{found[-1]} belongs to another run")
+        snapshot = self._snapshot(about, vectors)
+        self._truncate(snapshot.round)
+        run.history[:] = read_history(self.path)
+        if [record.round for record in run.history] != list(range(1, snapshot.round + 1)):
+            raise CheckpointError(
+                f"{self.path / 'rounds.jsonl'} does not hold the {snapshot.round} rounds up to the "
+                "checkpoint; it was changed or cut off"
+            )
+        for record in run.history:
+            self._note_best(run, record)
+        for path in found:
+            self._kept[int(path.stem)] = self._index(path)
+        self._written = {member: round for member, (round, _) in snapshot.memories.items()}
+        self._saved = snapshot.round
+        run.seconds = sum(line["seconds"] for line in read_lines(self.path / "timings.jsonl"))
+        return snapshot
+
+    def _checkpoint(self, run: Run, snapshot: Snapshot) -> None:
+        for member, (changed, memory) in snapshot.memories.items():
+            if self._written.get(member) != changed:
+                checkpoints.save(self._client(member, changed), "memory", {}, memory)
+                self._written[member] = changed
+        index = {member: changed for member, (changed, _) in snapshot.memories.items()}
+        members = np.array(sorted(index), np.int64)
+        vectors = {
+            **snapshot.vectors,
+            "memory/members": members,
+            "memory/rounds": np.array([index[int(m)] for m in members], np.int64),
+        }
+        about = {
+            "identity": identity(run),
+            "round": snapshot.round,
+            "clock": snapshot.clock,
+            "coordinator": snapshot.coordinator,
+        }
+        checkpoints.save(self._numbered(snapshot.round), "checkpoint", about, vectors)
+        self._saved = snapshot.round
+        self._kept[snapshot.round] = index
+        self._discard()
+
+    def _discard(self) -> None:
+        """Remove checkpoints beyond the last `keep`, and memories that none of the kept needs."""
+        for old in sorted(self._kept)[: -self.keep]:
+            self._numbered(old).unlink(missing_ok=True)
+            del self._kept[old]
+        needed = {self._client(*item) for index in self._kept.values() for item in index.items()}
+        for path in (self.path / "clients").glob("*.safetensors"):
+            if path not in needed:
+                path.unlink(missing_ok=True)
+
+    def _snapshot(self, about: dict[str, Any], vectors: Vectors) -> Snapshot:
+        try:
+            members = vectors.pop("memory/members").tolist()
+            rounds = vectors.pop("memory/rounds").tolist()
+            memories = {
+                member: (round, checkpoints.load(self._client(member, round), "memory")[1])
+                for member, round in zip(members, rounds, strict=True)
+            }
+            return Snapshot(
+                int(about["round"]),
+                vectors,
+                memories,
+                dict(about["coordinator"]),
+                float(about["clock"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"a checkpoint in {self.path} is incomplete: {error!r}"
+            ) from error
+
+    def _index(self, path: Path) -> dict[int, int]:
+        _, vectors = checkpoints.load(path, "checkpoint")
+        pairs = zip(vectors["memory/members"], vectors["memory/rounds"], strict=True)
+        return {int(member): int(round) for member, round in pairs}
+
+    def _numbered(self, round: int) -> Path:
+        return self.path / "checkpoints" / f"{round:08d}.safetensors"
+
+    def _client(self, member: int, round: int) -> Path:
+        return self.path / "clients" / f"{member:08d}-{round:08d}.safetensors"
+
+    def _keep_best(self, run: Run, record: Record) -> None:
+        if self._note_best(run, record):
+            about = {
+                "identity": identity(run),
+                "round": record.round,
+                "metrics": dict(record.metrics),
+            }
+            checkpoints.save(
+                self.path / "checkpoints" / "best.safetensors", "model", about, run.model
+            )
+
+    def _note_best(self, run: Run, record: Record) -> bool:
+        metric = self.best or main_metric(record.metrics)
+        value = record.metrics.get(metric)
+        if value is None or math.isnan(value):
+            return False
+        score = value if metric in HIGHER_IS_BETTER else -value
+        better = self._best is None or score > self._best
+        if better:
+            self._best = score
+        return better
+
+    def _line(self, name: str, value: Any) -> None:
+        try:
+            file = self._files[name]
+            file.write(json.dumps(value, separators=(",", ":")) + "\n")
+            file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path / name} could not be written: {error.strerror or error}; free some "
+                "space, then resume the run"
+            ) from error
+
+    def _truncate(self, round: int) -> None:
+        """Drop lines of rounds after `round`: they are about to be run again."""
+        for name in LINES:
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in read_lines(path) if line["round"] <= round]
+                text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
+                checkpoints.write_atomically(path, [text.encode()])
+
+    def _status(self, status: str) -> None:
+        checkpoints.write_json(self.path / "status.json", {"status": status, "time": time.time()})
+
+    def _draw(self, run: Run) -> None:
+        from atoll.tracking.plots import draw_run
+
+        # Pictures are a convenience: `run.plot` says how to get them.
+        with contextlib.suppress(MissingPackage):
+            draw_run(run, self.path / "figures")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run folder."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a run folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / 'config.json'} is damaged")
+    return config
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file; one that a crash cut off at the end is left out."""
+    lines: list[dict[str, Any]] = []
+    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            if number < len(texts):
+                raise CheckpointError(f"{path} is damaged at line {number}") from None
+    return lines
+
+
+def read_history(path: Path) -> list[Record]:
+    """The rounds of a run folder."""
+    try:
+        return [Record(**line) for line in read_lines(path / "rounds.jsonl")]
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path / 'rounds.jsonl'} has a line of another form: {error}"
+        ) from error
+
+
+def read_run(path: str | Path) -> Run:
+    """A run as its folder tells it; the model is read where the run is complete."""
+    folder = Path(path)
+    config = read_config(folder)
+    run = Run(config["plan"], config["data"], config["seed"], config["rounds"], folder=folder)
+    run.history = read_history(folder)
+    run.seconds = sum(line["seconds"] for line in read_lines(folder / "timings.jsonl"))
+    if (folder / "model.safetensors").exists():
+        run.model = checkpoints.load(folder / "model.safetensors", "model")[1]
+    return run
+
+
+def read_status(path: Path) -> str:
+    """How a run ended: finished, interrupted, or running (which a killed one says too)."""
+    try:
+        return str(json.loads((path / "status.json").read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Run folders directly below a folder, oldest first."""
+    found = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
+    return sorted(found, key=lambda path: ((path / "config.json").stat().st_mtime, path.name))
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """A folder name below `root` that is not taken: name-1, name-2, ..."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "run"
+    taken: Iterable[str] = [p.name for p in root.glob(f"{stem}-*")] if root.is_dir() else []
+    numbers = [int(n.rpartition("-")[2]) for n in taken if n.rpartition("-")[2].isdecimal()]
+    return root / f"{stem}-{max(numbers, default=0) + 1}"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as results may depend on them."""
+    packages = {}
+    for name in ("atoll", "numpy", "torch", "scikit-learn", "jax"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "packages": packages,
+        "arguments": [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else [],
+    }

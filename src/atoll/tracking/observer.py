@@ -1,0 +1,62 @@
+"""Observers: what is told about a run while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.tracking.run import Participant, Record, Run
+from atoll.vectors import Vectors
+
+#: A client's memory and the round it is from, by member.
+Memories = Mapping[int, tuple[int, Vectors]]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two rounds: everything that is needed to go on from there."""
+
+    round: int
+    vectors: Vectors
+    memories: Memories
+    coordinator: Mapping[str, Any]
+    clock: float
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """What observers are told when a round has closed.
+
+    `participants` covers all its attempts. `client_metrics` is the metric of `spread` for each
+    client where it was evaluated. `snapshot` is taken only when it is called, and only valid until
+    the observer returns.
+    """
+
+    record: Record
+    participants: Sequence[Participant]
+    client_metrics: Mapping[str, NDArray[np.float64]]
+    snapshot: Callable[[], Snapshot]
+    seconds: float
+
+
+class Observer:
+    """Is told how a run goes; the defaults do nothing."""
+
+    def begin(self, run: Run) -> None:
+        """The run is about to start (or to go on)."""
+
+    def round(self, run: Run, end: RoundEnd) -> None:
+        """A round has closed."""
+
+    def interrupted(self, run: Run, snapshot: Snapshot) -> None:
+        """The run was stopped from outside; `snapshot` is the state after its last closed round."""
+
+    def end(self, run: Run) -> None:
+        """The run is complete."""
+
+    def close(self) -> None:
+        """Nothing more will come, whatever happened."""

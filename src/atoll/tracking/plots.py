@@ -1,0 +1,90 @@
+"""Pictures of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+
+from atoll.errors import ConfigurationError
+from atoll.pictures import picture
+from atoll.tracking.run import Run, main_metric
+
+
+def draw_metric(
+    runs: Mapping[str, Run],
+    path: Path,
+    metric: str,
+    against: str = "round",
+    levels: Mapping[str, float] | None = None,
+) -> Path:
+    """One line per run (named by its key), against "round", "bytes" or simulated "seconds".
+
+    `levels` are horizontal lines, for baselines.
+    """
+    if against not in ("round", "bytes", "seconds"):
+        raise ConfigurationError(f"a plot is against round, bytes or seconds, not {against!r}")
+    with picture(path) as (_, axes):
+        for name, run in runs.items():
+            rounds, values = run.series(metric)
+            places = _places(run, rounds, against)
+            (line,) = axes.plot(places, values, label=name, linewidth=1.8)
+            _draw_spread(axes, run, metric, against, line.get_color())
+        for number, (name, value) in enumerate((levels or {}).items()):
+            style = ("--", ":", "-.")[number % 3]
+            axes.axhline(value, linestyle=style, color="0.35", linewidth=1.2)
+            axes.annotate(
+                name,
+                (1, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(-4, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize="small",
+                color="0.25",
+            )
+        names = {"round": "round", "bytes": "communication, MB", "seconds": "simulated seconds"}
+        axes.set_xlabel(names[against])
+        axes.set_ylabel(metric.replace("_", " "))
+        first = next(iter(runs.values()))
+        axes.set_title(f"{first.data.get('name', '')}: {metric.replace('_', ' ')}")
+        if any(runs):
+            axes.legend()
+    return path
+
+
+def draw_run(run: Run, folder: Path) -> list[Path]:
+    """The figures of a complete run: its main metric and the loss, against rounds and bytes."""
+    paths = []
+    for metric in dict.fromkeys((main_metric(run.metrics), "loss")):
+        for against in ("round", "bytes"):
+            name = f"{metric}.png" if against == "round" else f"{metric}-{against}.png"
+            paths.append(draw_metric({"": run}, folder / name, metric, against))
+    return paths
+
+
+def _places(run: Run, rounds: list[int], against: str) -> list[float]:
+    if against == "round":
+        return [float(round) for round in rounds]
+    if against == "seconds":
+        clock = {record.round: record.clock for record in run.history}
+        return [clock[round] for round in rounds]
+    totals = accumulate(record.bytes_up + record.bytes_down for record in run.history)
+    spent = {r.round: total / 1e6 for r, total in zip(run.history, totals, strict=True)}
+    return [spent[round] for round in rounds]
+
+
+def _draw_spread(axes: object, run: Run, metric: str, against: str, colour: str) -> None:
+    """The band between the worst tenth of clients and their mean plus one deviation."""
+    rounds, low, high = [], [], []
+    for record in run.history:
+        mean = record.metrics.get(f"{metric}_client_mean")
+        if mean is not None:
+            deviation = record.metrics[f"{metric}_client_std"]
+            rounds.append(record.round)
+            low.append(mean - deviation)
+            high.append(mean + deviation)
+    if len(rounds) > 1:
+        axes.fill_between(  # type: ignore[attr-defined]
+            _places(run, rounds, against), low, high, color=colour, alpha=0.15, linewidth=0
+        )
