@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,6 +174,8 @@ TWICE = np.stack([Y, Y], 1)
         ({"y": Y.astype("datetime64[D]")}, r"targets have dtype datetime64\[D\]; give numbers"),
         ({"y": [datetime.date(2020, 1, 1)] * 6}, "the targets are date objects; turn them into"),
         ({"y": ["a", None, "b", np.nan, "c", "d"]}, "2 of 6 targets are missing; drop these"),
+        ({"y": ["a", "b", "c", "d", "e", np.nan]}, "1 of 6 targets are missing; drop these"),
+        ({"y": ["a", "b", "c", "d", "e", 1]}, "the targets mix int and str; make them all one"),
         (
             {"y": np.array(["a", 1, "b", 2, 3, 4], dtype=object)},
             "the targets mix int and str; make them all one kind",
@@ -198,7 +201,6 @@ TWICE = np.stack([Y, Y], 1)
         ({"test": (X[:2], Y)}, "arrays, test part: 2 inputs but 6 targets"),
         ({"test": (X[:, :2], Y)}, r"test part: inputs have shape \(2,\) each, but \(3,\) in"),
         ({"test": (X, list("abcabc"))}, "test part: labels are text in one part and numbers"),
-        ({"test": (X, Y), "classes": 3, "y": Y % 2}, None),
         (
             {"y": list("ababab"), "test": (X, list("abcabc"))},
             "arrays, test part: label 'c' is not among the 2 class names; give all of them",
@@ -207,9 +209,6 @@ TWICE = np.stack([Y, Y], 1)
 )
 def test_arrays_that_do_not_fit_are_refused(arguments: dict[str, Any], sentence: str) -> None:
     arguments = {"x": X, "y": Y, **arguments}
-    if sentence is None:
-        from_arrays(**arguments)
-        return
     with pytest.raises(DataError, match=sentence):
         from_arrays(**arguments)
 
@@ -445,7 +444,7 @@ def test_torch_datasets_that_do_not_fit_are_refused() -> None:
         (Pairs({"x": 1}), r"item 0 is 'dict', but from_torch takes \(input, label\) pairs"),
         (Pairs((X[0], 0), (X[0], 0, 1)), "item 1 is 'tuple' of 3, but from_torch takes"),
         (Pairs((X[0], 0), (X[0, :2], 0)), r"item 1 has shape \(2,\), item 0 has \(3,\); bring"),
-        (Pairs((X[0], 0), (X[0], "a")), None),
+        (Pairs((X[0], 0), (X[0], "a")), "the targets mix int and str; make them all one kind"),
     ]
     for dataset, sentence in refusals:
         with pytest.raises(DataError, match=sentence):
@@ -495,7 +494,7 @@ def test_torchvision_sets_come_by_name(torchvision: ModuleType, name: str, tmp_p
 def test_torchvision_refusals(torchvision: ModuleType) -> None:
     with pytest.raises(DataError, match="torchvision has no set 'mnist'; close names are 'MNIST'"):
         from_torchvision("mnist", "root")
-    with pytest.raises(DataError, match="torchvision has no set 'Hidden'$"):
+    with pytest.raises(DataError, match=r"torchvision has no set 'Hidden'$"):
         from_torchvision("Hidden", "root")
     with pytest.raises(DataError, match="Alone: torchvision gives this set without a training"):
         from_torchvision("Alone", "root")
@@ -755,7 +754,7 @@ def test_lists_become_blocks(make: Maker, tmp_path: Path) -> None:
         },
         tmp_path,
     )
-    dataset = from_table(source, label="wave", features=["age", "wave2", "on"][::2] + ["now"])
+    dataset = from_table(source, label="wave", features=["age", "on", "now"])
     assert dataset.x.tolist() == [[1, 1, 0, 0, 1], [2, 0, 0, 1, 2], [3, 1, 1, 2, 3]]
     assert (dataset.task, dataset.y.shape) == ("regression", (3, 2))
     tokens = from_table(source, label="next", features=["now"], task="tokens")
@@ -778,6 +777,8 @@ def test_lists_of_every_arrow_type() -> None:
         values = rows
         if arrow.types.is_decimal(kind.value_type):
             values = [[decimal.Decimal(value) for value in row] for row in rows]
+        if arrow.types.is_float16(kind.value_type):
+            values = [list(row) for row in np.array(rows, dtype=np.float16)]
         table = arrow.table({"a": arrow.array(values, kind), "y": [0, 1, 0, 1]})
         assert from_table(table, label="y").x.tolist() == rows
         assert from_table(table.slice(1, 2), label="y").x.tolist() == rows[1:3], kind
@@ -809,11 +810,10 @@ def test_numbers_of_every_arrow_type() -> None:
     kinds = [
         *(getattr(arrow, f"{sign}int{bits}")() for sign in ("", "u") for bits in (8, 16, 32, 64)),
         *(getattr(arrow, f"float{bits}")() for bits in (16, 32, 64)),
-        arrow.decimal128(10, 3),
+        arrow.decimal128(30, 3),
     ]
     for kind in kinds:
-        whole = [1, None, 3]
-        column = arrow.chunked_array([arrow.array(whole).cast(kind)])
+        column = arrow.array([1, None, 3]).cast(kind)
         table = arrow.table({"a": column, "b": [0.0, 0, 0], "y": [0, 1, 1]})
         assert from_table(table, label="y", missing="indicator").x[:, 0].tolist() == [1, 2, 3]
         targets = from_table(table.slice(2), label="a", features="b", task="regression")
@@ -838,9 +838,14 @@ def test_columns_of_categories_that_are_no_text() -> None:
     owned = from_table(table, label="y", features="b", client="b")
     assert owned.keys["b"].tolist() == ["true", "false", "true", "false"]
     hollow = arrow.DictionaryArray.from_arrays([0, 1], arrow.array(["a", None]))
-    table = arrow.table({"a": hollow, "y": [0, 1]})
-    for use in ({"label": "a"}, {"label": "y"}, {"label": "y", "client": "a", "features": "y"}):
-        with pytest.raises(DataError, match="column 'a' has 1 missing value of 2|is among the"):
+    table = arrow.table({"a": hollow, "b": [1, 2], "y": [0, 1]})
+    uses: list[dict[str, Any]] = [
+        {"label": "a", "features": "b"},
+        {"label": "y"},
+        {"label": "y", "client": "a", "features": "b"},
+    ]
+    for use in uses:
+        with pytest.raises(DataError, match="column 'a' has 1 missing value of 2"):
             from_table(table, **use)
     empty = arrow.table({"a": arrow.array(["a"]).dictionary_encode(), "y": [0]}).slice(0, 0)
     for features in ("a", None):
@@ -1000,7 +1005,7 @@ def test_columns_of_one_name_and_long_lists_of_columns() -> None:
     with pytest.raises(DataError, match="there are several columns 'a'; rename all but one"):
         from_table(double, label="y")
     wide = arrow.table({f"f{i}": [1] for i in range(12)})
-    with pytest.raises(DataError, match="the columns are 'f0', .*'f9', ...$"):
+    with pytest.raises(DataError, match=r"the columns are 'f0', .*'f9', \.\.\.$"):
         from_table(wide, label="outcome")
     assert from_table(wide, label="f0", features=["f1"]).shape == (1,)
 
@@ -1038,7 +1043,7 @@ def test_frames_that_are_no_tables_are_refused() -> None:
     with pytest.raises(DataError, match="this Series does not read as a table"):
         from_table(polars.Series([1, 2]), label="y")
     mixed = pandas.DataFrame({"a": [1, "x"], "y": [0, 1]})
-    with pytest.raises(DataError, match="this DataFrame does not read as a table: .*column a"):
+    with pytest.raises(DataError, match=r"this DataFrame does not read as a table: .*column a"):
         from_table(mixed, label="y")
 
 
@@ -1205,13 +1210,14 @@ def test_rows_of_hugging_face_are_never_read_one_by_one(monkeypatch: pytest.Monk
     train = datasets.Dataset.from_dict({"img": pictures(9), "y": [0, 1, 2] * 3})
     train = train.cast_column("img", datasets.Image())
     asked: list[Any] = []
-    original = datasets.Dataset._getitem
+    original = datasets.Dataset.__getitem__
 
-    def spy(self: Any, key: Any, **options: Any) -> Any:
+    def item(self: Any, key: Any) -> Any:
         asked.append(key)
-        return original(self, key, **options)
+        return original(self, key)
 
-    monkeypatch.setattr(datasets.Dataset, "_getitem", spy)
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", item)
+    monkeypatch.setattr(datasets.Dataset, "__iter__", lambda self: pytest.fail("row by row"))
     from_huggingface(train, label="y")
     assert not [key for key in asked if isinstance(key, int)]
 
@@ -1222,12 +1228,16 @@ def test_hugging_face_refusals() -> None:
     with pytest.raises(DataError, match="there is no split 'train' but 'test', 'validation'; give"):
         from_huggingface(datasets.DatasetDict(test=plain, validation=plain), label="y")
     for other in (plain.to_iterable_dataset(), {"train": plain}):
-        with pytest.raises(DataError, match="takes a datasets.Dataset or DatasetDict, not '"):
+        with pytest.raises(DataError, match=r"takes a datasets\.Dataset or DatasetDict, not '"):
             from_huggingface(other, label="y")
-        with pytest.raises(DataError, match="takes a datasets.Dataset or DatasetDict, not '"):
+        with pytest.raises(DataError, match=r"takes a datasets\.Dataset or DatasetDict, not '"):
             from_huggingface(plain, label="y", test=other)
     with pytest.raises(DataError, match="a streamed dataset has no length; load it with streaming"):
         from_table(plain.to_iterable_dataset(), label="y")
+    with pytest.raises(
+        DataError, match="takes one split of 'train', 'new'; from_huggingface takes"
+    ):
+        from_table(datasets.DatasetDict(train=plain, new=plain), label="y")
     with pytest.raises(DataError, match="there is no column 'Y'; close names are 'y'"):
         from_huggingface(plain, label="Y")
     with pytest.raises(DataError, match="huggingface, test part: there is no column 'a'"):
@@ -1302,13 +1312,7 @@ def test_importing_the_sources_imports_no_library() -> None:
         "print([m for m in ('torch', 'sklearn', 'pandas', 'polars', 'pyarrow', 'duckdb', "
         "'datasets', 'torchvision', 'PIL') if m in sys.modules])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment()
-    )
-    assert run.stdout.strip() == "[]"
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=here, check=False)
+    assert (run.stdout.strip(), run.stderr) == ("[]", "")

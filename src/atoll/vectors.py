@@ -172,7 +172,7 @@ class Layout:
         }
 
     def check(self, vectors: Mapping[str, NDArray[Any]]) -> None:
-        """Raise `LayoutError` unless these are this layout's sections, with its shapes and dtypes."""
+        """Raise `LayoutError` unless these are this layout's sections, shapes and dtypes."""
         if set(vectors) != set(self.sizes):
             raise LayoutError(
                 f"the model has sections {describe_names(self.sizes)}, "

@@ -1,7 +1,7 @@
 """Exact sums: fixed point in integers, so that order, grouping and withdrawal cannot matter.
 
 A value is counted in units of 2^-30 and summed in int64. Before a sum could overflow, its upper
-part is carried into a second int64 worth 2^32 units, so sums are exact up to 2^64 in size.
+part is carried into a second int64 worth 2^32 units, so values up to 2^43 are summed exactly.
 Integer addition is associative: any order, any split over workers and any restart give the same
 bits, and subtracting an update restores the sum as if it had never been there.
 """
@@ -15,8 +15,8 @@ UNIT_BITS = 30
 CARRY_BITS = 32
 #: An int64 stays far from overflow while the magnitudes it has taken in add up to at most this.
 ROOM = 1 << 62
-#: Values from here on (in units) do not fit even two words.
-LIMIT = float(1 << 93)
+#: Values from here on (in units) are summed in floats; below, four million of them fit two words.
+LIMIT = float(1 << 73)
 TILE = 1 << 15
 
 

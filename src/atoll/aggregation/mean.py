@@ -90,7 +90,7 @@ class _RunningMean(Accumulator):
         inexact = [name for name, total in self.sums.items() if not total.exact]
         for name in inexact:
             logger.warning(
-                "%s holds values beyond 2^64; they were summed in float64, so the last bits depend "
+                "%s holds values beyond 2^43; they were summed in float64, so the last bits depend "
                 "on the order of arrival; the run is probably diverging",
                 name,
             )

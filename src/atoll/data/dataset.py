@@ -35,12 +35,16 @@ class Dataset:
     describe: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.x) == 0:
+            raise DataError(f"{self.name}: there are no examples")
         object.__setattr__(self, "x", _clean_inputs(self.x, self.task, self.classes, self.name))
         object.__setattr__(self, "y", _clean_targets(self.y, self.task, self.classes, self.name))
         if len(self.x) != len(self.y):
             raise DataError(f"{self.name}: {len(self.x)} inputs but {len(self.y)} targets")
-        if len(self.x) == 0:
-            raise DataError(f"{self.name}: there are no examples")
+        if self.task == "classification" and self.y.ndim != 1:
+            raise DataError(
+                f"{self.name}: labels must be one number per example, not {list(self.y.shape)}"
+            )
         for key, owners in self.keys.items():
             if len(owners) != len(self.x):
                 raise DataError(
@@ -50,6 +54,11 @@ class Dataset:
             x, y = self.test.all()
             x = _clean_inputs(x, self.task, self.classes, f"{self.name}, test part")
             y = _clean_targets(y, self.task, self.classes, f"{self.name}, test part")
+            if x.shape[1:] != self.x.shape[1:]:
+                raise DataError(
+                    f"{self.name}: test inputs have shape {list(x.shape[1:])}, but training inputs "
+                    f"{list(self.x.shape[1:])}"
+                )
             object.__setattr__(self, "test", Examples(x, y))
 
     def __len__(self) -> int:

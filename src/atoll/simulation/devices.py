@@ -1,6 +1,6 @@
 """Devices: how fast, how well connected and how reliable simulated clients are.
 
-All draws are keyed by seed, client and round, so a device behaves the same in every run.
+All draws are keyed by seed, client, round and attempt, so a run meets the same devices again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import numpy as np
 from atoll.errors import DataError
 from atoll.keys import Key
 from atoll.rounds.roster import Members, Resources
+
+
+def device_key(key: Key, name: str) -> Key:
+    """The key of everything that is drawn about one client's device."""
+    return key.fold("device", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,11 @@ class Conditions:
 class Devices:
     """A population of devices; this base is the ideal one: no delay, always there."""
 
-    def conditions(self, name: str, round: int, planned_steps: int, key: Key) -> Conditions:
-        """The conditions of client `name` in a round in which its full work is `planned_steps`."""
+    def conditions(self, name: str, planned_steps: int, own: Key, today: Key) -> Conditions:
+        """The conditions of client `name` when its full work is `planned_steps`.
+
+        Draws from `own` stay the same for the whole run; those from `today` are new at each attempt.
+        """
         return Conditions()
 
     def present(self, names: Sequence[str], now: float, key: Key) -> Members | None:
@@ -99,14 +107,14 @@ class RandomDevices(Devices):
             if not 0 <= getattr(self, name) <= 1:
                 raise DataError(f"{name} must be a probability, not {getattr(self, name)}")
 
-    def conditions(self, name: str, round: int, planned_steps: int, key: Key) -> Conditions:
-        own = key.fold("device", name).generator()
-        speed = self.steps_per_second.draw(own)
-        down = math.inf if self.down is None else self.down.draw(own)
-        up = math.inf if self.up is None else self.up.draw(own)
-        today = key.fold("device", name, round).generator()
-        slow = math.exp(self.jitter * today.standard_normal())
-        return Conditions(slow / speed, down, up, self.latency, bool(today.random() < self.dropout))
+    def conditions(self, name: str, planned_steps: int, own: Key, today: Key) -> Conditions:
+        always = own.generator()
+        speed = self.steps_per_second.draw(always)
+        down = math.inf if self.down is None else self.down.draw(always)
+        up = math.inf if self.up is None else self.up.draw(always)
+        now = today.generator()
+        slow = math.exp(self.jitter * now.standard_normal())
+        return Conditions(slow / speed, down, up, self.latency, bool(now.random() < self.dropout))
 
     def present(self, names: Sequence[str], now: float, key: Key) -> Members | None:
         if self.availability >= 1:
@@ -129,7 +137,7 @@ class RandomDevices(Devices):
 class Stragglers(Devices):
     """FedProx's systems heterogeneity (Li et al., MLSys 2020, section 5.2).
 
-    In each round a `share` of the clients can do only part of their work within `seconds`: a
+    At each attempt a `share` of the clients can do only part of their work within `seconds`: a
     number of `epochs` uniform on 1 to epochs - 1. The others do all of it in that time.
     """
 
@@ -141,8 +149,8 @@ class Stragglers(Devices):
         if not 0 <= self.share <= 1 or self.epochs < 2:
             raise DataError("share must be a probability and epochs at least 2")
 
-    def conditions(self, name: str, round: int, planned_steps: int, key: Key) -> Conditions:
-        rng = key.fold("straggler", name, round).generator()
+    def conditions(self, name: str, planned_steps: int, own: Key, today: Key) -> Conditions:
+        rng = today.generator()
         possible = rng.integers(1, self.epochs) if rng.random() < self.share else self.epochs
         return Conditions(self.seconds / planned_steps * self.epochs / float(possible))
 
@@ -204,7 +212,7 @@ class TracedDevices(Devices):
         except KeyError:
             raise DataError(f"the device trace has no client {name!r}") from None
 
-    def conditions(self, name: str, round: int, planned_steps: int, key: Key) -> Conditions:
+    def conditions(self, name: str, planned_steps: int, own: Key, today: Key) -> Conditions:
         trace = self.trace(name)
         return Conditions(1 / trace.steps_per_second, trace.down, trace.up)
 

@@ -19,7 +19,7 @@ from atoll.rounds.plan import Plan
 from atoll.rounds.roster import Roster
 from atoll.rounds.server import Server
 from atoll.rounds.turn import assignment_for, first_memory
-from atoll.simulation.devices import Conditions, Devices, TracedDevices
+from atoll.simulation.devices import Conditions, Devices, TracedDevices, device_key
 from atoll.simulation.engine import Engine, Turn
 from atoll.simulation.evaluate import (
     check_evaluation,
@@ -185,7 +185,7 @@ class Simulator:
             parts[invitation.id] = Participant(
                 invitation.client, str(answer.verdict), down, message_size(message)
             )
-            if answer.accepted:
+            if answer.accepted and memory:
                 learned[invitation.member] = memory
         if coordinator.phase is Phase.OPEN:
             assert coordinator.deadline is not None
@@ -234,7 +234,7 @@ class Simulator:
 
     def _arrival(self, invitation: Invitation, down: int) -> _Arrival:
         planned = self._planned(invitation.member)
-        conditions = self._conditions(invitation.member, invitation.round)
+        conditions = self._conditions(invitation.member, invitation.round, invitation.attempt)
         assignment = assignment_for(
             self.key, invitation.client, invitation.round, invitation.fraction
         )
@@ -273,7 +273,7 @@ class Simulator:
         """The share of its work that a client can do and deliver by the deadline: whole steps."""
         assert self.plan.schedule.deadline is not None
         planned = self._planned(member)
-        conditions = self._conditions(member, self.coordinator.round)
+        conditions = self._conditions(member, self.coordinator.round, self.coordinator.attempt)
         down = wire.size(self.server.broadcast())
         left = self.plan.schedule.deadline - conditions.transfer(down, self._up_bytes)
         if conditions.seconds_per_step <= 0:
@@ -282,10 +282,10 @@ class Simulator:
         steps = math.floor(left / conditions.seconds_per_step * (1 + 1e-9))
         return min(max(steps, 1), planned) / planned
 
-    def _conditions(self, member: int, round: int) -> Conditions:
-        return self.devices.conditions(
-            self.data.names[member], round, self._planned(member), self.key
-        )
+    def _conditions(self, member: int, round: int, attempt: int) -> Conditions:
+        name = self.data.names[member]
+        own = device_key(self.key, name)
+        return self.devices.conditions(name, self._planned(member), own, own.fold(round, attempt))
 
     def _planned(self, member: int) -> int:
         return self.plan.learner.planned_steps(int(self._sizes[member]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from atoll.errors import ConfigurationError
 from atoll.pictures import picture
@@ -25,11 +26,12 @@ def draw_metric(
     if against not in ("round", "bytes", "seconds"):
         raise ConfigurationError(f"a plot is against round, bytes or seconds, not {against!r}")
     with picture(path) as (_, axes):
+        banded = False
         for name, run in runs.items():
             rounds, values = run.series(metric)
             places = _places(run, rounds, against)
             (line,) = axes.plot(places, values, label=name, linewidth=1.8)
-            _draw_spread(axes, run, metric, against, line.get_color())
+            banded |= _draw_spread(axes, run, metric, against, line.get_color(), not banded)
         for number, (name, value) in enumerate((levels or {}).items()):
             style = ("--", ":", "-.")[number % 3]
             axes.axhline(value, linestyle=style, color="0.35", linewidth=1.2)
@@ -48,7 +50,7 @@ def draw_metric(
         axes.set_ylabel(metric.replace("_", " "))
         first = next(iter(runs.values()))
         axes.set_title(f"{first.data.get('name', '')}: {metric.replace('_', ' ')}")
-        if any(runs):
+        if any(runs) or banded:
             axes.legend()
     return path
 
@@ -74,8 +76,10 @@ def _places(run: Run, rounds: list[int], against: str) -> list[float]:
     return [spent[round] for round in rounds]
 
 
-def _draw_spread(axes: object, run: Run, metric: str, against: str, colour: str) -> None:
-    """The band between the worst tenth of clients and their mean plus one deviation."""
+def _draw_spread(
+    axes: Any, run: Run, metric: str, against: str, colour: str, labelled: bool
+) -> bool:
+    """The band of one deviation around the mean over clients; returns whether there is one."""
     rounds, low, high = [], [], []
     for record in run.history:
         mean = record.metrics.get(f"{metric}_client_mean")
@@ -85,6 +89,13 @@ def _draw_spread(axes: object, run: Run, metric: str, against: str, colour: str)
             low.append(mean - deviation)
             high.append(mean + deviation)
     if len(rounds) > 1:
-        axes.fill_between(  # type: ignore[attr-defined]
-            _places(run, rounds, against), low, high, color=colour, alpha=0.15, linewidth=0
+        axes.fill_between(
+            _places(run, rounds, against),
+            low,
+            high,
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+            label="clients: mean ± 1 deviation" if labelled else None,
         )
+    return len(rounds) > 1

@@ -85,7 +85,7 @@ def is_missing(value: object) -> bool:
     """Whether a Python value stands for no value: None, NaN, or pandas' NA and NaT."""
     if value is None or type(value).__name__ in {"NAType", "NaTType"}:
         return True
-    return isinstance(value, float | np.floating) and bool(value != value)
+    return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
 def _pair(x: ArrayLike, y: ArrayLike, name: str) -> tuple[Array, Array]:
@@ -108,6 +108,9 @@ def _array(values: ArrayLike, noun: str, name: str) -> Array:
         raise DataError(f"{name}: the {noun} are a sparse matrix; make it dense with .toarray()")
     try:
         array = np.asarray(values)
+        if array.dtype.kind in "SU" and isinstance(values, list | tuple):
+            # NumPy would have made text of the numbers and missing values among them.
+            array = np.asarray(values, dtype=object)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{name}: the {noun} do not become one array: {error}") from error
     if array.ndim == 0:
@@ -247,8 +250,6 @@ def _inferred_classes(labels: Sequence[Array], name: str) -> int:
 
 def _codes(y: Array, class_names: tuple[str, ...], name: str) -> NDArray[np.int64]:
     """Positions [N] of text labels among the class names."""
-    if y.dtype.kind != "O":
-        return y
     code = {text: position for position, text in enumerate(class_names)}
     labels = y.tolist()
     unknown = sorted(set(labels) - code.keys())

@@ -122,7 +122,7 @@ def _pictures(
 
 def _table(dataset: Any, columns: Sequence[str] | None, label: str, library: ModuleType) -> Table:
     """Columns as an Arrow table; named classes other than the label become categories."""
-    arrow = require("pyarrow", "pyarrow", "from_huggingface")
+    arrow = require("pyarrow", "pyarrow>=18", "from_huggingface")
     if columns is not None:
         dataset = dataset.select_columns(list(columns))
     # Through the format, not `.data`, which knows nothing of select() and shuffle().

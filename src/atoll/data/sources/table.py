@@ -25,6 +25,8 @@ Column = Any
 ArrowType = Any
 Missing = Literal["refuse", "indicator"]
 
+#: The first pyarrow that casts the text columns of polars.
+_INSTALL = "pyarrow>=18"
 #: A column of more different texts is a name or a sentence rather than a category.
 _MOST_CATEGORIES = 1000
 #: Bytes of the output that are filled at a time, so that its rows stay in the cache.
@@ -127,7 +129,7 @@ def _choice(column: str, columns: Sequence[str]) -> str:
 
 
 def _pyarrow() -> ModuleType:
-    return require("pyarrow", "pyarrow", "Reading a table")
+    return require("pyarrow", _INSTALL, "Reading a table")
 
 
 def _default_name(source: Any) -> str:
@@ -151,20 +153,25 @@ def _read_file(path: Path, name: str) -> Table:
 
 
 def _read_csv(path: Path) -> Table:
-    csv = require("pyarrow.csv", "pyarrow", "Reading a table")
+    csv = require("pyarrow.csv", _INSTALL, "Reading a table")
     # An empty field is a missing value in a text column too; "" in quotes is an empty text.
     convert = csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False)
     return csv.read_csv(path, convert_options=convert)
 
 
 def _read_parquet(path: Path) -> Table:
-    parquet = require("pyarrow.parquet", "pyarrow", "Reading a table")
+    parquet = require("pyarrow.parquet", _INSTALL, "Reading a table")
     # Folders named key=value would otherwise add columns that the file does not have.
     return parquet.read_table(path, partitioning=None)
 
 
 def _read_huggingface(source: Any, name: str) -> Table:
-    if not hasattr(source, "__len__") or not hasattr(source, "select"):
+    if isinstance(source, Mapping):
+        splits = ", ".join(map(repr, source))
+        raise DataError(
+            f"{name}: from_table takes one split of {splits}; from_huggingface takes them all"
+        )
+    if not hasattr(source, "__len__"):
         raise DataError(f"{name}: a streamed dataset has no length; load it with streaming=False")
     # Through the format, not `.data`, which knows nothing of select() and shuffle().
     return source.with_format("arrow")[:]
@@ -393,7 +400,7 @@ def _categories(
 
 def _one_hot(values: Column, categories: Column, flagged: bool) -> Array:
     """Rows [N, K + flagged] of booleans, no category where it is missing or unknown."""
-    compute = require("pyarrow.compute", "pyarrow", "Reading a table")
+    compute = require("pyarrow.compute", _INSTALL, "Reading a table")
     found = compute.index_in(values, value_set=categories)
     codes = found.fill_null(-1).to_numpy(zero_copy_only=False)
     block = np.zeros((len(codes), len(categories) + flagged), dtype=np.bool_)
@@ -484,7 +491,7 @@ def _numbers(column: Column, noun: str, name: str) -> Array:
 
 
 def _list_numbers(column: Column, noun: str, name: str) -> Array:
-    compute = require("pyarrow.compute", "pyarrow", "Reading a table")
+    compute = require("pyarrow.compute", _INSTALL, "Reading a table")
     lengths = compute.min_max(compute.list_value_length(column))
     shortest, longest = lengths["min"].as_py(), lengths["max"].as_py()
     if shortest != longest:

@@ -171,7 +171,9 @@ def _looped(dataset: Any, name: str) -> tuple[Array, Array]:
             )
         inputs[at] = values
         labels.append(_label(label))
-    return inputs, _array(labels)
+    # Beside text NumPy would make text of numbers, too.
+    named = any(isinstance(label, str) for label in labels)
+    return inputs, np.array(labels, dtype=object) if named else np.asarray(labels)
 
 
 def _item(dataset: Any, at: int, name: str) -> tuple[Any, Any]:

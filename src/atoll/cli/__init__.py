@@ -1,0 +1,110 @@
+"""The command line: `atoll demo | simulate | runs | show | compare | data`.
+
+Commands are imported when they are called, so that `atoll --help` is instant. Exit codes: 0 done,
+1 a problem that is said in a sentence, 2 a command line that makes no sense, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from atoll import __version__
+from atoll.errors import AtollError
+
+RUNS = "runs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    command = import_module(f"atoll.cli.{options.module}")
+    try:
+        return int(command.run(options))
+    except AtollError as error:
+        print(f"atoll: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("atoll: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); what is left has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"atoll: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The grammar of all commands."""
+    top = argparse.ArgumentParser(
+        prog="atoll",
+        description="Federated learning: describe a federation, simulate it, compare.",
+    )
+    top.add_argument("--version", action="version", version=f"atoll {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train on real data and compare with local training")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders go")
+    demo.set_defaults(module="demo")
+
+    simulate = commands.add_parser("simulate", help="simulate the federation of a Python file")
+    simulate.add_argument("file", help="a file that defines `federation` and `clients`")
+    simulate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change the federation, e.g. --set schedule.rounds=100 --set learner.lr=0.05",
+    )
+    simulate.add_argument("--seed", type=int, help="seed of every draw (0, or that of --resume)")
+    simulate.add_argument("--resume", metavar="RUN", help="go on with this run")
+    simulate.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders go")
+    simulate.add_argument("--name", help="name of the run folder (the file's name and a number)")
+    simulate.add_argument(
+        "--checkpoint-every", type=_positive, default=10, metavar="ROUNDS", help="default: 10"
+    )
+    simulate.add_argument(
+        "--baselines", action="store_true", help="train centrally and locally too, and compare"
+    )
+    simulate.set_defaults(module="simulate")
+
+    runs = commands.add_parser("runs", help="list runs")
+    runs.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders are")
+    runs.set_defaults(module="runs")
+
+    show = commands.add_parser("show", help="show one run")
+    show.add_argument("run", metavar="RUN", help="a run folder, or its name")
+    _drawing(show)
+    show.add_argument("--json", action="store_true", help="print the rounds as JSON lines")
+    show.set_defaults(module="show")
+
+    compare = commands.add_parser("compare", help="compare runs in a table and a plot")
+    compare.add_argument("run", nargs="+", metavar="RUN", help="run folders, or their names")
+    _drawing(compare)
+    compare.set_defaults(module="compare")
+
+    data = commands.add_parser("data", help="list data sets, or show what one holds")
+    data.add_argument("name", nargs="?", help="a data set to load and describe")
+    data.set_defaults(module="data")
+    return top
+
+
+def _drawing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders are")
+    command.add_argument("--metric", help="what to draw; default: accuracy, or the loss")
+    command.add_argument("--against", default="round", choices=("round", "bytes", "seconds"))
+    command.add_argument("--plot", metavar="FILE", help="draw into this image file")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

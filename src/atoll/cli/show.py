@@ -1,0 +1,51 @@
+"""`atoll show RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from atoll.cli.files import find_run
+from atoll.cli.report import print_run
+from atoll.tracking.folder import read_run, read_status
+from atoll.tracking.run import main_metric
+
+
+def run(options: argparse.Namespace) -> int:
+    """What was tried, what came of it, and a picture if one is asked for."""
+    folder = find_run(options.run, options.runs)
+    shown = read_run(folder)
+    if options.json:
+        for record in shown.history:
+            print(json.dumps(record.json()))
+        return 0
+    print(f"{folder}: {read_status(folder)}, seed {shown.seed}")
+    for name in ("algorithm", "pipeline", "schedule", "learner"):
+        print(f"  {name:<9}  {_short(shown.config[name])}")
+    print_run(shown)
+    if options.plot:
+        metric = options.metric or main_metric(shown.metrics)
+        print(f"drawn: {shown.plot(Path(options.plot), metric, options.against)}")
+    else:
+        figures = sorted((folder / "figures").glob("*.png"))
+        if figures:
+            print(f"figures: {', '.join(str(path) for path in figures)}")
+    return 0
+
+
+def _short(value: object) -> str:
+    """A described configuration as it could have been written."""
+    if isinstance(value, dict) and "kind" in value:
+        inner = ", ".join(
+            f"{name}={_short(item)}"
+            for name, item in value.items()
+            if name not in ("kind", "layout") and item is not None
+        )
+        return f"{str(value['kind']).rpartition('.')[2]}({inner})"
+    if isinstance(value, list):
+        stages = any(isinstance(item, dict) for item in value)
+        shown = [_short(item) for item in value]
+        return " >> ".join(shown) if stages else f"({', '.join(shown)})"
+    text = " ".join(str(value).split())
+    return text if len(text) < 120 else f"{text[:117]}..."

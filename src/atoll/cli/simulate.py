@@ -1,0 +1,53 @@
+"""`atoll simulate FILE.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from atoll.cli.files import find_run, read_federation
+from atoll.cli.overrides import override
+from atoll.cli.report import print_comparison, print_run
+from atoll.errors import RunError
+from atoll.simulation.interrupt import Interrupted
+from atoll.tracking.folder import RunFolder, new_folder, read_config
+from atoll.tracking.progress import progress
+
+
+def run(options: argparse.Namespace) -> int:
+    """Simulate, keep a run folder, and say where it is."""
+    resume = options.resume is not None
+    federation, clients = read_federation(options.file)
+    federation = override(federation, options.set)
+    if resume:
+        folder = find_run(options.resume, options.runs)
+        seed = int(read_config(folder)["seed"]) if options.seed is None else options.seed
+    else:
+        name = options.name
+        root = Path(options.runs)
+        folder = root / name if name else new_folder(root, Path(options.file).stem)
+        seed = options.seed or 0
+    keeper = RunFolder(folder, every=options.checkpoint_every, best=federation.evaluation.best)
+    try:
+        result = federation.simulate(
+            clients, seed=seed, folder=keeper, resume=resume, observers=[progress()]
+        )
+    except Interrupted as stop:
+        command = " ".join(
+            ["atoll simulate", options.file, *(f"--set {s}" for s in options.set), "--resume"]
+        )
+        print(
+            f"atoll: stopped after round {stop.round}; go on with: {command} {folder}",
+            file=sys.stderr,
+        )
+        return 130
+    except MemoryError as error:
+        raise RunError(
+            "there is not enough memory for this run; use fewer or smaller clients"
+        ) from error
+    print_run(result)
+    if options.baselines:
+        print_comparison(result, federation.baselines(clients, seed=seed))
+    print(f"run folder: {folder}")
+    return 0

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from atoll import Federation, algorithms, data, schedules
+from atoll.errors import ConfigurationError
+from atoll.keys import Key
+from atoll.learners import Assignment
+
+pytest.importorskip("sklearn")
+from sklearn.linear_model import (
+    LinearRegression,
+    LogisticRegression,
+    SGDClassifier,
+    SGDRegressor,
+)
+from sklearn.neural_network import MLPClassifier
+from sklearn.tree import DecisionTreeClassifier
+
+from atoll.learners import SklearnLearner
+
+
+@pytest.mark.parametrize(
+    ("estimator", "epochs", "target"),
+    [
+        (SGDClassifier(loss="log_loss", alpha=1e-3), 3, 0.85),
+        (LogisticRegression(), 5, 0.88),
+        (MLPClassifier((32,), learning_rate_init=0.01), 3, 0.7),
+    ],
+)
+def test_estimators_learn_together_what_none_knows_alone(digits, estimator, epochs, target):
+    learner = SklearnLearner(estimator, features=64, classes=10, epochs=epochs)
+    federation = Federation(
+        learner=learner,
+        algorithm=algorithms.FedAvg(),
+        schedule=schedules.Synchronous(rounds=15),
+    )
+    result = federation.simulate(digits, seed=0)
+    assert result.metrics["accuracy"] > target
+    again = federation.simulate(digits, seed=0)
+    np.testing.assert_array_equal(again.model["params"], result.model["params"])
+
+
+def test_one_full_client_is_plain_scikit_learn(digits):
+    x, y = digits.all_train().all()
+    learner = SklearnLearner(LogisticRegression(), features=64, classes=10, epochs=200)
+    local = learner.train(learner.init(Key(0)), digits.all_train(), Assignment(1, Key(0)))
+    plain = LogisticRegression(max_iter=200).fit(x, y)
+    coefficients = learner.layout.unpack({"params": local.params})
+    np.testing.assert_allclose(coefficients["coef"], plain.coef_, atol=2e-2)
+    evaluated = learner.evaluate({"params": local.params}, digits.test_part, "classification", 10)
+    expected = plain.score(*digits.test_part.all())
+    assert float(evaluated["correct"] / evaluated["count"]) == pytest.approx(expected, abs=0.01)
+
+
+def test_regressors():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 3)).astype(np.float32)
+    y = (x @ [1.0, -2.0, 0.5] + 1).astype(np.float32)
+    clients = data.from_arrays(x, y, task="regression").iid(clients=5)
+    federation = Federation(
+        learner=SklearnLearner(SGDRegressor(), features=3, epochs=3),
+        algorithm=algorithms.FedAvg(),
+        schedule=schedules.Synchronous(rounds=20),
+    )
+    assert federation.simulate(clients).metrics["r2"] > 0.99
+
+
+def test_black_boxes_are_refused_where_gradients_are_needed():
+    learner = SklearnLearner(SGDClassifier(), features=2, classes=2)
+    for algorithm in (algorithms.FedProx(mu=0.1), algorithms.Scaffold(), algorithms.FedSGD(lr=1.0)):
+        with pytest.raises(ConfigurationError, match="can only fit"):
+            Federation(
+                learner=learner, algorithm=algorithm, schedule=schedules.Synchronous(rounds=1)
+            )
+
+
+def test_estimators_that_cannot_go_on_are_refused():
+    with pytest.raises(ConfigurationError, match="neither partial_fit nor warm_start"):
+        SklearnLearner(LinearRegression(), features=2)
+    with pytest.raises(ConfigurationError, match="neither partial_fit nor warm_start"):
+        SklearnLearner(DecisionTreeClassifier(), features=2, classes=2)
+    with pytest.raises(ConfigurationError, match="give classes"):
+        SklearnLearner(SGDClassifier(), features=2)

@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from atoll import wire
+
+arrays = st.dictionaries(
+    st.text(max_size=8).filter(lambda name: name != "__metadata__"),
+    st.one_of(
+        hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4))
+        for dtype in (np.float32, np.float64, np.int64)
+    ),
+    max_size=4,
+)
+texts = st.dictionaries(st.text(max_size=4), st.text(max_size=8), max_size=3)
+
+
+@given(arrays, texts)
+def test_round_trip_and_size(vectors, metadata):
+    data = b"".join(wire.encode(vectors, metadata))
+    assert len(data) == wire.size(vectors, metadata)
+    decoded, read = wire.decode(data)
+    assert read == metadata
+    assert decoded.keys() == vectors.keys()
+    for name, vector in vectors.items():
+        assert decoded[name].dtype == vector.dtype
+        np.testing.assert_array_equal(decoded[name], vector)
+
+
+def test_the_safetensors_library_reads_ours_and_we_read_its():
+    vectors = {"delta": np.arange(5, dtype=np.float32), "counters": np.array([1, 2**60])}
+    ours = safetensors.numpy.load(b"".join(wire.encode(vectors, {"a": "b"})))
+    theirs, _ = wire.decode(safetensors.numpy.save(vectors))
+    for name, vector in vectors.items():
+        np.testing.assert_array_equal(ours[name], vector)
+        np.testing.assert_array_equal(theirs[name], vector)
+
+
+@given(arrays, st.data())
+def test_damaged_bytes_are_refused_or_read_as_something_valid(vectors, data):
+    good = bytearray(b"".join(wire.encode(vectors)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decoded, _ = wire.decode(bytes(good))
+    except wire.WireError:
+        return
+    assert sum(v.nbytes for v in decoded.values()) <= len(good)
+
+
+@given(arrays.filter(lambda v: sum(a.nbytes for a in v.values()) > 0), st.data())
+def test_every_truncation_is_refused(vectors, data):
+    good = b"".join(wire.encode(vectors))
+    with pytest.raises(wire.WireError):
+        wire.decode(good[: data.draw(st.integers(0, len(good) - 1))])
+
+
+def crafted(header) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + b"\0" * 8
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"{",
+        [],
+        {"x": 1},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {"x": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "more": 1}},
+        {"__metadata__": {"a": 1}},
+    ],
+)
+def test_crafted_headers_are_refused(header):
+    with pytest.raises(wire.WireError):
+        wire.decode(crafted(header))
+
+
+def test_a_huge_declared_header_is_refused_before_it_is_read():
+    with pytest.raises(wire.WireError, match="1 MiB"):
+        wire.decode((1 << 62).to_bytes(8, "little") + b"{}")
