@@ -10,9 +10,9 @@ from atoll.keys import Key
 from atoll.learners import Assignment
 
 torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+from torch import nn
 
-from atoll.learners import TorchLearner  # noqa: E402
+from atoll.learners import TorchLearner
 
 
 def module():
@@ -85,13 +85,12 @@ def test_private_buffers_do_not_leak_either():
 
 
 def test_the_server_averages_statistics_by_weight():
-    clients = data.from_clients(
-        {
-            "small": (np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32), np.arange(10) % 2),
-            "large": (np.random.default_rng(1).normal(5, 3, (30, 2)).astype(np.float32), np.arange(30) % 2),
-        },
-        test=0.0,
-    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    arrays = {
+        "small": (rng.normal(size=(10, 2)).astype(np.float32), np.arange(10) % 2),
+        "large": (rng.normal(5, 3, (30, 2)).astype(np.float32), np.arange(30) % 2),
+    }
+    clients = data.from_clients(arrays, test=0.0)
     result = run(algorithms.FedAvg(), clients, rounds=1)
     own = learner()
     model = own.init(Key(0).fold("init"))

@@ -95,7 +95,9 @@ def test_an_empty_client_is_refused_by_name():
 
 def test_synthetic_follows_the_published_generator():
     clients = data.synthetic(0.5, 0.5, clients=200, largest=None, seed=3)
-    totals = np.array([len(a) + len(b) for a, b in zip(clients.train_rows, clients.test_rows)])
+    totals = np.array(
+        [len(a) + len(b) for a, b in zip(clients.train_rows, clients.test_rows, strict=True)]
+    )
     assert totals.min() >= 50
     # log(n - 50) ~ Normal(4, 2) before rounding down: the median is e^4 + 50.
     assert np.median(totals) == pytest.approx(np.exp(4) + 50, rel=0.35)

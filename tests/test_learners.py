@@ -15,10 +15,10 @@ from atoll.learners import Affine, Assignment, NumpyLearner, rates
 from atoll.learners.metrics import figures
 
 torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+from torch import nn
+from torch.nn import functional as F
 
-from atoll.learners import TorchLearner  # noqa: E402
+from atoll.learners import TorchLearner
 
 
 def examples(n=50, features=4, classes=3, seed=0):
@@ -244,7 +244,9 @@ def test_next_token_models_learn_and_report_perplexity():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.rnn, self.out = nn.Embedding(5, 8), nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 5)  # fmt: skip
+            self.embed = nn.Embedding(5, 8)
+            self.rnn = nn.LSTM(8, 16, batch_first=True)
+            self.out = nn.Linear(16, 5)
 
         def forward(self, tokens):
             return self.out(self.rnn(self.embed(tokens))[0])

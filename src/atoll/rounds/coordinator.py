@@ -225,13 +225,12 @@ class Coordinator:
         """End the round if there is nothing left to wait for."""
         if self.phase is not Phase.OPEN:
             return
-        if len(self._accepted) >= self._needed and self._accepted:
-            self._end("")
-        elif len(self._accepted) + len(self._lost) == len(self._open):
+        accepted, invited = len(self._accepted), len(self._open)
+        answered = accepted + len(self._lost) == invited
+        if answered or accepted >= self._needed:
             self._end(
-                f"only {len(self._accepted)} of {len(self._open)} invited clients delivered"
-                if self._open
-                else "nobody could be invited"
+                f"{accepted} of {invited} invited clients delivered, "
+                f"and at least {self._fewest} updates are needed"
             )
 
     def _end(self, reason: str) -> None:

@@ -48,7 +48,7 @@ class Devices:
     def conditions(self, name: str, planned_steps: int, own: Key, today: Key) -> Conditions:
         """The conditions of client `name` when its full work is `planned_steps`.
 
-        Draws from `own` stay the same for the whole run; those from `today` are new at each attempt.
+        Draws from `own` stay the same for the whole run; `today` has new ones at each attempt.
         """
         return Conditions()
 

@@ -122,7 +122,9 @@ class RunFolder(Observer):
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            # Closing tries once more to write what could not be written, and was said.
+            with contextlib.suppress(OSError):
+                file.close()
         self._files.clear()
 
     def resume(self, run: Run) -> Snapshot | None:

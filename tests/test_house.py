@@ -1,0 +1,124 @@
+"""The house: rooms import from lower floors only, and frameworks in their own files only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import atoll
+
+SOURCE = Path(atoll.__file__).parent
+FLOORS = [
+    {"errors"},
+    {"keys", "vectors"},
+    {"updates", "wire", "pictures"},
+    {"data", "aggregation"},
+    {"learners"},
+    {"algorithms"},
+    {"rounds"},
+    {"tracking"},
+    {"simulation"},
+    {"federation"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+#: framework: the files that may import it.
+FRAMEWORKS = {
+    "torch": {"learners/torch.py"},
+    "sklearn": {"learners/sklearn.py"},
+    "matplotlib": {"pictures.py", "data/picture.py"},
+    "rich": {"tracking/progress.py", "cli/tables.py"},
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    """Names of modules a file imports at run time (not for type checking only)."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in FILES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_down(path):
+    own = room(path)
+    if own == "__init__":
+        return  # the lobby shows every room, and opens it when it is asked for
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "atoll" and len(parts) > 1 and parts[1] in FLOOR and parts[1] != own:
+            assert FLOOR[parts[1]] < FLOOR[own], f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_frameworks_stay_in_their_files(framework):
+    found = {
+        str(path.relative_to(SOURCE))
+        for path in FILES
+        if any(name.split(".")[0] == framework for name in imports(path))
+    }
+    assert found == FRAMEWORKS[framework]
+
+
+def python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_import_atoll_loads_no_framework():
+    loaded = python("import atoll, sys; print(*sys.modules)").split()
+    for name in ("numpy", "torch", "sklearn", "matplotlib", "rich", "pandas", "jax"):
+        assert name not in loaded
+
+
+def test_the_numpy_learner_needs_numpy_alone():
+    code = (
+        "import sys; from atoll import Federation, algorithms, data, learners, schedules\n"
+        "print(learners.NumpyLearner, data.synthetic, *sys.modules)"
+    )
+    loaded = python(code).split()
+    for name in ("torch", "sklearn", "matplotlib", "rich", "pandas", "pyarrow", "jax"):
+        assert name not in loaded
+
+
+def test_help_is_instant():
+    code = "import sys; from atoll.cli import main; sys.argv = ['atoll', '--help']; main()"
+    script = (
+        "import resource, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {code!r}], stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime)"
+    )
+    assert float(python(script)) < 0.5
+
+
+def test_public_names_exist():
+    for name in atoll.__all__:
+        assert getattr(atoll, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = atoll.nothing
