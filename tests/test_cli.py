@@ -122,7 +122,7 @@ def test_bad_settings_get_a_sentence(atoll, here, setting, message):
         ("x = 1\nraise RuntimeError('my fault')", "raised RuntimeError at line 2: my fault"),
         ("def f(:", "raised SyntaxError at line 1"),
         ("import nothing_like_it", "raised ModuleNotFoundError at line 1"),
-        ("from atoll import data\ndata.load('digitz')", "did you mean digits"),
+        ("from atoll import data\ndata.load('digitz')", "did you mean 'digits'"),
         (FILE + "\nx[0] = np.nan\ndata.from_arrays(x, y)", "NaN or infinity"),
     ],
 )

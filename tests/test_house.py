@@ -122,3 +122,18 @@ def test_public_names_exist():
         assert getattr(atoll, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = atoll.nothing
+
+
+def code_lines(path: Path, name: str) -> int:
+    """Lines of a class without blank lines, comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    (found,) = (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name)
+    for node in ast.walk(found):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return len(ast.unparse(found).splitlines())
+
+
+def test_algorithms_are_as_long_as_their_idea():
+    assert code_lines(SOURCE / "algorithms" / "fedprox.py", "FedProx") <= 20
+    assert code_lines(SOURCE / "algorithms" / "scaffold.py", "Scaffold") <= 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,11 +35,10 @@ def run(options: argparse.Namespace) -> int:
             clients, seed=seed, folder=keeper, resume=resume, observers=[progress()]
         )
     except Interrupted as stop:
-        command = " ".join(
-            ["atoll simulate", options.file, *(f"--set {s}" for s in options.set), "--resume"]
-        )
+        settings = [part for setting in options.set for part in ("--set", setting)]
+        words = ["atoll", "simulate", options.file, *settings, "--resume", str(folder)]
         print(
-            f"atoll: stopped after round {stop.round}; go on with: {command} {folder}",
+            f"atoll: stopped after round {stop.round}; go on with: {shlex.join(words)}",
             file=sys.stderr,
         )
         return 130

