@@ -4,7 +4,7 @@ Multinomial logistic regression, 30 clients, 10 per round, 20 epochs of batch 10
 the paper. Two questions: does mu = 1 help as data grow heterogeneous and hurt on IID data, and what
 do 90 % stragglers do to FedAvg, which drops them, and to FedProx, which keeps their partial work?
 
-    python benchmarks/fedprox_synthetic.py [--rounds 200] [--out benchmarks/results/fedprox.json]
+    python benchmarks/fedprox_synthetic.py [--rounds 100] [--out benchmarks/results/fedprox.json]
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def run(case: tuple[str, str, int, int]) -> dict[str, Any]:
 def main() -> None:
     """Run all settings and write the results and a picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fedprox.json"))

@@ -98,19 +98,22 @@ def test_skewed_shards_need_more_rounds_than_iid_and_epochs_save_rounds():
     assert counts["iid", 5] < counts["shards", 5]
 
 
-def test_fedsgd_needs_far_more_rounds_than_fedavg(digits):
+def test_fedsgd_needs_far_more_rounds_than_fedavg():
+    clients = data.load("digits").iid(clients=10)
     federation = Federation(
-        learner=NumpyLearner(layers=(64, 32, 10), lr=0.1, batch_size=10, epochs=1),
+        learner=NumpyLearner(layers=(64, 32, 10), lr=0.1, batch_size=10, epochs=5),
         algorithm=algorithms.FedAvg(),
-        schedule=schedules.Synchronous(rounds=400),
+        schedule=schedules.Synchronous(rounds=300),
         evaluation=Evaluation(clients_every=None),
     )
-    fast = federation.simulate(digits).rounds_to("accuracy", 0.9)
-    best = min(
+    short = replace(federation, schedule=schedules.Synchronous(rounds=30))
+    fast = short.simulate(clients).rounds_to("accuracy", 0.93)
+    rates = [
         replace(federation, algorithm=algorithms.FedSGD(lr=lr))
-        .simulate(digits)
-        .rounds_to("accuracy", 0.9)
-        or 400
-        for lr in (0.1, 0.3, 1.0)
-    )
-    assert best > 3 * fast
+        .simulate(clients)
+        .rounds_to("accuracy", 0.93)
+        or 300
+        for lr in (0.3, 1.0)
+    ]
+    # 97 % took 1,474 rounds of FedSGD and 87 of FedAvg in the paper: a factor of 17.
+    assert min(rates) > 5 * fast

@@ -304,9 +304,14 @@ class _Descent:
 @contextmanager
 def _draws_from(key: Key) -> Iterator[None]:
     """Let dropout and initialisers draw from `key`; the caller's own stream is untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key.integer())
+    # Not `torch.manual_seed`: it formats a stack trace for CUDA on every call, a millisecond each.
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(key.integer())
+    try:
         yield
+    finally:
+        generator.set_state(state)
 
 
 def _sums(outputs: Tensor, y: NDArray[Any], loss: float, task: Task, classes: int | None) -> Sums:
