@@ -167,6 +167,7 @@ def test_what_a_folder_holds(blobs, federation, tmp_path):
     again = read_run(tmp_path / "r")
     assert again.history == run.history
     assert (again.seed, again.rounds, again.data["name"]) == (3, 6, "blobs")
+    assert again.per_client == run.per_client
     np.testing.assert_array_equal(again.model["params"], run.model["params"])
     theirs = safetensors.numpy.load_file(tmp_path / "r" / "model.safetensors")
     np.testing.assert_array_equal(theirs["params"], run.model["params"])
@@ -339,6 +340,12 @@ def test_plots(blobs, federation, tmp_path):
         path = run.plot(tmp_path / f"{against}.png", against=against)
         assert path.read_bytes().startswith(b"\x89PNG")
     run.plot(tmp_path / "loss.svg", "train_loss")
+    run.plot_spread(tmp_path / "spread.png")
+    assert set(run.per_client["accuracy"]) <= set(blobs.names)
+    with pytest.raises(
+        ConfigurationError, match="'auc' was not evaluated per client; accuracy was"
+    ):
+        run.plot_spread(tmp_path / "x.png", "auc")
     with pytest.raises(ConfigurationError, match="no metric 'f7'; it has accuracy"):
         run.plot(tmp_path / "x.png", "f7")
     with pytest.raises(ConfigurationError, match="not 'time'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,17 @@ class ClientFigures:
     """Each client's own metrics on its test part: values [N], NaN where it has none."""
 
     values: dict[str, NDArray[np.float64]]
+
+    def by_name(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """The same by client, without those that have no value."""
+        return {
+            metric: {
+                name: float(value)
+                for name, value in zip(names, values, strict=True)
+                if not math.isnan(value)
+            }
+            for metric, values in self.values.items()
+        }
 
     def spread(self) -> dict[str, float]:
         """Mean, deviation and worst tenth of each metric."""

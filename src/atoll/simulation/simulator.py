@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from atoll import wire
 from atoll.data.federated import FederatedData
@@ -76,7 +75,7 @@ class Simulator:
         self._sizes = data.sizes()
         self._resources = devices.resources(data.names, self.key)
         self._blank = first_memory(plan, self.server.broadcast())
-        self._up_bytes = self._typical_size()
+        self._up_bytes, self._down = self._typical_size(), 0
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of the same plan, data and seed."""
@@ -133,7 +132,7 @@ class Simulator:
         measurements = self.server.close(round, len(self.data))
         self.memories |= {member: (round, memory) for member, memory in learned.items()}
         self.run.model = self.server.model()
-        metrics, per_client = self._evaluate(round)
+        metrics = self._evaluate(round)
         record = Record(
             round,
             metrics,
@@ -148,7 +147,7 @@ class Simulator:
         self.run.history.append(record)
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
-        end = RoundEnd(record, participants, per_client, self._snapshot, seconds)
+        end = RoundEnd(record, participants, self._snapshot, seconds)
         for observer in self.observers:
             observer.round(self.run, end)
         if interruption.requested:
@@ -157,10 +156,10 @@ class Simulator:
     def _attempt(self, interruption: Interruption) -> tuple[dict[int, Vectors], list[Participant]]:
         """One attempt at a round: memories of the accepted clients, and everyone's part in it."""
         coordinator = self.coordinator
+        received = self.server.broadcast()
+        self._down = down = wire.size(received)
         invitations = coordinator.open(self._roster(), self.clock)
         self.server.open()
-        received = self.server.broadcast()
-        down = wire.size(received)
         arrivals = sorted(
             (self._arrival(invitation, down) for invitation in invitations),
             key=lambda arrival: (arrival.time, arrival.invitation.member),
@@ -274,8 +273,7 @@ class Simulator:
         assert self.plan.schedule.deadline is not None
         planned = self._planned(member)
         conditions = self._conditions(member, self.coordinator.round, self.coordinator.attempt)
-        down = wire.size(self.server.broadcast())
-        left = self.plan.schedule.deadline - conditions.transfer(down, self._up_bytes)
+        left = self.plan.schedule.deadline - conditions.transfer(self._down, self._up_bytes)
         if conditions.seconds_per_step <= 0:
             return 1.0
         # A hair of slack: a time that was computed from steps must give those steps back.
@@ -290,10 +288,9 @@ class Simulator:
     def _planned(self, member: int) -> int:
         return self.plan.learner.planned_steps(int(self._sizes[member]))
 
-    def _evaluate(self, round: int) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+    def _evaluate(self, round: int) -> dict[str, float]:
         evaluation, last = self.plan.evaluation, round == self.plan.schedule.rounds
         metrics: dict[str, float] = {}
-        per_client: dict[str, NDArray[np.float64]] = {}
         if last or round % evaluation.every == 0:
             metrics = evaluate_pooled(self.plan.learner, self.run.model, self.data)
         interval = evaluation.clients_every
@@ -301,8 +298,8 @@ class Simulator:
             names = spread_metrics(evaluation, self.data)
             clients = evaluate_clients(self.plan.learner, self.run.model, self.data, names)
             metrics |= clients.spread()
-            per_client = clients.values
-        return metrics, per_client
+            self.run.per_client = clients.by_name(self.data.names)
+        return metrics
 
     def _typical_size(self) -> int:
         """Bytes of an update as the schema promises it; stages may make it smaller."""

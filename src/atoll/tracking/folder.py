@@ -117,6 +117,7 @@ class RunFolder(Observer):
         checkpoints.save(
             self.path / "model.safetensors", "model", {"identity": identity(run)}, run.model
         )
+        checkpoints.write_json(self.path / "spread.json", run.per_client)
         self._draw(run)
         self._status("finished")
 
@@ -325,6 +326,7 @@ def read_run(path: str | Path) -> Run:
     run.seconds = sum(line["seconds"] for line in read_lines(folder / "timings.jsonl"))
     if (folder / "model.safetensors").exists():
         run.model = checkpoints.load(folder / "model.safetensors", "model")[1]
+        run.per_client = json.loads((folder / "spread.json").read_text(encoding="utf-8"))
     return run
 
 

@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from atoll.tracking.run import Participant, Record, Run
 from atoll.vectors import Vectors
 
@@ -31,14 +28,12 @@ class Snapshot:
 class RoundEnd:
     """What observers are told when a round has closed.
 
-    `participants` covers all its attempts. `client_metrics` is the metric of `spread` for each
-    client where it was evaluated. `snapshot` is taken only when it is called, and only valid until
-    the observer returns.
+    `participants` covers all its attempts. `snapshot` is taken only when it is called, and only
+    valid until the observer returns.
     """
 
     record: Record
     participants: Sequence[Participant]
-    client_metrics: Mapping[str, NDArray[np.float64]]
     snapshot: Callable[[], Snapshot]
     seconds: float
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from atoll.errors import ConfigurationError
-from atoll.pictures import picture
+from atoll.learners.metrics import HIGHER_IS_BETTER
+from atoll.pictures import COLOURS, picture
 from atoll.tracking.run import Run, main_metric
 
 
@@ -55,13 +57,46 @@ def draw_metric(
     return path
 
 
+def draw_spread(run: Run, path: Path, metric: str) -> Path:
+    """Every client's own value, sorted, with the mean and the worst tenth."""
+    values = run.per_client.get(metric)
+    if not values:
+        known = ", ".join(run.per_client) or "nothing"
+        raise ConfigurationError(
+            f"{metric!r} was not evaluated per client; {known} was (see Evaluation(spread=...))"
+        )
+    worst_first = metric in HIGHER_IS_BETTER
+    ordered = sorted(values.values(), reverse=not worst_first)
+    tail = math.ceil(len(ordered) / 10)
+    with picture(path) as (_, axes):
+        colours = [COLOURS[1]] * tail + [COLOURS[0]] * (len(ordered) - tail)
+        axes.bar(range(1, len(ordered) + 1), ordered, color=colours, width=0.9)
+        mean = sum(ordered) / len(ordered)
+        axes.axhline(mean, color="0.25", linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"mean {mean:.3f}",
+            (0, mean),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize="small",
+        )
+        axes.set_xlabel(f"{len(ordered)} clients, worst first (worst tenth in orange)")
+        axes.set_ylabel(f"{metric.replace('_', ' ')} on own test data")
+        axes.set_title(f"{run.data.get('name', '')}: {metric.replace('_', ' ')} by client")
+        axes.grid(axis="x", visible=False)
+    return path
+
+
 def draw_run(run: Run, folder: Path) -> list[Path]:
-    """The figures of a complete run: its main metric and the loss, against rounds and bytes."""
+    """A run's figures: its main metric and the loss, against rounds and bytes, and the spread."""
     paths = []
     for metric in dict.fromkeys((main_metric(run.metrics), "loss")):
         for against in ("round", "bytes"):
             name = f"{metric}.png" if against == "round" else f"{metric}-{against}.png"
             paths.append(draw_metric({"": run}, folder / name, metric, against))
+    for metric in run.per_client:
+        paths.append(draw_spread(run, folder / f"spread-{metric}.png", metric))
     return paths
 
 

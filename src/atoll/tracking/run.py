@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,10 @@ class Record:
 class Run:
     """The result of a federation's run, complete at any time up to its latest round.
 
-    `config` describes the plan, `data` the population. `refusals` are the reasons, in words, why
-    updates were refused or attempts abandoned. `seconds` is the real time spent.
+    `config` describes the plan, `data` the population. `per_client` holds the latest evaluation on
+    clients' own test parts: metric -> client -> value, without those that have none. `refusals`
+    are the reasons, in words, why updates were refused or attempts abandoned. `seconds` is the
+    real time spent.
     """
 
     config: dict[str, Any]
@@ -61,6 +63,7 @@ class Run:
     seed: int
     rounds: int
     history: list[Record] = field(default_factory=list)
+    per_client: dict[str, dict[str, float]] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
     model: Vectors = field(default_factory=dict)
     seconds: float = 0.0
@@ -110,6 +113,12 @@ class Run:
 
         return draw_metric({"": self}, Path(path), metric or main_metric(self.metrics), against)
 
+    def plot_spread(self, path: str | Path, metric: str | None = None) -> Path:
+        """Draw a metric of every client at the latest evaluation on their own test parts."""
+        from atoll.tracking.plots import draw_spread
+
+        return draw_spread(self, Path(path), metric or main_metric(self.per_client))
+
     def __str__(self) -> str:
         last = self.metrics
         shown = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if "_" not in name)
@@ -120,7 +129,7 @@ class Run:
         )
 
 
-def main_metric(metrics: Mapping[str, float] | Sequence[str]) -> str:
+def main_metric(metrics: Container[str]) -> str:
     """The metric to show first."""
     return "accuracy" if "accuracy" in metrics else "loss"
 
