@@ -7,6 +7,7 @@ timings.jsonl       real seconds per round, which are nobody's promise
 environment.json    versions and machine
 checkpoints/        the last few, and the best model
 clients/            what clients remember, one file per client and round that changed it
+spread.json         the last evaluation on each client's own test part
 model.safetensors   the final model
 figures/            pictures, once the run is complete
 """
