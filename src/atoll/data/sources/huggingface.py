@@ -12,14 +12,8 @@ from numpy.typing import NDArray
 from atoll.data.dataset import Dataset
 from atoll.data.examples import Task
 from atoll.data.sources.arrays import channels_first, from_arrays
-from atoll.data.sources.table import (
-    Missing,
-    Table,
-    check_columns,
-    client_keys,
-    from_table,
-    label_values,
-)
+from atoll.data.sources.arrow import Missing, Table, check_columns
+from atoll.data.sources.table import client_keys, from_table, label_values
 from atoll.errors import DataError, require
 
 #: Pictures decoded at a time.

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 from atoll.data.dataset import Dataset
 from atoll.data.examples import Task
 from atoll.data.sources.arrays import from_arrays
-from atoll.data.sources.table import encode_columns, read_table
+from atoll.data.sources.arrow import read_table
+from atoll.data.sources.encoding import encode_columns
 from atoll.errors import DataError
 
 

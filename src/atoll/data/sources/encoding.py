@@ -1,0 +1,190 @@
+"""Encoding: columns of a table as one matrix of numbers, the same for its test part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.data.sources.arrow import (
+    INSTALL,
+    Array,
+    ArrowType,
+    Column,
+    Missing,
+    Table,
+    category_values,
+    check_columns,
+    column_numbers,
+    is_category,
+    is_numeric,
+    missing_error,
+    pyarrow_module,
+)
+from atoll.errors import DataError, require
+
+#: A column of more different texts is a name or a sentence rather than a category.
+_MOST_CATEGORIES = 1000
+#: Bytes of the output that are filled at a time, so that its rows stay in the cache.
+_FILL_BYTES = 1 << 18
+_INDICATE = "fill or drop them first, or say missing='indicator'"
+
+
+def encode_columns(
+    table: Table,
+    features: Sequence[str],
+    *,
+    test: Table | None = None,
+    missing: Missing = "refuse",
+    name: str = "table",
+) -> list[NDArray[np.float32]]:
+    """Inputs float32 [N, F] of a table and, if given, of a test table encoded as the first is.
+
+    Raises DataError for missing values, unless `missing="indicator"`, and for types that are
+    neither numbers, lists of them, text, categories nor booleans.
+    """
+    if missing not in get_args(Missing):
+        raise DataError(f"{name}: missing must be 'refuse' or 'indicator', not {missing!r}")
+    tables = {name: table} if test is None else {name: table, f"{name}, test part": test}
+    for part, own in tables.items():
+        check_columns(features, own.column_names, part)
+        if len(own) == 0:
+            raise DataError(f"{part}: there are no examples")
+    columns = (
+        _encoded({part: own[feature] for part, own in tables.items()}, feature, missing)
+        for feature in features
+    )
+    return [_side_by_side(blocks) for blocks in zip(*columns, strict=True)]
+
+
+def _encoded(columns: Mapping[str, Column], feature: str, missing: Missing) -> list[Array]:
+    """A block [N, width] for each part of one column; the first part is the training part."""
+    noun = f"column {feature!r}"
+    name, column = next(iter(columns.items()))
+    if is_category(column.type):
+        fits, encode = is_category, _encoded_categories
+    elif is_numeric(column.type):
+        fits, encode = is_numeric, _encoded_numbers
+    else:
+        raise DataError(
+            f"{name}: {noun} has type {column.type}, which has no encoding as numbers; turn it "
+            "into numbers, text or lists first, or leave it out with features=..."
+        )
+    for part, own in columns.items():
+        if not fits(own.type) and not pyarrow_module().types.is_null(own.type):
+            raise DataError(
+                f"{part}: {noun} has type {own.type}, but {column.type} in the training part"
+            )
+    return encode(columns, noun, missing)
+
+
+def _encoded_numbers(columns: Mapping[str, Column], noun: str, missing: Missing) -> list[Array]:
+    parts = [column_numbers(column, noun, name) for name, column in columns.items()]
+    train = parts[0]
+    for part, name in zip(parts, columns, strict=True):
+        if part.shape[1] != train.shape[1]:
+            raise DataError(
+                f"{name}: {noun} has {part.shape[1]} numbers per row, "
+                f"but {train.shape[1]} in the training part"
+            )
+    holes = [
+        _has_holes(part, noun, missing, name) for name, part in zip(columns, parts, strict=True)
+    ]
+    if not any(holes):
+        return parts
+    lacking = np.isnan(train)
+    if lacking.all(axis=0).any():
+        raise DataError(
+            f"{next(iter(columns))}: {noun} holds no value to take a mean of; "
+            "leave it out with features=..."
+        )
+    means = np.asarray(np.nanmean(train, axis=0, dtype=np.float64), dtype=np.float32)
+    flagged = np.flatnonzero(lacking.any(axis=0))
+    return [_filled(part, means, flagged) for part in parts]
+
+
+def _filled(values: Array, means: Array, flagged: Array) -> Array:
+    lacking = np.isnan(values)
+    filled = np.where(lacking, means, values.astype(np.float32, copy=False))
+    return np.hstack([filled, lacking[:, flagged]])
+
+
+def _has_holes(values: Array, noun: str, missing: Missing, name: str) -> bool:
+    """Whether values are missing, where they may be; DataError for what float32 cannot hold."""
+    limit = np.finfo(np.float32).max
+    if values.dtype.kind != "f":
+        return False
+    # One pass over the good case: a comparison with NaN is false.
+    small = values.dtype.itemsize <= limit.itemsize
+    if (np.isfinite(values) if small else np.abs(values) <= limit).all():
+        return False
+    holes = int(np.count_nonzero(np.isnan(values)))
+    if holes and missing == "refuse":
+        raise missing_error(noun, holes, values.size, name, _INDICATE)
+    too_large = int(np.count_nonzero(np.isinf(values) if small else np.abs(values) > limit))
+    if too_large:
+        raise DataError(
+            f"{name}: {noun} has {too_large} values that are infinite or too large for float32; "
+            "rescale the column or drop these rows"
+        )
+    return True
+
+
+def _encoded_categories(columns: Mapping[str, Column], noun: str, missing: Missing) -> list[Array]:
+    (name, train), *_ = columns.items()
+    wanted = category_values(train).type
+    parts = [_categories(own, wanted, noun, missing, part) for part, own in columns.items()]
+    present = sorted(parts[0].drop_null().unique().to_pylist())
+    if not present:
+        raise DataError(f"{name}: {noun} holds no value at all; leave it out with features=...")
+    if len(present) > _MOST_CATEGORIES:
+        raise DataError(
+            f"{name}: {noun} has {len(present)} different values, more than the "
+            f"{_MOST_CATEGORIES} categories that become inputs; leave it out with "
+            "features=..., or encode it as numbers"
+        )
+    categories = pyarrow_module().array(present, type=wanted)
+    return [_one_hot(part, categories, flagged=parts[0].null_count > 0) for part in parts]
+
+
+def _categories(
+    column: Column, wanted: ArrowType, noun: str, missing: Missing, name: str
+) -> Column:
+    """The values of a column, of the wanted type, none missing unless they may be."""
+    # A column of which a file holds no value has no type to tell.
+    unknown = pyarrow_module().types.is_null(column.type)
+    values = column.cast(wanted) if unknown else category_values(column)
+    if values.type != wanted:
+        raise DataError(
+            f"{name}: {noun} holds values of type {values.type}, but {wanted} in the training part"
+        )
+    if values.null_count and missing == "refuse":
+        raise missing_error(noun, values.null_count, len(values), name, _INDICATE)
+    return values
+
+
+def _one_hot(values: Column, categories: Column, flagged: bool) -> Array:
+    """Rows [N, K + flagged] of booleans, no category where it is missing or unknown."""
+    compute = require("pyarrow.compute", INSTALL, "Reading a table")
+    found = compute.index_in(values, value_set=categories)
+    codes = found.fill_null(-1).to_numpy(zero_copy_only=False)
+    block = np.zeros((len(codes), len(categories) + flagged), dtype=np.bool_)
+    rows = np.flatnonzero(codes >= 0)
+    block[rows, codes[rows]] = True
+    if flagged:
+        block[:, -1] = values.is_null().to_numpy(zero_copy_only=False)
+    return block
+
+
+def _side_by_side(blocks: Sequence[Array]) -> NDArray[np.float32]:
+    """Blocks [N, width] of any number type as one float32 array [N, sum of widths]."""
+    edges = np.cumsum([0, *(block.shape[1] for block in blocks)]).tolist()
+    x = np.empty((len(blocks[0]), edges[-1]), dtype=np.float32)
+    step = max(64, _FILL_BYTES // (x.itemsize * edges[-1]))
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        for block, left, right in zip(blocks, edges, edges[1:], strict=False):
+            x[rows, left:right] = block[rows]
+    return x
