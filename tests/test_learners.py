@@ -286,8 +286,8 @@ def test_binary_cross_entropy_with_one_logit():
 
 def test_rates():
     assert rates.Exponential(1.0, 0.5)(3) == 0.25
-    assert rates.Cosine(1.0, 11)(6) == pytest.approx(0.5)
-    assert rates.Cosine(1.0, 11, final=0.1)(11) == pytest.approx(0.1)
+    assert rates.Cosine(1.0, 10)(6) == pytest.approx(0.5)
+    assert rates.Cosine(1.0, 10, final=0.1)(11) == pytest.approx(0.1)
     assert rates.Warmup(0.4, 4)(1) == pytest.approx(0.1)
     learner = NumpyLearner(layers=(4, 3), lr=rates.Exponential(0.2, 0.5), batch_size=None)
     local = learner.train(learner.init(Key(0)), examples(), assignment(round=2))

@@ -25,14 +25,15 @@ def test_classification_figures_are_scikit_learns(seed, classes, count):
     )
     if classes == 2 and len(set(labels)) == 2:
         margin = logits[:, 1].astype(float) - logits[:, 0]
-        # Pairs nearer than a bin of 1/256 count half.
+        # Pairs in one bin, whose width is 1/256 of their size, count half.
         assert figures["auc"] == pytest.approx(sk.roc_auc_score(labels, margin), abs=0.02)
 
 
-def test_auc_is_exact_where_scores_are_apart():
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 20.0, 1000.0])
+def test_auc_is_exact_where_scores_are_apart_at_any_scale(scale):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 500)
-    logits = (rng.integers(-600, 600, 500) / 64).astype(np.float32)
+    logits = (scale * rng.choice([-1, 1], 500) * 1.02 ** rng.integers(-100, 100, 500)).astype("f")
     sums = metrics.classification_sums(logits, labels, 0.0, 2)
     assert metrics.figures(sums, "classification")["auc"] == pytest.approx(
         sk.roc_auc_score(labels, logits), abs=1e-12

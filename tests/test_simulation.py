@@ -87,7 +87,9 @@ def test_scaffold_costs_twice_the_traffic(digits):
     [algorithms.FedAvg(), algorithms.FedProx(mu=0.1), algorithms.Scaffold(), algorithms.FedAdam()],
 )
 def test_same_seed_same_bytes(blobs, federation, algorithm):
-    federation = replace(federation, algorithm=algorithm, pipeline=Clip(0.5) >> Mean())
+    federation = replace(
+        federation, algorithm=algorithm, pipeline=Clip(0.5, only=("delta",)) >> Mean()
+    )
     runs = [federation.simulate(blobs, seed=seed) for seed in (1, 1, 2)]
     bytes_ = [run.model["params"].tobytes() for run in runs]
     assert bytes_[0] == bytes_[1] != bytes_[2]
@@ -224,7 +226,9 @@ def test_a_round_below_its_minimum_is_tried_again_and_said(blobs, federation):
 
 def test_a_hopeless_run_ends_with_a_sentence(blobs, federation):
     federation = with_schedule(federation, rounds=2, cohort=4, attempts=3)
-    with pytest.raises(RunError, match=r"round 1 was abandoned 3 times .* 0 of 4 invited clients"):
+    with pytest.raises(
+        RunError, match=r"round 1 was abandoned 3 times .* of 4 invited clients could still deliver"
+    ):
         federation.simulate(blobs, devices=RandomDevices(dropout=1.0))
 
 

@@ -79,6 +79,11 @@ def crafted(header) -> bytes:
         {"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
         {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "more": 1}},
         {"__metadata__": {"a": 1}},
+        {"x": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [0, 1 << 40, 1 << 40], "data_offsets": [0, 0]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}},
+        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "x": 1}',
+        json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode("utf-16"),
     ],
 )
 def test_crafted_headers_are_refused(header):

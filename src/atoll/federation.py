@@ -55,7 +55,11 @@ class Federation(Plan):
         """
         data = check_population(clients)
         run = Run(self.describe(), _fingerprint(data, folder), seed, self.schedule.rounds)
-        keeper = RunFolder(folder) if isinstance(folder, str | Path) else folder
+        keeper = (
+            RunFolder(folder, best=self.evaluation.best)
+            if isinstance(folder, str | Path)
+            else folder
+        )
         simulator = Simulator(
             self,
             data,

@@ -166,7 +166,7 @@ class Layout:
         """Named views into the vectors ([..., size] becomes [..., *shape]); no copy, no cast."""
         return {
             entry.name: vectors[entry.section][..., entry.slice].reshape(
-                *vectors[entry.section].shape[:-1], *entry.shape
+                (*vectors[entry.section].shape[:-1], *entry.shape)
             )
             for entry in self.entries
         }
@@ -195,3 +195,17 @@ def check_vector(
         raise LayoutError(
             f"{name!r} must be {dtype} {list(shape)}, not {vector.dtype} {list(vector.shape)}"
         )
+
+
+def prefixed(prefix: str, vectors: Mapping[str, Array]) -> dict[str, Array]:
+    """The vectors under names that begin with `prefix`."""
+    return {prefix + name: vector for name, vector in vectors.items()}
+
+
+def part(prefix: str, vectors: Mapping[str, Array]) -> dict[str, Array]:
+    """The vectors whose names begin with `prefix`, under the rest of their names."""
+    return {
+        name.removeprefix(prefix): vector
+        for name, vector in vectors.items()
+        if name.startswith(prefix)
+    }

@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 1 << 20
 ALIGNMENT = 8
+SIZE_LIMIT = 1 << 48
 
 
 class WireError(AtollError):
@@ -77,9 +78,9 @@ def decode(data: bytes | memoryview) -> tuple[Vectors, dict[str, str]]:
     if 8 + length > len(view):
         raise WireError("the data end inside the header: they are cut off")
     try:
-        plan = json.loads(bytes(view[8 : 8 + length]))
+        plan = json.loads(str(view[8 : 8 + length], "utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError):
-        raise WireError("the header is not JSON") from None
+        raise WireError("the header is not JSON, or names something twice") from None
     if not isinstance(plan, dict):
         raise WireError("the header is not a JSON object")
     metadata = plan.pop("__metadata__", {})
@@ -99,14 +100,16 @@ def decode(data: bytes | memoryview) -> tuple[Vectors, dict[str, str]]:
 def _read(name: str, entry: Any, body: memoryview, start: int) -> tuple[NDArray[Any], int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise WireError(f"array {name!r} is not described by dtype, shape and data_offsets")
-    if entry["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise WireError(f"array {name!r} has a dtype that is not one of {', '.join(DTYPES)}")
     dtype = DTYPES[entry["dtype"]]
     shape = entry["shape"]
     if not isinstance(shape, list) or len(shape) > 8 or not all(_natural(side) for side in shape):
         raise WireError(f"array {name!r} has a shape that is not a short list of natural numbers")
+    if math.prod(max(side, 1) for side in shape) >= SIZE_LIMIT:
+        raise WireError(f"array {name!r} has a shape that no array can have")
     end = start + math.prod(shape) * dtype.itemsize
-    if entry["data_offsets"] != [start, end]:
+    if entry["data_offsets"] != [start, end] or not all(map(_natural, entry["data_offsets"])):
         raise WireError(f"array {name!r} does not lie where its shape puts it")
     if end > len(body):
         raise WireError(f"array {name!r} is cut off: {len(body) - start} of {end - start} bytes")
@@ -114,4 +117,11 @@ def _read(name: str, entry: Any, body: memoryview, start: int) -> tuple[NDArray[
 
 
 def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < SIZE_LIMIT
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found

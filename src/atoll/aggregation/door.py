@@ -14,7 +14,8 @@ from atoll.errors import UpdateRefused
 from atoll.updates import Update
 from atoll.vectors import describe_names
 
-WEIGHT_LIMIT = 2.0**40
+#: Lighter updates would lose digits in fixed point, heavier ones would not fit it.
+WEIGHT_LEAST, WEIGHT_LIMIT = 2.0**-20, 2.0**40
 METRIC_LIMIT = 64
 
 
@@ -26,8 +27,11 @@ def admit(update: Update, schema: Schema) -> None:
         _vector(name, vector, schema.vectors[name], np.dtype(np.float32))
     for name, vector in update.statistics.items():
         _vector(name, vector, schema.statistics[name], schema.dtype(name))
-    if not (math.isfinite(update.weight) and 0 < update.weight <= WEIGHT_LIMIT):
-        raise UpdateRefused(f"its weight is {update.weight}, which is not a positive number")
+    if not (math.isfinite(update.weight) and WEIGHT_LEAST <= update.weight <= WEIGHT_LIMIT):
+        raise UpdateRefused(
+            f"its weight is {update.weight}, which is not a number from 1e-6 to 1e12; weights are "
+            "relative, so scale them, e.g. to examples"
+        )
     if len(update.metrics) > METRIC_LIMIT:
         raise UpdateRefused(f"it reports more than {METRIC_LIMIT} metrics")
 

@@ -1,7 +1,7 @@
 """Exact sums: fixed point in integers, so that order, grouping and withdrawal cannot matter.
 
-A value is counted in units of 2^-30 and summed in int64. Before a sum could overflow, its upper
-part is carried into a second int64 worth 2^32 units, so values up to 2^43 are summed exactly.
+A value is counted in units of 2^-40 and summed in int64. Before a sum could overflow, its upper
+part is carried into a second int64 worth 2^32 units, so values up to 2^38 are summed exactly.
 Integer addition is associative: any order, any split over workers and any restart give the same
 bits, and subtracting an update restores the sum as if it had never been there.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-UNIT_BITS = 30
+UNIT_BITS = 40
 CARRY_BITS = 32
 #: An int64 stays far from overflow while the magnitudes it has taken in add up to at most this.
 ROOM = 1 << 62
-#: Values from here on (in units) are summed in floats; below, four million of them fit two words.
-LIMIT = float(1 << 73)
+#: Values from here on (in units) are summed in floats; below, 100,000 of them fit two words.
+LIMIT = float(1 << 78)
 TILE = 1 << 15
 
 
@@ -111,6 +111,16 @@ class FixedSum:
         return self.high
 
 
+def to_units(value: float) -> int:
+    """A number as a whole number of units."""
+    return round(value * (1 << UNIT_BITS))
+
+
+def rounded(value: float) -> float:
+    """A number as fixed point holds it."""
+    return to_units(value) / (1 << UNIT_BITS)
+
+
 class ExactScalar:
     """A running sum of Python numbers with the same guarantee; integers of any size."""
 
@@ -118,7 +128,7 @@ class ExactScalar:
         self.units = 0
 
     def add(self, value: float, sign: int = 1) -> None:
-        self.units += sign * round(value * (1 << UNIT_BITS))
+        self.units += sign * to_units(value)
 
     def value(self) -> float:
         return self.units / (1 << UNIT_BITS)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from atoll.aggregation.fixed import ExactScalar, FixedSum
+from atoll.aggregation.fixed import ExactScalar, FixedSum, rounded, to_units
 from atoll.aggregation.stage import Accumulator, Reducer, Schema
 from atoll.errors import RunError
 from atoll.updates import Aggregate, Update
 from atoll.vectors import Vectors
 
 logger = logging.getLogger("atoll")
+
+#: A metric beyond this, infinite or NaN is left out of the round's means.
+METRIC_LIMIT = 1e30
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,19 @@ class _RunningMean(Accumulator):
         self._count(update, -1)
 
     def _count(self, update: Update, sign: int) -> None:
+        # Rounded once, so that numerator and denominator see the same weight.
+        weight = rounded(update.weight)
         for name, total in self.sums.items():
-            total.add(update.vectors[name], update.weight, sign)
+            total.add(update.vectors[name], weight, sign)
         for name, total in self.statistics.items():
-            total.add(update.statistics[name], update.weight, sign)
+            total.add(update.statistics[name], weight, sign)
         if self.counters is not None:
-            units = round(update.weight * (1 << 30))
+            units = to_units(weight)
             self.counters += sign * units * update.statistics["counters"].astype(object)
-        self.weight.add(update.weight, sign)
+        self.weight.add(weight, sign)
         self.count += sign
         for name, value in update.metrics.items():
-            if math.isfinite(value):
+            if abs(value) < METRIC_LIMIT:
                 total_value, count = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
                 total_value.add(value, sign)
                 count.add(1, sign)
@@ -90,7 +94,7 @@ class _RunningMean(Accumulator):
         inexact = [name for name, total in self.sums.items() if not total.exact]
         for name in inexact:
             logger.warning(
-                "%s holds values beyond 2^43; they were summed in float64, so the last bits depend "
+                "%s holds values beyond 2^38; they were summed in float64, so the last bits depend "
                 "on the order of arrival; the run is probably diverging",
                 name,
             )

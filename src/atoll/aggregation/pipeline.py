@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from atoll.aggregation.stage import Accumulator, Reducer, Schema, Stage
 from atoll.errors import ConfigurationError
 from atoll.keys import Key
 from atoll.updates import Aggregate, Update
-from atoll.vectors import Vectors
+from atoll.vectors import Vectors, part, prefixed
 
 
 class Pipeline:
@@ -52,11 +54,11 @@ class Pipeline:
         end = self.stages.index(self.reducer)
         return list(enumerate(self.stages))[end + 1 :]
 
-    def check(self, weighted: bool) -> None:
+    def check(self, reports: Sequence[str], weighted: bool) -> None:
         """Raise `ConfigurationError`, saying why, if these stages cannot work together."""
         _ = self.reducer
         for stage in self.stages:
-            stage.check(self, weighted)
+            stage.check(self, reports, weighted)
 
     def init(self) -> Vectors:
         """The server's state of all stages."""
@@ -65,7 +67,7 @@ class Pipeline:
     def broadcast(self, state: Vectors) -> Vectors:
         """What clients must know of it."""
         return _join(
-            (position, stage.broadcast(_part(state, position)))
+            (position, stage.broadcast(part(f"{position}/", state)))
             for position, stage in enumerate(self.stages)
         )
 
@@ -80,7 +82,10 @@ class Pipeline:
         kept = {}
         for position, stage in self._before:
             update, kept[position] = stage.encode(
-                update, _part(told, position), _part(memory, position), key.fold("stage", position)
+                update,
+                part(f"{position}/", told),
+                part(f"{position}/", memory),
+                key.fold("stage", position),
             )
         return update, _join(kept.items())
 
@@ -99,7 +104,7 @@ class Pipeline:
         kept = {}
         for position, stage in [*self._after, *reversed(self._before)]:
             aggregate, kept[position] = stage.release(
-                aggregate, _part(state, position), key.fold("stage", position)
+                aggregate, part(f"{position}/", state), key.fold("stage", position)
             )
         return aggregate, _join(kept.items())
 
@@ -109,18 +114,8 @@ def as_pipeline(stages: Stage | Pipeline) -> Pipeline:
     return stages if isinstance(stages, Pipeline) else Pipeline(stages)
 
 
-def _join(parts: object) -> Vectors:
-    return {
-        f"{position}/{name}": vector
-        for position, vectors in sorted(parts)  # type: ignore[call-overload]
-        for name, vector in vectors.items()
-    }
-
-
-def _part(vectors: Vectors, position: int) -> Vectors:
-    prefix = f"{position}/"
-    return {
-        name.removeprefix(prefix): vector
-        for name, vector in vectors.items()
-        if name.startswith(prefix)
-    }
+def _join(parts: Iterable[tuple[int, Vectors]]) -> Vectors:
+    joined: Vectors = {}
+    for position, vectors in sorted(parts, key=lambda part: part[0]):
+        joined |= prefixed(f"{position}/", vectors)
+    return joined

@@ -9,7 +9,7 @@ it, right to left. A stage is a frozen dataclass; what changes is passed in and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +51,11 @@ class Stage(ABC):
 
         return Pipeline(self) >> other
 
-    def check(self, pipeline: Pipeline, weighted: bool) -> None:
+    def check(self, pipeline: Pipeline, reports: Sequence[str], weighted: bool) -> None:
         """Raise `ConfigurationError`, saying why, if the stage cannot work in this pipeline.
 
-        `weighted` says whether the algorithm gives updates weights of their own.
+        `reports` names the vectors of the algorithm's updates; `weighted` says whether it gives
+        them weights of their own.
         """
 
     def init(self) -> Vectors:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atoll.data.examples import Examples
 from atoll.learners.base import Assignment, Correction, Learner, Local
@@ -46,7 +47,13 @@ class Client:
 
     def _keep(self, statistics: dict[str, Any]) -> None:
         self.statistics = {
-            section: np.subtract(statistics[section], self.model[section])
+            section: _change(statistics[section], self.model[section])
             for section in STATISTICS
             if section in statistics
         }
+
+
+def _change(after: NDArray[Any], before: NDArray[Any]) -> NDArray[Any]:
+    """The difference, also where both are the same infinity (as in attention masks)."""
+    with np.errstate(invalid="ignore"):
+        return np.where(after == before, np.zeros_like(after), after - before)

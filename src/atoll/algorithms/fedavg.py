@@ -7,6 +7,7 @@ al., "Adaptive federated optimization", ICLR 2021, algorithm 1; at 1 the two are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,8 +40,7 @@ class FedAvg(Algorithm):
             raise ConfigurationError(
                 f"weighting must be examples, uniform or work, not {self.weighting!r}"
             )
-        if not self.server_lr > 0:
-            raise ConfigurationError(f"server_lr must be positive, not {self.server_lr}")
+        positive("server_lr", self.server_lr)
 
     @property
     def weighted(self) -> bool:  # type: ignore[override]
@@ -80,3 +80,15 @@ class FedAvg(Algorithm):
                 f"{type(self).__name__} changes the local gradient, but {type(learner).__name__} "
                 "can only fit; use FedAvg or one of the server optimisers with it"
             )
+
+
+def positive(name: str, value: float) -> None:
+    """Raise `ConfigurationError` unless a hyper-parameter is a positive finite number."""
+    if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+        raise ConfigurationError(f"{name} must be positive and finite, not {value!r}")
+
+
+def at_least_zero(name: str, value: float) -> None:
+    """Raise `ConfigurationError` unless a hyper-parameter is a finite number of at least 0."""
+    if not (isinstance(value, int | float) and value >= 0 and math.isfinite(value)):
+        raise ConfigurationError(f"{name} must be at least 0 and finite, not {value!r}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from atoll.algorithms.fedavg import FedAvg
+from atoll.algorithms.fedavg import FedAvg, at_least_zero
 from atoll.learners.base import Affine
 from atoll.vectors import Array
 
@@ -21,6 +21,10 @@ class FedProx(FedAvg):
     mu: float
 
     needs_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_zero("mu", self.mu)
 
     def correction(self, got: dict[str, Array], mine: dict[str, Array]) -> Affine:
         return Affine(scale=self.mu, constant=-self.mu * got["params"])

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from atoll.algorithms.client import Client
-from atoll.algorithms.fedavg import FedAvg
+from atoll.algorithms.fedavg import FedAvg, positive
+from atoll.errors import ConfigurationError
 from atoll.updates import Aggregate, Update
 from atoll.vectors import Array, Vectors
 
@@ -26,6 +27,12 @@ class FedSGD(FedAvg):
 
     reports: ClassVar[tuple[str, ...]] = ("gradient",)
     needs_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("lr", self.lr)
+        if self.server_lr != 1:
+            raise ConfigurationError("FedSGD has one rate, lr; leave server_lr out")
 
     def work(
         self, client: Client, got: dict[str, Array], mine: dict[str, Array]

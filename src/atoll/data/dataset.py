@@ -190,7 +190,7 @@ def _clean_inputs(x: NDArray[Any], task: Task, classes: int | None, name: str) -
         return _clean_labels(x, classes, name, "token")
     if x.dtype.kind not in "fiub":
         raise DataError(f"{name}: inputs have dtype {x.dtype}; encode them as numbers first")
-    x = np.ascontiguousarray(x, dtype=np.float32)
+    x = _writeable(np.ascontiguousarray(x, dtype=np.float32))
     bad = ~np.isfinite(x.reshape(len(x), -1)).all(axis=1)
     if bad.any():
         raise DataError(
@@ -205,7 +205,7 @@ def _clean_targets(y: NDArray[Any], task: Task, classes: int | None, name: str) 
     if task == "regression":
         if y.dtype.kind not in "fiub":
             raise DataError(f"{name}: targets have dtype {y.dtype}; regression needs numbers")
-        y = np.ascontiguousarray(y, dtype=np.float32)
+        y = _writeable(np.ascontiguousarray(y, dtype=np.float32))
         if not np.isfinite(y).all():
             raise DataError(f"{name}: the targets hold NaN or infinity; fill or drop them first")
         return y
@@ -219,10 +219,15 @@ def _clean_labels(y: NDArray[Any], classes: int | None, name: str, noun: str) ->
         raise DataError(f"{name}: the {noun}s hold NaN or infinity; fill or drop them first")
     if y.dtype.kind not in "iub" and not (y.dtype.kind == "f" and (y == np.floor(y)).all()):
         raise DataError(f"{name}: {noun}s must be whole numbers, not {y.dtype}")
-    y = np.ascontiguousarray(y, dtype=np.int64)
+    y = _writeable(np.ascontiguousarray(y, dtype=np.int64))
     if len(y) and (y.min() < 0 or y.max() >= classes):
         raise DataError(
             f"{name}: {noun}s go from {y.min()} to {y.max()}, "
             f"but {classes} classes allow only 0 to {classes - 1}"
         )
     return y
+
+
+def _writeable(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, copied if it is read-only, which frameworks warn about when they share it."""
+    return array if array.flags.writeable else array.copy()

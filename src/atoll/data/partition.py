@@ -32,7 +32,7 @@ def dirichlet(
     leaves clients empty; those below `minimum` are topped up from the largest ones.
     """
     _positive("alpha", alpha)
-    _enough(len(labels), clients * minimum)
+    _enough(len(labels), clients, minimum)
     held: list[list[Rows]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
@@ -80,8 +80,8 @@ def shards(
 
     McMahan et al., AISTATS 2017, section 3: 200 shards of 300, and 2 shards for each client.
     """
+    _enough(len(labels), clients, per_client)
     pieces = clients * per_client
-    _enough(len(labels), pieces)
     order = rng.permutation(len(labels))
     cut = np.array_split(order[np.argsort(labels[order], kind="stable")], pieces)
     dealt = rng.permutation(pieces).reshape(clients, per_client)
@@ -93,7 +93,7 @@ def sized(
 ) -> Partition:
     """Quantity skew: shuffled rows, client i holding about weights[i] / sum(weights) of them."""
     clients = len(weights)
-    _enough(examples, clients * minimum)
+    _enough(examples, clients, minimum)
     spare = examples - clients * minimum
     cuts = np.rint(np.cumsum(weights / weights.sum()) * spare).astype(np.int64)
     ends = cuts + minimum * np.arange(1, clients + 1)
@@ -136,9 +136,10 @@ def _even(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def _enough(examples: int, needed: int) -> None:
-    if needed < 1:
-        raise DataError("there must be at least one client")
+def _enough(examples: int, clients: int, each: int = 1) -> None:
+    if not isinstance(clients, int) or clients < 1:
+        raise DataError(f"clients must be a whole number of at least 1, not {clients!r}")
+    needed = clients * each
     if examples < needed:
         raise DataError(
             f"{examples} examples are too few: this partition needs at least {needed}; "

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from atoll.data.examples import Examples, Rows, Task
 from atoll.data.federated import FederatedData
-from atoll.errors import ConfigurationError
+from atoll.errors import ConfigurationError, DataError
 from atoll.keys import Key
 from atoll.learners.metrics import Sums
 from atoll.learners.rates import Rate, rate_at
@@ -126,6 +126,10 @@ class Learner(ABC):
     def check(self, data: FederatedData) -> None:
         """Raise `DataError` if this learner cannot be trained on these data."""
 
+    def fixed(self) -> str:
+        """A digest of what shapes the results but does not travel; empty if there is nothing."""
+        return ""
+
     def asarray(self, vector: NDArray[Any]) -> Array:
         """A NumPy vector as this learner's own kind of array, shared where possible."""
         return vector
@@ -173,6 +177,11 @@ class GradientLearner(Learner):
 
     gives_gradients = True
 
+    @property
+    def smallest_batch(self) -> int:
+        """Fewer examples than this cannot be a batch; a shorter last one joins its neighbour."""
+        return 1
+
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "steps"):
             value = getattr(self, name)
@@ -180,8 +189,8 @@ class GradientLearner(Learner):
                 raise ConfigurationError(
                     f"{name} must be a whole number of at least 1, not {value}"
                 )
-        if not callable(self.lr) and not self.lr > 0:
-            raise ConfigurationError(f"lr must be positive, not {self.lr}")
+        if not callable(self.lr):
+            rate_at(self.lr, 1)
         if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
             raise ConfigurationError(
                 f"max_gradient_norm must be positive, not {self.max_gradient_norm}"
@@ -200,7 +209,27 @@ class GradientLearner(Learner):
     def planned_steps(self, examples: int) -> int:
         if self.steps is not None:
             return self.steps
-        return self.epochs * math.ceil(examples / (self.batch_size or examples))
+        return self.epochs * len(self._cut(examples, self.batch_size or examples))
+
+    def check(self, data: FederatedData) -> None:
+        small = np.flatnonzero(data.sizes() < self.smallest_batch)
+        if len(small):
+            raise DataError(
+                f"client {data.names[small[0]]!r} of {data.name} has fewer than "
+                f"{self.smallest_batch} training examples, too few for a model with BatchNorm; "
+                "partition with a larger minimum, or use GroupNorm"
+            )
+        if self.batch_size is not None and self.batch_size < self.smallest_batch:
+            raise DataError(
+                f"a model with BatchNorm needs batches of {self.smallest_batch} or more"
+            )
+
+    def _cut(self, count: int, size: int) -> list[slice]:
+        """Batches of `size` examples; a last one that would be too small joins the one before."""
+        starts = list(range(0, count, size))
+        if len(starts) > 1 and count - starts[-1] < self.smallest_batch:
+            starts.pop()
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
     def train(
         self,
@@ -231,11 +260,11 @@ class GradientLearner(Learner):
     ) -> Iterator[slice]:
         """Slices of `steps` batches, over a new permutation of the examples in each epoch."""
         count = len(examples)
-        size = min(self.batch_size or count, count)
+        cut = self._cut(count, self.batch_size or count)
         while True:
             descent.gather(examples.at(order.permutation(count)))
-            for start in range(0, count, size):
-                yield slice(start, min(start + size, count))
+            for batch in cut:
+                yield batch
                 steps -= 1
                 if not steps:
                     return
@@ -246,8 +275,7 @@ class GradientLearner(Learner):
         with self.descend(model, examples, key.fold("draws")) as descent:
             descent.gather(examples.at(slice(None)))
             total: Any = 0.0
-            for start in range(0, len(examples), chunk):
-                batch = slice(start, min(start + chunk, len(examples)))
+            for batch in self._cut(len(examples), chunk):
                 gradient, _ = descent.gradient(batch)
                 total = total + gradient * ((batch.stop - batch.start) / len(examples))
             _, statistics = descent.result()

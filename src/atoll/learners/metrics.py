@@ -16,8 +16,9 @@ from atoll.data.examples import Task
 
 Sums = dict[str, NDArray[np.float64]]
 
-#: AUC counts pairs over a histogram of logits: bins of 1/256 over [-16, 16], ties count half.
-SCORE_BINS, SCORE_LIMIT = 8192, 16.0
+#: AUC counts pairs over a histogram of scores whose bins are relative, 1/256 of a power of two
+#: wide, from 2^-16 to 2^16 on both sides of zero; ties count half. So its scale does not matter.
+SCORE_BINS, OCTAVES, STEPS = 16_384, 32, 256
 #: Beyond this many classes the confusion matrix, and with it macro F1, is left out.
 CONFUSION_LIMIT = 1000
 
@@ -46,9 +47,7 @@ def classification_sums(
         sums["confusion"] = pairs.reshape(classes, classes).astype(np.float64)
     if classes == 2:
         margin = (scores[:, 1] - scores[:, 0]) if two_sided else scores
-        position = (margin.astype(np.float64) + SCORE_LIMIT) * (SCORE_BINS / (2 * SCORE_LIMIT))
-        bins = np.clip(np.nan_to_num(position), 0, SCORE_BINS - 1).astype(np.int64)
-        histogram = np.bincount(labels * SCORE_BINS + bins, minlength=2 * SCORE_BINS)
+        histogram = np.bincount(labels * SCORE_BINS + _bins(margin), minlength=2 * SCORE_BINS)
         sums["scores"] = histogram.reshape(2, SCORE_BINS).astype(np.float64)
     return sums
 
@@ -67,6 +66,7 @@ def regression_sums(
     error = outputs.reshape(wanted.shape).astype(np.float64) - wanted
     return _scalars(
         count=wanted.size,
+        examples=len(wanted),
         loss=loss_sum,
         absolute=np.abs(error).sum(),
         squared=np.square(error).sum(),
@@ -82,6 +82,7 @@ def figures(sums: Sums, task: Task) -> dict[str, float]:
         return {}
     metrics = {"loss": float(sums["loss"]) / count}
     if task == "regression":
+        metrics["loss"] = float(sums["loss"]) / float(sums["examples"])
         metrics["mae"] = float(sums["absolute"]) / count
         metrics["rmse"] = math.sqrt(float(sums["squared"]) / count)
         spread = float(sums["target_squared"]) - float(sums["target"]) ** 2 / count
@@ -113,6 +114,14 @@ def spread(values: Sequence[float], metric: str) -> dict[str, float]:
         f"{metric}_client_std": float(known.std()),
         f"{metric}_client_worst": float(tail.mean()),
     }
+
+
+def _bins(scores: NDArray[np.floating]) -> NDArray[np.int64]:
+    """The bin of each score: monotone, with a relative width of at most 1/256."""
+    fraction, exponent = np.frexp(np.abs(np.nan_to_num(scores.astype(np.float64))))
+    step = (exponent + OCTAVES // 2) * STEPS + np.floor((2 * fraction - 1) * STEPS)
+    rank = np.clip(np.where(fraction == 0, 0, step), 0, SCORE_BINS // 2 - 1).astype(np.int64)
+    return np.where(scores < 0, SCORE_BINS // 2 - 1 - rank, SCORE_BINS // 2 + rank)
 
 
 def _scalars(**values: float) -> Sums:

@@ -81,6 +81,7 @@ class NumpyLearner(GradientLearner):
         return model
 
     def check(self, data: FederatedData) -> None:
+        super().check(data)
         width = int(np.prod(data.shape))
         if width != self.layers[0]:
             raise DataError(
@@ -89,6 +90,12 @@ class NumpyLearner(GradientLearner):
             )
         if (self.loss == "cross_entropy") != (data.task == "classification"):
             raise DataError(f"{data.name} is a {data.task} set; loss {self.loss!r} does not fit it")
+        values = int(np.prod(data.y.shape[1:]))
+        if data.task == "regression" and values != self.layers[-1]:
+            raise DataError(
+                f"targets of {data.name} have {values} values, but the last layer gives "
+                f"{self.layers[-1]}"
+            )
         if data.task == "classification" and data.classes != self.layers[-1]:
             raise DataError(
                 f"{data.name} has {data.classes} classes, but the last layer gives "

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from atoll.errors import ConfigurationError
+
 
 @runtime_checkable
 class Rate(Protocol):
@@ -27,14 +29,14 @@ class Exponential:
 
 @dataclass(frozen=True)
 class Cosine:
-    """From `initial` down to `final` over `rounds` rounds, along half a cosine."""
+    """From `initial` towards `final`, which round `rounds` + 1 would reach, along half a cosine."""
 
     initial: float
     rounds: int
     final: float = 0.0
 
     def __call__(self, round: int) -> float:
-        share = min((round - 1) / max(self.rounds - 1, 1), 1.0)
+        share = min((round - 1) / self.rounds, 1.0)
         return self.final + (self.initial - self.final) * (1 + math.cos(math.pi * share)) / 2
 
 
@@ -50,5 +52,8 @@ class Warmup:
 
 
 def rate_at(rate: float | Rate, round: int) -> float:
-    """The learning rate of a round."""
-    return float(rate(round)) if callable(rate) else float(rate)
+    """The learning rate of a round; it must be positive and finite."""
+    value = float(rate(round)) if callable(rate) else float(rate)
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigurationError(f"lr must be positive and finite, but is {value} in round {round}")
+    return value

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -90,6 +92,10 @@ class TorchLearner(GradientLearner):
                 f"loss {self.loss!r} is not known; use {', '.join(LOSSES)} or a function of "
                 "(outputs, targets)"
             )
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise ConfigurationError(
+                f"optimizer must be a torch.optim class or a partial of one, not {self.optimizer!r}"
+            )
         if not isinstance(self.module, nn.Module):
             raise ConfigurationError(
                 f"module must be a torch.nn.Module, not {type(self.module).__name__}"
@@ -100,6 +106,13 @@ class TorchLearner(GradientLearner):
             raise ConfigurationError(
                 "the module is in eval mode, as pretrained ones are; say weights='given' to start "
                 "from its own parameters or weights='seeded' to draw them from the run's seed"
+            )
+        if any(
+            isinstance(p, nn.parameter.UninitializedParameter) for p in self.module.parameters()
+        ):
+            raise ConfigurationError(
+                "the module has lazy layers, whose shapes are not known yet; call it once on an "
+                "example first"
             )
         if not any(p.requires_grad for p in self.module.parameters()):
             raise ConfigurationError("the module has no parameter that requires a gradient")
@@ -126,30 +139,62 @@ class TorchLearner(GradientLearner):
         with _draws_from(key):
             return _Resident(redrawn(self.module)).model()
 
+    def fixed(self) -> str:
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        if self.weights != "given":
+            entries = {entry.name for entry in self.layout.entries}
+            tensors = {name: t for name, t in tensors.items() if name not in entries}
+        digest = sha256()
+        for name, tensor in sorted(tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest() if tensors else ""
+
+    @cached_property
+    def smallest_batch(self) -> int:
+        """BatchNorm has no statistics of a single example."""
+        norms = (nn.modules.batchnorm._BatchNorm,)
+        return 2 if any(isinstance(part, norms) for part in self.module.modules()) else 1
+
     def check(self, data: FederatedData) -> None:
         """Run one example through loss and module, so that a misfit is said before any training."""
-        if self.loss in ("mse", "l1") and data.task != "regression":
+        super().check(data)
+        regression = data.task == "regression"
+        if self.loss in LOSSES and regression != (self.loss in ("mse", "l1")):
             raise DataError(f"{data.name} is a {data.task} set; loss {self.loss!r} does not fit it")
-        if self.loss in ("cross_entropy", "binary_cross_entropy") and data.task == "regression":
-            raise DataError(f"{data.name} is a regression set; loss {self.loss!r} does not fit it")
-        resident = self._resident
-        resident.module.eval()
-        x, y = data.train(0).take(np.arange(1))
-        try:
-            with torch.no_grad(), _draws_from(Key(0)):
-                outputs = resident.module(torch.from_numpy(x))
-                self._loss(outputs, torch.from_numpy(y))
-        except (RuntimeError, ValueError, IndexError) as error:
+        if self.loss == "binary_cross_entropy" and data.classes != 2:
             raise DataError(
-                f"the module does not fit {data.name}, whose inputs have shape {list(data.shape)}: "
-                f"{error}"
-            ) from error
-        wanted = 1 if self.loss == "binary_cross_entropy" else data.classes
-        if data.classes and self.loss in LOSSES and outputs.shape[-1] != wanted and wanted != 1:
+                f"loss 'binary_cross_entropy' is for two classes; {data.name} has {data.classes}"
+            )
+        outputs = self._try_out(data)
+        if not isinstance(outputs, Tensor):
+            raise DataError(
+                f"the module gives {type(outputs).__name__}, not a tensor; wrap it so that it "
+                "returns its outputs alone"
+            )
+        wanted = {1} if self.loss == "binary_cross_entropy" else {data.classes}
+        wanted |= {1} if self.loss not in LOSSES and data.classes == 2 else set()
+        if data.classes and outputs.shape[-1] not in wanted:
             raise DataError(
                 f"{data.name} has {data.classes} classes, but the module gives "
                 f"{outputs.shape[-1]} outputs"
             )
+
+    def _try_out(self, data: FederatedData) -> Any:
+        """The outputs for two examples, through module and loss."""
+        module = copy.deepcopy(self.module).eval()
+        x, y = data.all_train().take(np.arange(min(2, int(data.sizes().sum()))))
+        try:
+            with torch.no_grad(), _draws_from(Key(0)):
+                outputs = module(torch.from_numpy(x))
+                if isinstance(outputs, Tensor):
+                    self._loss(outputs, torch.from_numpy(y)).item()
+                return outputs
+        except Exception as error:
+            raise DataError(
+                f"the module does not fit {data.name}, whose inputs have shape {list(data.shape)}: "
+                f"{error}"
+            ) from error
 
     @contextmanager
     def descend(self, model: Vectors, examples: Examples, key: Key) -> Iterator[_Descent]:
@@ -171,7 +216,8 @@ class TorchLearner(GradientLearner):
         with torch.no_grad(), _draws_from(Key(0)):
             for start in range(0, len(examples), size):
                 x, y = examples.take(slice(start, start + size))
-                outputs = resident.module(torch.from_numpy(x))
+                # A copy: the first layer of some modules writes into its inputs.
+                outputs = resident.module(torch.tensor(x))
                 loss = float(self._loss(outputs, torch.from_numpy(y)))
                 parts.append(_sums(outputs, y, loss, task, classes))
         return add(parts)
@@ -184,20 +230,25 @@ class TorchLearner(GradientLearner):
 
 
 def redrawn(module: nn.Module) -> nn.Module:
-    """A copy whose parameters are drawn anew from torch's generator by `reset_parameters`."""
+    """A copy whose trained parameters are drawn anew from torch's generator."""
     fresh = copy.deepcopy(module)
-    reset: set[str] = set()
-    for prefix, part in fresh.named_modules():
-        renew = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-        if callable(renew):
-            renew()
-            reset |= {f"{prefix}.{name}".lstrip(".") for name, _ in part.named_parameters()}
-    stuck = [name for name, _ in fresh.named_parameters() if name not in reset]
+    trained = {name: p for name, p in fresh.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        # Whatever no `reset_parameters` reaches is still NaN afterwards.
+        for parameter in trained.values():
+            parameter.fill_(math.nan)
+        for part in fresh.modules():
+            renew = getattr(part, "reset_parameters", None) or getattr(
+                part, "_reset_parameters", None
+            )
+            if callable(renew):
+                renew()
+    stuck = [name for name, p in trained.items() if bool(p.isnan().any())]
     if stuck:
         raise ConfigurationError(
-            f"the initial value of {stuck[0]!r} cannot be drawn from the seed, because its module "
-            "has no reset_parameters(); give it one, or say weights='given' to start from the "
-            "module's own parameters"
+            f"the initial value of {stuck[0]!r} cannot be drawn from the seed, because no "
+            "reset_parameters() of its module sets it; give it one, or say weights='given' to "
+            "start from the module's own parameters"
         )
     return fresh
 
@@ -242,7 +293,8 @@ class _Resident:
         present = dict(self.module.named_buffers())
         for name in self.buffers:
             entry = self.layout[name]
-            vectors[entry.section][entry.slice] = present[name].detach().reshape(-1).numpy()
+            target = torch.from_numpy(vectors[entry.section][entry.slice])
+            target.copy_(present[name].detach().reshape(-1))
         return vectors
 
     def load(self, model: Vectors) -> None:
@@ -276,7 +328,7 @@ class _Descent:
 
     def gather(self, rows: Rows | slice) -> None:
         if isinstance(rows, slice):
-            self._inputs, self._targets = self._x[rows], self._y[rows]
+            self._inputs, self._targets = self._x[rows].clone(), self._y[rows]
         else:
             index = torch.from_numpy(rows)
             self._inputs = self._x.index_select(0, index)
@@ -317,7 +369,7 @@ def _draws_from(key: Key) -> Iterator[None]:
 def _sums(outputs: Tensor, y: NDArray[Any], loss: float, task: Task, classes: int | None) -> Sums:
     values = outputs.float().numpy()
     if task == "regression":
-        return regression_sums(values, y, loss * y.size)
+        return regression_sums(values, y, loss * len(y))
     if task == "tokens":
         return token_sums(values, y, loss * y.size)
     return classification_sums(values, y, loss * len(y), classes or 0)

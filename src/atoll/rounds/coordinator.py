@@ -10,6 +10,7 @@ without a deadline must report as lost, sooner or later, every member that will 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -91,6 +92,7 @@ class Coordinator:
         self._open: dict[str, str] = {}
         self._accepted: dict[str, str] = {}
         self._lost: set[str] = set()
+        self._faults: list[str] = []
 
     def open(self, roster: Roster, now: float) -> tuple[Invitation, ...]:
         """Begin the next attempt: draw a cohort and invite it.
@@ -124,7 +126,7 @@ class Coordinator:
         self.phase, self.outcome = Phase.OPEN, None
         self.deadline = None if schedule.deadline is None else now + schedule.deadline
         self._open = {invitation.id: invitation.client for invitation in invitations}
-        self._accepted, self._lost = {}, set()
+        self._accepted, self._lost, self._faults = {}, set(), []
         self._settle()
         return invitations
 
@@ -133,11 +135,12 @@ class Coordinator:
 
         A faulty update is refused and its client counts as lost, so it cannot be tried again.
         """
-        self._expire(self.deadline is not None and now > self.deadline)
+        self._expire(now, self.deadline is not None and now > self.deadline)
         refusal = self._refusal(invitation, client)
         if refusal is not None:
             return refusal
         if fault:
+            self._faults.append(fault)
             self.lost(invitation, now)
             return Answer(Verdict.MALFORMED, f"the update of {client} was refused: {fault}")
         self._accepted[invitation] = client
@@ -146,7 +149,7 @@ class Coordinator:
 
     def lost(self, invitation: str, now: float) -> None:
         """A member will not deliver: it dropped out, or its lease ran out."""
-        self._expire(self.deadline is not None and now > self.deadline)
+        self._expire(now, self.deadline is not None and now > self.deadline)
         if self.phase is Phase.OPEN and invitation in self._open:
             if invitation not in self._accepted:
                 self._lost.add(invitation)
@@ -154,7 +157,7 @@ class Coordinator:
 
     def tick(self, now: float) -> None:
         """Time has come to `now`; a round ends at its deadline, after what is delivered then."""
-        self._expire(self.deadline is not None and now >= self.deadline)
+        self._expire(now, self.deadline is not None and now >= self.deadline)
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs, ready for JSON."""
@@ -168,6 +171,7 @@ class Coordinator:
             "open": self._open,
             "accepted": self._accepted,
             "lost": sorted(self._lost),
+            "faults": self._faults,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -178,11 +182,12 @@ class Coordinator:
             self.deadline = state["deadline"]
             self._needed, self._fewest = int(state["needed"]), int(state["fewest"])
             self._open, self._accepted = dict(state["open"]), dict(state["accepted"])
-            self._lost = set(state["lost"])
+            self._lost, self._faults = set(state["lost"]), list(state["faults"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the coordinator's state is damaged: {error!r}") from error
-        if self.phase is Phase.DONE and self.round <= self.schedule.rounds:
-            self.phase = Phase.IDLE  # the run was extended
+        if self.phase in (Phase.IDLE, Phase.DONE):
+            # The schedule may have been given more rounds since, or fewer.
+            self.phase = Phase.DONE if self.round > self.schedule.rounds else Phase.IDLE
 
     def _fraction(self, roster: Roster, member: int) -> float:
         if not self.schedule.adaptive or roster.capacity is None:
@@ -217,7 +222,9 @@ class Coordinator:
         earlier = (round, attempt) < (self.round, self.attempt) and round >= 1
         return f"round {round}" if earlier else ""
 
-    def _expire(self, due: bool) -> None:
+    def _expire(self, now: float, due: bool) -> None:
+        if not math.isfinite(now):
+            raise RunError(f"{now} is not a time")
         if due and self.phase is Phase.OPEN:
             self._end(f"the deadline passed with {len(self._accepted)} of {self._needed} updates")
 
@@ -225,17 +232,18 @@ class Coordinator:
         """End the round if there is nothing left to wait for."""
         if self.phase is not Phase.OPEN:
             return
-        accepted, invited = len(self._accepted), len(self._open)
-        answered = accepted + len(self._lost) == invited
-        if answered or accepted >= self._needed:
+        accepted, possible = len(self._accepted), len(self._open) - len(self._lost)
+        if accepted >= self._needed or possible == accepted or possible < self._fewest:
             self._end(
-                f"{accepted} of {invited} invited clients delivered, "
+                f"at most {possible} of {len(self._open)} invited clients could still deliver, "
                 f"and at least {self._fewest} updates are needed"
             )
 
     def _end(self, reason: str) -> None:
         accepted = tuple(sorted(self._accepted, key=lambda name: int(name.rpartition(".")[2])))
         closed = len(accepted) >= self._fewest
+        if self._faults:
+            reason += f"; {len(self._faults)} updates were refused, the first: {self._faults[0]}"
         self.outcome = Outcome(closed, self.round, self.attempt, accepted, "" if closed else reason)
         if closed:
             self.round, self.attempt = self.round + 1, 0

@@ -60,7 +60,7 @@ class Plan:
                     f"{name} must be one of atoll's {name}s, not {given!r}{hint}"
                 )
         self.algorithm.check(self.learner)
-        self.stages.check(self.algorithm.weighted)
+        self.stages.check(self.algorithm.reports, self.algorithm.weighted)
 
     @property
     def stages(self) -> Pipeline:

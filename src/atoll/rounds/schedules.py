@@ -35,8 +35,8 @@ class Synchronous:
         invite: members invited, `cohort` or more ("need 100, invite 130"); what comes after
             enough have delivered is told that it is no longer needed.
         minimum: a round that ends with fewer updates is abandoned and tried again with a new
-            draw, never averaged; None is `cohort` without a deadline or drop-outs to spare, and
-            half of it (rounded up) with a deadline.
+            draw, never averaged; None is half of what it waits for, rounded up (1 under Poisson
+            sampling).
         deadline: seconds after which a round ends with what it has; None waits for everyone who
             is not lost.
         selection: who is invited.
@@ -98,8 +98,7 @@ class Synchronous:
             return self.minimum
         if isinstance(self.selection, Poisson):
             return 1
-        needed = self.needed(population)
-        return needed if self.deadline is None else (needed + 1) // 2
+        return (self.needed(population) + 1) // 2
 
 
 def _at_least(name: str, value: int, least: int) -> None:

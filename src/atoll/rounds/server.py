@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from atoll.aggregation.door import admit
 from atoll.aggregation.stage import Accumulator
-from atoll.errors import CheckpointError
+from atoll.errors import CheckpointError, RunError
 from atoll.keys import Key
 from atoll.rounds.plan import Plan
 from atoll.updates import Update
-from atoll.vectors import Vectors
+from atoll.vectors import Vectors, describe_names, part, prefixed
 
 STAGE = "stage/"
 
@@ -47,7 +49,7 @@ class Server:
         return {
             **self.plan.algorithm.broadcast(self.state),
             **self.statistics,
-            **{STAGE + name: vector for name, vector in told.items()},
+            **prefixed(STAGE, told),
         }
 
     def open(self) -> None:
@@ -73,7 +75,7 @@ class Server:
         aggregate, self.stages = self.plan.stages.release(
             aggregate, self.stages, self.key.fold("release", round)
         )
-        self.state = self.plan.algorithm.step(self.state, aggregate)
+        self.state = _alike(self.plan.algorithm.step(self.state, aggregate), self.state)
         self.statistics = {
             name: vector + aggregate.statistics[name] for name, vector in self.statistics.items()
         }
@@ -82,9 +84,9 @@ class Server:
     def vectors(self) -> Vectors:
         """Everything that `restore` needs."""
         return {
-            **{f"state/{name}": vector for name, vector in self.state.items()},
-            **{f"statistics/{name}": vector for name, vector in self.statistics.items()},
-            **{f"stages/{name}": vector for name, vector in self.stages.items()},
+            **prefixed("state/", self.state),
+            **prefixed("statistics/", self.statistics),
+            **prefixed("stages/", self.stages),
         }
 
     def restore(self, vectors: Vectors) -> None:
@@ -99,14 +101,16 @@ class Server:
                 raise CheckpointError(
                     f"the checkpoint is of another federation: {name!r} has another shape"
                 )
-        self.state = _part(vectors, "state/")
-        self.statistics = _part(vectors, "statistics/")
-        self.stages = _part(vectors, "stages/")
+        self.state = part("state/", vectors)
+        self.statistics = part("statistics/", vectors)
+        self.stages = part("stages/", vectors)
 
 
-def _part(vectors: Vectors, prefix: str) -> Vectors:
-    return {
-        name.removeprefix(prefix): vector
-        for name, vector in vectors.items()
-        if name.startswith(prefix)
-    }
+def _alike(state: Vectors, before: Vectors) -> Vectors:
+    """The new state in the dtypes of the old one, whatever number types a rule mixed in."""
+    if state.keys() != before.keys():
+        raise RunError(
+            f"the algorithm's step made {describe_names(state)} of {describe_names(before)}; it "
+            "must give every vector of its state"
+        )
+    return {name: np.asarray(vector, before[name].dtype) for name, vector in state.items()}

@@ -16,7 +16,7 @@ from atoll.learners.base import Assignment
 from atoll.rounds.plan import Plan
 from atoll.rounds.server import STAGE
 from atoll.updates import Update
-from atoll.vectors import STATISTICS, Vectors
+from atoll.vectors import STATISTICS, Vectors, part, prefixed
 
 MEMORY = "algorithm/"
 
@@ -31,8 +31,8 @@ def first_memory(plan: Plan, received: Vectors) -> Vectors:
     mine = plan.algorithm.remember(received["params"])
     stages = plan.stages.remember(plan.schema)
     return {
-        **{MEMORY + name: vector for name, vector in mine.items()},
-        **{STAGE + name: vector for name, vector in stages.items()},
+        **prefixed(MEMORY, mine),
+        **prefixed(STAGE, stages),
     }
 
 
@@ -54,16 +54,15 @@ def take_turn(
         for name, vector in received.items()
         if not name.startswith(STAGE) and name not in STATISTICS
     }
-    mine = {
-        name.removeprefix(MEMORY): learner.asarray(vector)
-        for name, vector in memory.items()
-        if name.startswith(MEMORY)
-    }
+    mine = {name: learner.asarray(vector) for name, vector in part(MEMORY, memory).items()}
     client = Client(learner, examples, model, assignment)
     update, kept = plan.algorithm.work(client, got, mine)
     message = replace(
         update,
-        vectors={name: learner.asnumpy(vector) for name, vector in update.vectors.items()},
+        vectors={
+            name: np.asarray(learner.asnumpy(vector), np.float32)
+            for name, vector in update.vectors.items()
+        },
         statistics={
             name: client.statistics.get(name, np.zeros_like(model[name]))
             for name in STATISTICS
@@ -73,17 +72,9 @@ def take_turn(
         metrics={name: float(value) for name, value in update.metrics.items()},
     )
     message, stages = plan.stages.encode(
-        message, _part(received, STAGE), _part(memory, STAGE), assignment.key.fold("encode")
+        message, part(STAGE, received), part(STAGE, memory), assignment.key.fold("encode")
     )
     return message, {
         **{MEMORY + name: learner.asnumpy(vector) for name, vector in kept.items()},
-        **{STAGE + name: vector for name, vector in stages.items()},
-    }
-
-
-def _part(vectors: Vectors, prefix: str) -> Vectors:
-    return {
-        name.removeprefix(prefix): vector
-        for name, vector in vectors.items()
-        if name.startswith(prefix)
+        **prefixed(STAGE, stages),
     }

@@ -72,6 +72,10 @@ class LogNormal:
     median: float
     sigma: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not (self.median > 0 and self.sigma >= 0):
+            raise DataError("a log-normal's median must be positive and its sigma not negative")
+
     def draw(self, rng: np.random.Generator) -> float:
         return self.median * math.exp(self.sigma * rng.standard_normal())
 
@@ -106,6 +110,8 @@ class RandomDevices(Devices):
         for name in ("dropout", "availability", "charging", "unmetered"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DataError(f"{name} must be a probability, not {getattr(self, name)}")
+        if self.latency < 0 or self.jitter < 0 or not self.period > 0:
+            raise DataError("latency and jitter must not be negative, and period must be positive")
 
     def conditions(self, name: str, planned_steps: int, own: Key, today: Key) -> Conditions:
         always = own.generator()
@@ -167,6 +173,19 @@ class Trace:
     down: float = math.inf
     up: float = math.inf
 
+    def __post_init__(self) -> None:
+        merged: list[tuple[float, float]] = []
+        for start, end in sorted(self.intervals):
+            if not start < end:
+                raise DataError(f"a device cannot be there from {start} to {end}")
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((start, end))
+        object.__setattr__(self, "intervals", tuple(merged))
+        if not all(rate > 0 for rate in (self.steps_per_second, self.down, self.up)):
+            raise DataError("a device's speeds must be positive")
+
 
 @dataclass(frozen=True, eq=False)
 class TracedDevices(Devices):
@@ -196,7 +215,7 @@ class TracedDevices(Devices):
             raise DataError(
                 f"{path} has no column {error}; it needs client, start and end"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read as a device trace: {error}") from error
         return TracedDevices(
             {
@@ -223,9 +242,13 @@ class TracedDevices(Devices):
     def leaves(self, name: str, now: float) -> float | None:
         """When a client that is there at `now` leaves; None if it is not there."""
         moment = now if self.period is None else now % self.period
-        for start, end in self.trace(name).intervals:
+        intervals = self.trace(name).intervals
+        for start, end in intervals:
             if start <= moment < end:
-                return now + end - moment
+                if end != self.period or intervals[0][0] > 0:
+                    return now + end - moment
+                # It stays over the turn of the period.
+                return math.inf if start == 0 else now + end - moment + intervals[0][1]
         return None
 
     def next_change(self, now: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from atoll import wire
 from atoll.data.federated import FederatedData
-from atoll.errors import DataError, RunError, UpdateRefused
+from atoll.errors import AtollError, ConfigurationError, DataError, RunError, UpdateRefused
 from atoll.keys import Key
 from atoll.rounds.coordinator import Answer, Coordinator, Invitation, Phase, Verdict
 from atoll.rounds.plan import Plan
@@ -43,6 +44,8 @@ class _Arrival:
     invitation: Invitation
     conditions: Conditions
     lost: bool
+    #: Decides between arrivals of the same instant, fairly: no client is always the first.
+    tie: bytes
 
 
 class Simulator:
@@ -62,6 +65,10 @@ class Simulator:
         engine: Engine,
         observers: Sequence[Observer],
     ) -> None:
+        if not isinstance(devices, Devices):
+            raise ConfigurationError(f"devices must be Devices, not {devices!r}")
+        if not isinstance(run.seed, int):
+            raise ConfigurationError(f"the seed must be a whole number, not {run.seed!r}")
         plan.learner.check(data)
         check_evaluation(plan.evaluation, data)
         plan.schedule.needed(len(data))
@@ -76,6 +83,7 @@ class Simulator:
         self._resources = devices.resources(data.names, self.key)
         self._blank = first_memory(plan, self.server.broadcast())
         self._up_bytes, self._down = self._typical_size(), 0
+        self._closed = self._snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of the same plan, data and seed."""
@@ -83,6 +91,7 @@ class Simulator:
         self.coordinator.restore(dict(snapshot.coordinator))
         self.memories = dict(snapshot.memories)
         self.clock = snapshot.clock
+        self._closed = snapshot
 
     def go(self) -> Run:
         """Run to the end; observers are told, and closed whatever happens."""
@@ -95,9 +104,11 @@ class Simulator:
                     self._round(interruption)
             for observer in self.observers:
                 observer.end(self.run)
-        except Interrupted:
+        except BaseException:
             for observer in self.observers:
-                observer.interrupted(self.run, self._snapshot())
+                # What went wrong may be the very disk that a keeper writes to.
+                with contextlib.suppress(AtollError):
+                    observer.interrupted(self.run, self._closed)
             raise
         finally:
             for observer in self.observers:
@@ -121,14 +132,17 @@ class Simulator:
                 continue
             self._note(f"round {round}, attempt {attempts} was abandoned: {outcome.reason}")
             if self.coordinator.phase is Phase.FAILED:
+                refused = any(part.outcome == Verdict.MALFORMED for part in parts)
                 raise RunError(
                     f"round {round} was abandoned {attempts} times in a row, the last time because "
-                    f"{outcome.reason}; ask for fewer updates (minimum=...), invite more clients, "
-                    "or allow more time"
+                    f"{outcome.reason}"
+                    + (
+                        ". NaN or infinite values mean that training diverges: try a smaller lr"
+                        if refused
+                        else "; ask for fewer (minimum=...), invite more, or allow more time"
+                    )
                 )
-            self.clock = max(
-                self.clock + self.plan.schedule.pause, self.devices.next_change(self.clock) or 0.0
-            )
+            self.clock = self._next_attempt(len(parts))
         measurements = self.server.close(round, len(self.data))
         self.memories |= {member: (round, memory) for member, memory in learned.items()}
         self.run.model = self.server.model()
@@ -147,11 +161,19 @@ class Simulator:
         self.run.history.append(record)
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
-        end = RoundEnd(record, participants, self._snapshot, seconds)
+        self._closed = self._snapshot()
+        end = RoundEnd(record, participants, self._closed, seconds)
         for observer in self.observers:
             observer.round(self.run, end)
         if interruption.requested:
             raise Interrupted(round)
+
+    def _next_attempt(self, invited: int) -> float:
+        """When to try again: after the pause or, if too few were there, when others may be."""
+        later = self.clock + self.plan.schedule.pause
+        if invited >= self.plan.schedule.fewest(len(self.data)):
+            return later
+        return max(later, self.devices.next_change(self.clock) or later)
 
     def _attempt(self, interruption: Interruption) -> tuple[dict[int, Vectors], list[Participant]]:
         """One attempt at a round: memories of the accepted clients, and everyone's part in it."""
@@ -162,7 +184,7 @@ class Simulator:
         self.server.open()
         arrivals = sorted(
             (self._arrival(invitation, down) for invitation in invitations),
-            key=lambda arrival: (arrival.time, arrival.invitation.member),
+            key=lambda arrival: (arrival.time, arrival.tie),
         )
         timely = [a for a in arrivals if a.time <= (coordinator.deadline or math.inf)]
         results = self._results(received, timely)
@@ -240,11 +262,15 @@ class Simulator:
         steps = assignment.steps(planned)
         took = conditions.transfer(down, self._up_bytes) + steps * conditions.seconds_per_step
         arrives = self.clock + took
+        deadline = self.coordinator.deadline
+        if deadline is not None and deadline < arrives <= deadline + 1e-9 * (1 + abs(deadline)):
+            arrives = deadline  # late by rounding only
+        tie = self.key.fold("tie", invitation.id).digest(8)
         if isinstance(self.devices, TracedDevices):
             leaves = self.devices.leaves(invitation.client, self.clock)
             if leaves is None or leaves < arrives:
-                return _Arrival(leaves or self.clock, invitation, conditions, True)
-        return _Arrival(arrives, invitation, conditions, conditions.drops)
+                return _Arrival(leaves or self.clock, invitation, conditions, True, tie)
+        return _Arrival(arrives, invitation, conditions, conditions.drops, tie)
 
     def _too_late(self, arrival: _Arrival, down: int) -> Participant:
         """A client whose delivery no longer counts; its upload is cut off where it is."""
@@ -317,21 +343,14 @@ class Simulator:
         return message_size(encoded)
 
     def _snapshot(self) -> Snapshot:
+        """The state between two rounds; memories change only when the next one closes."""
         return Snapshot(
             len(self.run.history),
             self.server.vectors(),
-            dict(self.memories),
-            self.coordinator_between_rounds(),
+            self.memories,
+            self.coordinator.state(),
             self.clock,
         )
-
-    def coordinator_between_rounds(self) -> dict[str, object]:
-        """The coordinator as it was when the last round closed, also in the middle of the next."""
-        done = len(self.run.history) >= self.plan.schedule.rounds
-        between = Coordinator(self.plan.schedule, self.key)
-        between.round = len(self.run.history) + 1
-        between.phase = Phase.DONE if done else Phase.IDLE
-        return between.state()
 
     def _note(self, reason: str) -> None:
         if len(self.run.refusals) < REFUSALS_KEPT:

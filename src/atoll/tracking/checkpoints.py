@@ -37,8 +37,8 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(
-            f"{path} could not be written: {error.strerror or error}; free some space or choose "
-            "another folder, then resume"
+            f"{path} could not be written: {error.strerror or error}; free some space, then "
+            "resume the run"
         ) from error
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ def describe(value: Any) -> Any:
         plain |= {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}
         if isinstance(value, Learner):
             plain["layout"] = {"digest": value.layout.digest, **value.layout.sizes}
+            if value.fixed():
+                plain["fixed"] = value.fixed()
         return plain
     if isinstance(value, np.generic):
         return value.item()
@@ -43,6 +46,8 @@ def describe(value: Any) -> Any:
             "arguments": describe(value.args),
             "keywords": describe(value.keywords),
         }
+    if isinstance(value, FunctionType):
+        return f"{_name(value)} {_code_digest(value)}"
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return _name(value)
     text = repr(value)
@@ -54,6 +59,18 @@ def digest(plain: Any) -> str:
     """SHA-256 (hex) of a described value."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return sha256(text.encode()).hexdigest()
+
+
+def _code_digest(function: FunctionType) -> str:
+    """Tells functions of one name apart, as lambdas are: by their code and what they close over."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    simple = [c if isinstance(c, bool | int | float | str) else type(c).__name__ for c in cells]
+    return sha256(repr((_code(function.__code__), simple)).encode()).hexdigest()[:16]
+
+
+def _code(code: CodeType) -> tuple[Any, ...]:
+    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return (code.co_code.hex(), code.co_names, constants)
 
 
 def _name(thing: Any) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import platform
 import re
 import sys
@@ -28,13 +29,18 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from atoll.errors import CheckpointError, MissingPackage
+from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
 from atoll.learners.metrics import HIGHER_IS_BETTER
 from atoll.tracking import checkpoints
 from atoll.tracking.describe import digest
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.run import Record, Run, main_metric
 from atoll.vectors import Vectors
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 LINES = ("rounds.jsonl", "ledger.jsonl", "timings.jsonl")
 
@@ -62,6 +68,8 @@ class RunFolder(Observer):
     def __init__(
         self, path: str | Path, *, every: int = 10, keep: int = 3, best: str | None = None
     ) -> None:
+        if every < 1 or keep < 1:
+            raise ConfigurationError("every and keep must be at least 1")
         self.path = Path(path)
         self.every, self.keep, self.best = every, keep, best
         self._files: dict[str, TextIO] = {}
@@ -69,17 +77,20 @@ class RunFolder(Observer):
         self._kept: dict[int, dict[int, int]] = {}
         self._best: float | None = None
         self._saved = -1
+        self._held: TextIO | None = None
 
     def begin(self, run: Run) -> None:
         run.folder = self.path
         try:
             for folder in (self.path, self.path / "checkpoints", self.path / "clients"):
                 folder.mkdir(parents=True, exist_ok=True)
-            fresh = not run.history
-            if fresh and (self.path / "config.json").exists():
-                raise CheckpointError(
-                    f"{self.path} already holds a run; resume it, or choose another folder"
-                )
+            self._lock()
+            if not run.history:
+                if (self.path / "config.json").exists():
+                    raise CheckpointError(
+                        f"{self.path} already holds a run; resume it, or choose another folder"
+                    )
+                self._written, self._kept, self._best, self._saved = {}, {}, None, -1
             checkpoints.write_json(
                 self.path / "config.json",
                 {
@@ -105,20 +116,22 @@ class RunFolder(Observer):
         self._line("rounds.jsonl", record.json())
         self._line("ledger.jsonl", {"round": record.round, "participants": parts})
         self._line("timings.jsonl", {"round": record.round, "seconds": round(end.seconds, 6)})
-        if record.round % self.every == 0 or record.round == run.rounds:
-            self._checkpoint(run, end.snapshot())
         self._keep_best(run, record)
+        if record.round % self.every == 0 or record.round == run.rounds:
+            self._checkpoint(run, end.snapshot)
 
     def interrupted(self, run: Run, snapshot: Snapshot) -> None:
+        if not self._files:
+            return  # it never began
         if run.history and snapshot.round != self._saved:
             self._checkpoint(run, snapshot)
         self._status("interrupted")
 
     def end(self, run: Run) -> None:
+        checkpoints.write_json(self.path / "spread.json", run.per_client)
         checkpoints.save(
             self.path / "model.safetensors", "model", {"identity": identity(run)}, run.model
         )
-        checkpoints.write_json(self.path / "spread.json", run.per_client)
         self._draw(run)
         self._status("finished")
 
@@ -128,14 +141,38 @@ class RunFolder(Observer):
             with contextlib.suppress(OSError):
                 file.close()
         self._files.clear()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _lock(self) -> None:
+        """Keep other processes out of the folder, for as long as this one lives."""
+        if self._held is None and fcntl is not None:
+            self._held = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._held.close()
+                self._held = None
+                raise CheckpointError(
+                    f"{self.path} is in use by a run that is still going on"
+                ) from None
 
     def resume(self, run: Run) -> Snapshot | None:
         """Fill `run` with the folder's rounds and give its latest checkpoint.
 
         None if the run stopped before its first one, so that it must begin anew.
         """
+        try:
+            return self._read_back(run)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_back(self, run: Run) -> Snapshot | None:
         config = read_config(self.path)
-        if config.get("identity") != identity(run):
+        self._lock()
+        if config["identity"] != identity(run):
             raise CheckpointError(
                 f"{self.path} holds another run: its plan, data or seed differ from those given; "
                 f"compare them with {self.path / 'config.json'}"
@@ -145,10 +182,15 @@ class RunFolder(Observer):
             self._truncate(0)
             (self.path / "config.json").unlink()
             return None
-        about, vectors = checkpoints.load(found[-1], "checkpoint")
+        about, vectors = self._load(found)
         if about.get("identity") != config["identity"]:
             raise CheckpointError(f"{found[-1]} belongs to another run")
         snapshot = self._snapshot(about, vectors)
+        if snapshot.round > run.rounds:
+            raise CheckpointError(
+                f"{self.path} has {snapshot.round} rounds already; ask for that many or more, "
+                f"not {run.rounds}"
+            )
         self._truncate(snapshot.round)
         run.history[:] = read_history(self.path)
         if [record.round for record in run.history] != list(range(1, snapshot.round + 1)):
@@ -162,14 +204,32 @@ class RunFolder(Observer):
             self._kept[int(path.stem)] = self._index(path)
         self._written = {member: round for member, (round, _) in snapshot.memories.items()}
         self._saved = snapshot.round
-        run.seconds = sum(line["seconds"] for line in read_lines(self.path / "timings.jsonl"))
+        run.seconds = read_seconds(self.path)
         return snapshot
+
+    def _load(self, found: list[Path]) -> tuple[dict[str, Any], Vectors]:
+        """The newest checkpoint; if it is damaged, how to go on from the one before."""
+        try:
+            return checkpoints.load(found[-1], "checkpoint")
+        except CheckpointError as error:
+            before = f" ({found[-2].name})" if len(found) > 1 else ", if there is one"
+            raise CheckpointError(
+                f"{error}; delete it to go on from the checkpoint before{before}"
+            ) from error
 
     def _checkpoint(self, run: Run, snapshot: Snapshot) -> None:
         for member, (changed, memory) in snapshot.memories.items():
             if self._written.get(member) != changed:
                 checkpoints.save(self._client(member, changed), "memory", {}, memory)
                 self._written[member] = changed
+        # The lines of these rounds must outlive a power cut that the checkpoint outlives.
+        try:
+            for file in self._files.values():
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"the lines in {self.path} could not be kept: {error.strerror or error}"
+            ) from error
         index = {member: changed for member, (changed, _) in snapshot.memories.items()}
         members = np.array(sorted(index), np.int64)
         vectors = {
@@ -284,15 +344,18 @@ class RunFolder(Observer):
 
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration of a run folder."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a run folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / 'config.json'} is damaged")
-    return config
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path} is not a run folder: it has no config.json")
+    config = _read_json(path / "config.json")
+    plan = config.get("plan")
+    if not isinstance(plan, dict) or not isinstance(config.get("data"), dict):
+        raise CheckpointError(f"{path / 'config.json'} is damaged or not atoll's")
+    kinds = [plan.get(name, {}).get("kind") for name in ("algorithm", "schedule", "learner")]
+    if not all(isinstance(kind, str) for kind in kinds):
+        raise CheckpointError(f"{path / 'config.json'} is damaged or not atoll's")
+    if not all(isinstance(config.get(name), int) for name in ("seed", "rounds")):
+        raise CheckpointError(f"{path / 'config.json'} is damaged or not atoll's")
+    return {"identity": "", **config}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -301,7 +364,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("round"), int):
+                raise ValueError("not a line of a run")
+            lines.append(line)
         except ValueError:
             if number < len(texts):
                 raise CheckpointError(f"{path} is damaged at line {number}") from None
@@ -311,11 +377,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_history(path: Path) -> list[Record]:
     """The rounds of a run folder."""
     try:
-        return [Record(**line) for line in read_lines(path / "rounds.jsonl")]
-    except TypeError as error:
+        return [Record.read(line) for line in read_lines(path / "rounds.jsonl")]
+    except (TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path / 'rounds.jsonl'} has a line of another form: {error}"
         ) from error
+
+
+def read_seconds(path: Path) -> float:
+    """The real time that a run has taken, as far as it was noted."""
+    lines = read_lines(path / "timings.jsonl")
+    return float(sum(s for line in lines if isinstance(s := line.get("seconds"), int | float)))
 
 
 def read_run(path: str | Path) -> Run:
@@ -324,11 +396,22 @@ def read_run(path: str | Path) -> Run:
     config = read_config(folder)
     run = Run(config["plan"], config["data"], config["seed"], config["rounds"], folder=folder)
     run.history = read_history(folder)
-    run.seconds = sum(line["seconds"] for line in read_lines(folder / "timings.jsonl"))
+    run.seconds = read_seconds(folder)
     if (folder / "model.safetensors").exists():
         run.model = checkpoints.load(folder / "model.safetensors", "model")[1]
-        run.per_client = json.loads((folder / "spread.json").read_text(encoding="utf-8"))
+    if (folder / "spread.json").exists():
+        run.per_client = _read_json(folder / "spread.json")
     return run
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged or not atoll's")
+    return value
 
 
 def read_status(path: Path) -> str:
@@ -346,11 +429,18 @@ def find_runs(root: Path) -> list[Path]:
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """A folder name below `root` that is not taken: name-1, name-2, ..."""
+    """Make a folder below `root` that nobody else has: name-1, name-2, ..."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "run"
     taken: Iterable[str] = [p.name for p in root.glob(f"{stem}-*")] if root.is_dir() else []
     numbers = [int(n.rpartition("-")[2]) for n in taken if n.rpartition("-")[2].isdecimal()]
-    return root / f"{stem}-{max(numbers, default=0) + 1}"
+    number = max(numbers, default=0) + 1
+    while True:
+        path = root / f"{stem}-{number}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
 
 
 def environment() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,12 @@ class Snapshot:
 class RoundEnd:
     """What observers are told when a round has closed.
 
-    `participants` covers all its attempts. `snapshot` is taken only when it is called, and only
-    valid until the observer returns.
+    `participants` covers all its attempts. `snapshot` holds until the next round closes.
     """
 
     record: Record
     participants: Sequence[Participant]
-    snapshot: Callable[[], Snapshot]
+    snapshot: Snapshot
     seconds: float
 
 
@@ -48,7 +47,7 @@ class Observer:
         """A round has closed."""
 
     def interrupted(self, run: Run, snapshot: Snapshot) -> None:
-        """The run was stopped from outside; `snapshot` is the state after its last closed round."""
+        """The run ends before its time; `snapshot` is the state after its last closed round."""
 
     def end(self, run: Run) -> None:
         """The run is complete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,7 +46,21 @@ class Record:
     clock: float
 
     def json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The record as strict JSON, in which a figure that is not defined is null."""
+        plain = asdict(self)
+        for name in ("metrics", "measurements"):
+            plain[name] = {k: None if math.isnan(v) else v for k, v in plain[name].items()}
+        return plain
+
+    @staticmethod
+    def read(plain: Mapping[str, Any]) -> Record:
+        """A record from what `json` gave."""
+        known = {
+            name: {k: math.nan if v is None else v for k, v in plain[name].items()}
+            for name in ("metrics", "measurements")
+            if name in plain
+        }
+        return Record(**{**plain, **known})
 
 
 @dataclass
