@@ -1,12 +1,12 @@
 """McMahan et al. (AISTATS 2017), table 2: rounds to a target accuracy on MNIST.
 
-100 clients of 600 images, IID or 2-class shards, 10 % per round, batch 10. The 2NN goes to 97 % as
-in the paper; the CNN goes to 97 % too (the paper: 99 %), so that two cores can do it. Learning
-rates come from a small grid for the 2NN and are fixed for the CNN; each cell keeps its best.
-Needs ATOLL_DATA with `mnist-writers` for the full MNIST.
+100 clients, IID or 2-class shards, 10 % per round, batch 10. Learning rates come from a small grid
+for the 2NN and are fixed for the CNN; each cell of the table keeps its best. Needs ATOLL_DATA with
+`mnist-writers` for the full MNIST. The paper's setting is all 60,000 images and 97 % for the 2NN;
+the CNN is run on 10,000 images to 95 %, so that two cores can do it (the paper: 60,000 and 99 %).
 
-    python benchmarks/mcmahan_mnist.py 2nn [--workers 2] [--out benchmarks/results/mcmahan-2nn.json]
-    python benchmarks/mcmahan_mnist.py cnn
+    python benchmarks/mcmahan_mnist.py 2nn
+    python benchmarks/mcmahan_mnist.py cnn --images 10000 --target 0.95
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-TARGET = 0.97
 EPOCHS = {"FedSGD": 0, "FedAvg E=1": 1, "FedAvg E=5": 5, "FedAvg E=20": 20}
 RATES = {
     "2nn": {"FedSGD": (0.2, 0.5), "FedAvg E=1": (0.05, 0.1, 0.2), "FedAvg E=5": (0.05, 0.1),
             "FedAvg E=20": (0.05, 0.1)},
     "cnn": {"FedSGD": (0.2,), "FedAvg E=1": (0.1,), "FedAvg E=5": (0.05,), "FedAvg E=20": (0.05,)},
 }  # fmt: skip
+SPLITS = ("IID", "2-class shards")
 LIMITS = {
     "2nn": {"FedSGD": 3000, "FedAvg E=1": 1500, "FedAvg E=5": 600, "FedAvg E=20": 400},
-    "cnn": {"FedSGD": 1000, "FedAvg E=1": 400, "FedAvg E=5": 120, "FedAvg E=20": 60},
+    "cnn": {"FedSGD": 1000, "FedAvg E=1": 400, "FedAvg E=5": 200, "FedAvg E=20": 100},
 }
 
 
@@ -34,9 +34,10 @@ class Reached(Exception):
     """The target was met, so the run can stop."""
 
 
-def run(case: tuple[str, str, str, float]) -> dict[str, Any]:
+def run(case: tuple[str, str, str, float, int, float]) -> dict[str, Any]:
     """Rounds until the target for one model, split, method and learning rate."""
-    model, split, method, lr = case
+    model, split, method, lr, images, target = case
+    import numpy as np
     import torch
     from torch import nn
 
@@ -46,6 +47,8 @@ def run(case: tuple[str, str, str, float]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     mnist = data.load("mnist")
+    if images < len(mnist):
+        mnist = mnist.take(np.random.default_rng(0).choice(len(mnist), images, replace=False))
     if split == "IID":
         clients = mnist.iid(clients=100, test=0.0, seed=0)
     else:
@@ -66,7 +69,7 @@ def run(case: tuple[str, str, str, float]) -> dict[str, Any]:
     class Stop(Observer):
         def round(self, run: Any, end: Any) -> None:
             best[0] = max(best[0], end.record.metrics.get("accuracy", 0.0))
-            if best[0] >= TARGET:
+            if best[0] >= target:
                 raise Reached
 
     rounds = LIMITS[model][method]
@@ -92,7 +95,8 @@ def run(case: tuple[str, str, str, float]) -> dict[str, Any]:
     except Reached:
         reached = seen[-1]
     return {
-        "model": model, "split": split, "method": method, "lr": lr, "rounds": reached,
+        "model": model, "images": images, "target": target,
+        "split": split, "method": method, "lr": lr, "rounds": reached,
         "limit": rounds, "best_accuracy": round(best[0], 4),
         "seconds": round(perf_counter() - started, 1),
     }  # fmt: skip
@@ -102,15 +106,19 @@ def main() -> None:
     """Run all cells of one model's table and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("2nn", "cnn"))
+    parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--target", type=float, default=0.97)
+    parser.add_argument("--split", choices=SPLITS, action="append")
+    parser.add_argument("--method", choices=list(EPOCHS), action="append")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     out = options.out or Path(f"benchmarks/results/mcmahan-{options.model}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     cases = [
-        (options.model, split, method, lr)
-        for split in ("IID", "2-class shards")
-        for method in EPOCHS
+        (options.model, split, method, lr, options.images, options.target)
+        for split in options.split or SPLITS
+        for method in options.method or EPOCHS
         for lr in RATES[options.model][method]
     ]
     results = []

@@ -100,6 +100,10 @@ def test_settings_change_the_federation(atoll, here):
         ("schedule.cohort=100", "cohort=100 is larger than the population of 8 clients"),
         ("schedule=3", "set one of its fields, e.g. schedule.rounds="),
         ("schedule.rounds", "--set needs NAME=VALUE"),
+        ("schedule.adaptive=no", "is True or False, not 'no'"),
+        ("schedule.selection=Poisson", "is a Uniform, which is made in the file"),
+        ("pipeline=3", "set one of its fields, e.g. pipeline.0="),
+        ("pipeline.1.norm=3", "Mean has no 'norm', nor any other setting"),
         ("pipeline.7.norm=1", "the pipeline has stages 0 to 1"),
         ("algorithm.weighting=size", "weighting must be examples, uniform or work"),
         ("learner.layers.0=4", "tuple has no settings"),
@@ -121,6 +125,9 @@ def test_bad_settings_get_a_sentence(atoll, here, setting, message):
         (FILE + "\nclients = 3", "`clients` in bad.py is a int, not FederatedData"),
         ("x = 1\nraise RuntimeError('my fault')", "raised RuntimeError at line 2: my fault"),
         ("def f(:", "raised SyntaxError at line 1"),
+        ("import sys; sys.exit(3)", "ended by sys.exit(3)"),
+        ("def federation(): raise KeyError('x')\nclients = 1", "raised KeyError at line 1"),
+        (FILE + "\ndevices = 7", "`devices` in bad.py are not Devices but 7"),
         ("import nothing_like_it", "raised ModuleNotFoundError at line 1"),
         ("from atoll import data\ndata.load('digitz')", "did you mean 'digits'"),
         (FILE + "\nx[0] = np.nan\ndata.from_arrays(x, y)", "NaN or infinity"),
@@ -150,6 +157,37 @@ def test_things_that_are_not_there(atoll, here):
     assert atoll("data", "digitz")[0] == 1
     code, out, _ = atoll("runs")
     assert (code, "no runs in runs" in out) == (0, True)
+
+
+def test_devices_of_the_file_are_used(atoll, here):
+    text = FILE + "\nfrom atoll.simulation import RandomDevices\ndevices = RandomDevices()\n"
+    (here / "timed.py").write_text(text)
+    code, out, _ = atoll("simulate", "timed.py")
+    assert code == 0
+    assert "simulated time" in out
+
+
+def test_runs_of_one_name_in_two_places_are_compared(atoll, here):
+    atoll("simulate", "blobs.py", "--runs", "a", "--name", "x")
+    atoll("simulate", "blobs.py", "--runs", "b", "--name", "x", "--seed", "1")
+    code, out, _ = atoll("compare", "a/x", "b/x")
+    assert code == 0
+    assert "a/x" in out
+    assert "b/x" in out
+
+
+def test_names_are_shown_as_they_are(here):
+    text = FILE.replace('name="blobs"', 'name="Spit\u00e4ler [bold] [/final]"')
+    (here / "named.py").write_text(text, encoding="utf-8")
+    for command in (["simulate", "named.py"], ["runs"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "atoll", *command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert "[bold] [/final]" in done.stdout
 
 
 def test_functions_may_stand_for_values(atoll, here):

@@ -8,6 +8,7 @@ from atoll.learners import Assignment
 
 pytest.importorskip("sklearn")
 from sklearn.linear_model import (
+    Lasso,
     LinearRegression,
     LogisticRegression,
     SGDClassifier,
@@ -72,6 +73,43 @@ def test_black_boxes_are_refused_where_gradients_are_needed():
             Federation(
                 learner=learner, algorithm=algorithm, schedule=schedules.Synchronous(rounds=1)
             )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [SGDClassifier(average=True), LogisticRegression(solver="liblinear")],
+)
+def test_estimators_that_ignore_where_they_start_are_refused(estimator):
+    with pytest.raises(ConfigurationError, match="cannot take part in rounds"):
+        SklearnLearner(estimator, features=2, classes=2)
+
+
+@pytest.mark.parametrize("solver", ["adam", "sgd"])
+def test_the_first_turn_of_a_perceptron_is_plain_scikit_learn(digits, solver):
+    settings = {"solver": solver, "learning_rate_init": 0.01}
+    learner = SklearnLearner(MLPClassifier((8,), **settings), features=64, classes=10)
+    model = learner.init(Key(0))
+    held = digits.train(0)
+    local = learner.train(model, held, Assignment(1, Key(1)))
+    plain = MLPClassifier((8,), random_state=0, **settings)
+    order = Key(1).fold("order").generator().permutation(len(held))
+    x, y = held.all()
+    plain.partial_fit(x[:1], y[:1], classes=np.arange(10))
+    for number, (coef, intercept) in enumerate(zip(plain.coefs_, plain.intercepts_, strict=True)):
+        arrays = learner.layout.unpack(model)
+        coef[...], intercept[...] = arrays[f"{number}.coef"], arrays[f"{number}.intercept"]
+    del plain._optimizer
+    plain._random_state = np.random.RandomState(Key(1).fold("batches").integer() % 2**32)
+    plain.partial_fit(x[order], y[order])
+    expected = np.concatenate(
+        [a.ravel() for pair in zip(plain.coefs_, plain.intercepts_, strict=True) for a in pair]
+    )
+    np.testing.assert_allclose(local.params, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scalar_intercepts_travel_too():
+    lasso = SklearnLearner(Lasso(alpha=0.001), features=3, epochs=1)
+    assert lasso.layout["intercept"].shape == (1,)
 
 
 def test_estimators_that_cannot_go_on_are_refused():

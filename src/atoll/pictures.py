@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atoll.errors import require
+from atoll.errors import ConfigurationError, require
 
 #: Okabe and Ito's palette: told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -41,7 +41,10 @@ def picture(path: Path, width: float = 6.4, height: float = 4.0) -> Iterator[tup
         yield figure, axes
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial{path.suffix}")
-        figure.savefig(partial)
+        try:
+            figure.savefig(partial)
+        except ValueError as error:
+            raise ConfigurationError(f"{path} cannot be drawn: {error}") from error
         os.replace(partial, path)
 
 

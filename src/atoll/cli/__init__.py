@@ -7,6 +7,7 @@ Commands are imported when they are called, so that `atoll --help` is instant. E
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ RUNS = "runs"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a letter must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     command = import_module(f"atoll.cli.{options.module}")
     try:
         return int(command.run(options))

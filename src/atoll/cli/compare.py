@@ -9,7 +9,7 @@ from typing import Any
 
 from atoll.cli.files import find_run
 from atoll.cli.tables import figure, print_table
-from atoll.errors import ConfigurationError
+from atoll.errors import ConfigurationError, MissingPackage
 from atoll.learners.metrics import HIGHER_IS_BETTER
 from atoll.tracking.folder import read_run
 from atoll.tracking.loggers import flat
@@ -20,7 +20,8 @@ from atoll.tracking.run import Run, human_bytes, human_seconds, main_metric
 def run(options: argparse.Namespace) -> int:
     """A table of runs, what differs between them, and a picture."""
     folders = [find_run(name, options.runs) for name in options.run]
-    runs = {folder.name: read_run(folder) for folder in folders}
+    unique = len({folder.name for folder in folders}) == len(folders)
+    runs = {folder.name if unique else str(folder): read_run(folder) for folder in folders}
     for name, each in runs.items():
         if not each.history:
             raise ConfigurationError(f"{name} has no closed round to compare")
@@ -46,7 +47,12 @@ def run(options: argparse.Namespace) -> int:
         print()
         print_table(("setting", *runs), differences)
     path = Path(options.plot) if options.plot else Path(options.runs) / "compare.png"
-    print(f"drawn: {draw_metric(runs, path, metric, options.against)}")
+    try:
+        print(f"drawn: {draw_metric(runs, path, metric, options.against)}")
+    except MissingPackage as missing:
+        if options.plot:
+            raise
+        print(f"not drawn: {missing}")
     return 0
 
 

@@ -11,27 +11,33 @@ from typing import Any
 from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, CheckpointError, ConfigurationError
 from atoll.federation import Federation
+from atoll.simulation.devices import Devices
 
 EXAMPLE = "federation = Federation(...) and clients = data.load(...).dirichlet(...)"
 
 
-def read_federation(name: str) -> tuple[Federation, FederatedData]:
-    """`federation` and `clients` of a Python file, which is run as a module, not as a script."""
+def read_federation(name: str) -> tuple[Federation, FederatedData, Devices | None]:
+    """`federation`, `clients` and, if it has them, `devices` of a Python file.
+
+    It is run as a module, not as a script; any of the three may be a function that gives it.
+    """
     path = Path(name)
     if not path.is_file():
         raise ConfigurationError(f"there is no file {name}")
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         found = runpy.run_path(str(path), run_name="federation")
+        federation, clients = (_called(found, part, name) for part in ("federation", "clients"))
+        devices = _called(found, "devices", name) if "devices" in found else None
     except AtollError:
         raise
+    except SystemExit as error:
+        raise ConfigurationError(f"{name} ended by sys.exit({error.code!r})") from error
     except Exception as error:
         line = _line_of(error, path)
         raise ConfigurationError(f"{name} raised {type(error).__name__}{line}: {error}") from error
     finally:
         sys.path.pop(0)
-    federation = _called(found, "federation", name)
-    clients = _called(found, "clients", name)
     if not isinstance(federation, Federation):
         raise ConfigurationError(f"`federation` in {name} is not a Federation but {federation!r}")
     if not isinstance(clients, FederatedData):
@@ -39,7 +45,9 @@ def read_federation(name: str) -> tuple[Federation, FederatedData]:
             f"`clients` in {name} is a {type(clients).__name__}, not FederatedData; partition "
             "a set, e.g. clients = data.load('digits').dirichlet(clients=100, alpha=0.3)"
         )
-    return federation, clients
+    if devices is not None and not isinstance(devices, Devices):
+        raise ConfigurationError(f"`devices` in {name} are not Devices but {devices!r}")
+    return federation, clients, devices
 
 
 def find_run(name: str, root: str) -> Path:
@@ -54,7 +62,9 @@ def _called(found: dict[str, Any], name: str, file: str) -> Any:
     if name not in found:
         raise ConfigurationError(f"{file} does not define `{name}`; it must have {EXAMPLE}")
     value = found[name]
-    is_function = callable(value) and not isinstance(value, Federation | FederatedData | type)
+    is_function = callable(value) and not isinstance(
+        value, Federation | FederatedData | Devices | type
+    )
     return value() if is_function else value
 
 

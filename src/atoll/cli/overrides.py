@@ -47,16 +47,20 @@ def _replace(thing: Any, path: list[str], value: Any, whole: str) -> Any:
     known = [field.name for field in fields(thing)]
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
+        hint = f"; it has {', '.join(known)}" if known else ", nor any other setting"
+        hint = f"; did you mean {close[0]!r}?" if close else hint
         raise ConfigurationError(f"{whole!r}: {type(thing).__name__} has no {name!r}{hint}")
     present = getattr(thing, name)
     if rest:
         return replace(thing, **{name: _replace(present, rest, value, whole)})
-    if is_dataclass(present) and isinstance(value, str | int | float):
+    if is_dataclass(present) or isinstance(present, Pipeline):
+        inner = [f.name for f in fields(present)] if is_dataclass(present) else ["0"]
+        hint = f"; set one of its fields, e.g. {whole}.{inner[0]}=..." if inner else ""
         raise ConfigurationError(
-            f"{whole!r} is a {type(present).__name__}; set one of its fields, e.g. "
-            f"{whole}.{fields(present)[0].name}=..."
+            f"{whole!r} is a {type(present).__name__}, which is made in the file{hint}"
         )
+    if isinstance(present, bool) and not isinstance(value, bool):
+        raise ConfigurationError(f"{whole!r} is True or False, not {value!r}")
     if _is_number(present) != _is_number(value) and present is not None and value is not None:
         raise ConfigurationError(f"{whole!r} is {present!r}, which {value!r} cannot replace")
     try:

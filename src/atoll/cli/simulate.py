@@ -19,7 +19,7 @@ from atoll.tracking.progress import progress
 def run(options: argparse.Namespace) -> int:
     """Simulate, keep a run folder, and say where it is."""
     resume = options.resume is not None
-    federation, clients = read_federation(options.file)
+    federation, clients, devices = read_federation(options.file)
     federation = override(federation, options.set)
     if resume:
         folder = find_run(options.resume, options.runs)
@@ -32,7 +32,12 @@ def run(options: argparse.Namespace) -> int:
     keeper = RunFolder(folder, every=options.checkpoint_every, best=federation.evaluation.best)
     try:
         result = federation.simulate(
-            clients, seed=seed, folder=keeper, resume=resume, observers=[progress()]
+            clients,
+            seed=seed,
+            devices=devices,
+            folder=keeper,
+            resume=resume,
+            observers=[progress()],
         )
     except Interrupted as stop:
         settings = [part for setting in options.set for part in ("--set", setting)]

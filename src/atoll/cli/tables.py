@@ -7,18 +7,21 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def console() -> Console:
     """Standard output; wide when it is not a terminal, so that pipes get whole lines."""
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    return Console(
+        width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False
+    )
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
     """Print rows under headings (none if all are empty); columns of numbers are right-aligned."""
     rows = [list(row) for row in rows]
     table = Table(
-        title=title or None,
+        title=Text(title) if title else None,
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -31,7 +34,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         )
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(value) for value in row))
     console().print(table)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,10 +61,11 @@ class SklearnLearner(Learner):
                 f"{type(self.estimator).__name__} has neither partial_fit nor warm_start, so it "
                 "cannot go on from the parameters it receives"
             )
+        self._check_start()
 
     @cached_property
     def _blank(self) -> Any:
-        """A fitted estimator of the right shapes; `_with` overwrites a copy of it."""
+        """A fitted estimator of the right shapes; `_with` overwrites copies of it."""
         return self._begin(0)
 
     @cached_property
@@ -86,6 +89,8 @@ class SklearnLearner(Learner):
             raise DataError(
                 f"inputs of {data.name} have {width} values, but features={self.features}"
             )
+        if self.classes is None and data.y.ndim > 1:
+            raise DataError(f"{data.name} has several targets per example, which it cannot fit")
         if data.classes != self.classes:
             raise DataError(f"{data.name} has {data.classes} classes, but classes={self.classes}")
 
@@ -145,14 +150,35 @@ class SklearnLearner(Learner):
         return estimator
 
     def _with(self, model: Vectors, seed: int) -> Any:
-        """An estimator that stands at the received parameters."""
-        estimator = self._begin(seed)
-        present = _coefficients(estimator)
-        for name, array in self.layout.unpack(model).items():
-            present[name][...] = array
-        if hasattr(estimator, "t_"):
+        """An estimator that stands at the received parameters and knows nothing else."""
+        estimator = copy.deepcopy(self._blank)
+        if "random_state" in estimator.get_params():
+            estimator.set_params(random_state=seed)
+        # What the blank example left behind: the step counter and the optimiser's moments.
+        if hasattr(estimator, "_optimizer"):
+            del estimator._optimizer
+            estimator.t_ = 0
+            estimator._random_state = np.random.RandomState(seed)
+        elif hasattr(estimator, "t_"):
             estimator.t_ = 1.0
+        _set_coefficients(estimator, self.layout.unpack(model))
         return estimator
+
+    def _check_start(self) -> None:
+        """Refuse estimators whose training does not depend on where it starts."""
+        zeros = self.layout.zeros()
+        there = {"params": zeros["params"] + np.float32(0.5)}
+        rng = Key(0).fold("try").generator()
+        x = rng.normal(size=(4 * (self.classes or 2), self.features)).astype(np.float32)
+        y: NDArray[Any] = np.arange(len(x)) % (self.classes or 2)
+        examples = Examples(x, y if self.classes else y.astype(np.float32))
+        assignment = Assignment(1, Key(0))
+        ends = [self.train(model, examples, assignment).params for model in (zeros, there)]
+        if np.array_equal(*ends):
+            raise ConfigurationError(
+                f"{self.estimator!r} learns the same from whatever parameters it is given, so it "
+                "cannot take part in rounds; choose another solver, or leave out averaging"
+            )
 
     def _warm_fit(self, estimator: Any, x: NDArray[Any], y: NDArray[Any], passes: int) -> None:
         """Go on from the coefficients; classes a client lacks are kept by weightless examples."""
@@ -185,7 +211,24 @@ def _coefficients(estimator: Any) -> dict[str, NDArray[Any]]:
         raise ConfigurationError(
             f"{type(estimator).__name__} keeps no coef_ or coefs_, so nothing of it can travel"
         )
-    return {"coef": estimator.coef_, "intercept": estimator.intercept_}
+    return {
+        "coef": np.asarray(estimator.coef_),
+        "intercept": np.atleast_1d(np.asarray(estimator.intercept_)),
+    }
+
+
+def _set_coefficients(estimator: Any, arrays: Mapping[str, NDArray[Any]]) -> None:
+    if hasattr(estimator, "coefs_"):
+        for number, (coef, intercept) in enumerate(
+            zip(estimator.coefs_, estimator.intercepts_, strict=True)
+        ):
+            coef[...] = arrays[f"{number}.coef"]
+            intercept[...] = arrays[f"{number}.intercept"]
+        return
+    for name in ("coef", "intercept"):
+        present = np.asarray(getattr(estimator, f"{name}_"))
+        value = arrays[name].astype(present.dtype).reshape(present.shape)
+        setattr(estimator, f"{name}_", value if present.ndim else value.item())
 
 
 def _scores(estimator: Any, x: NDArray[Any]) -> NDArray[np.float64]:

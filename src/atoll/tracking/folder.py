@@ -350,8 +350,8 @@ def read_config(path: Path) -> dict[str, Any]:
     plan = config.get("plan")
     if not isinstance(plan, dict) or not isinstance(config.get("data"), dict):
         raise CheckpointError(f"{path / 'config.json'} is damaged or not atoll's")
-    kinds = [plan.get(name, {}).get("kind") for name in ("algorithm", "schedule", "learner")]
-    if not all(isinstance(kind, str) for kind in kinds):
+    parts = [plan.get(name) for name in ("algorithm", "schedule", "learner")]
+    if not all(isinstance(part, dict) and isinstance(part.get("kind"), str) for part in parts):
         raise CheckpointError(f"{path / 'config.json'} is damaged or not atoll's")
     if not all(isinstance(config.get(name), int) for name in ("seed", "rounds")):
         raise CheckpointError(f"{path / 'config.json'} is damaged or not atoll's")

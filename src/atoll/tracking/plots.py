@@ -13,6 +13,9 @@ from atoll.learners.metrics import HIGHER_IS_BETTER
 from atoll.pictures import COLOURS, picture
 from atoll.tracking.run import Run, main_metric
 
+#: Metrics that lie between 0 and 1.
+SHARES = {"accuracy", "macro_f1", "auc"}
+
 
 def draw_metric(
     runs: Mapping[str, Run],
@@ -81,6 +84,7 @@ def draw_spread(run: Run, path: Path, metric: str) -> Path:
             textcoords="offset points",
             fontsize="small",
         )
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(f"{len(ordered)} clients, worst first (worst tenth in orange)")
         axes.set_ylabel(f"{metric.replace('_', ' ')} on own test data")
         axes.set_title(f"{run.data.get('name', '')}: {metric.replace('_', ' ')} by client")
@@ -91,7 +95,11 @@ def draw_spread(run: Run, path: Path, metric: str) -> Path:
 def draw_run(run: Run, folder: Path) -> list[Path]:
     """A run's figures: its main metric and the loss, against rounds and bytes, and the spread."""
     paths = []
-    for metric in dict.fromkeys((main_metric(run.metrics), "loss")):
+    # Without test data there is still the loss that clients report.
+    shown = dict.fromkeys((main_metric(run.metrics), "loss")) if run.metrics else ["train_loss"]
+    for metric in shown:
+        if not any(metric in r.metrics or metric in r.measurements for r in run.history):
+            continue
         for against in ("round", "bytes"):
             name = f"{metric}.png" if against == "round" else f"{metric}-{against}.png"
             paths.append(draw_metric({"": run}, folder / name, metric, against))
@@ -122,7 +130,8 @@ def _draw_spread(
             deviation = record.metrics[f"{metric}_client_std"]
             rounds.append(record.round)
             low.append(mean - deviation)
-            high.append(mean + deviation)
+            # A share cannot be above 1, whatever the deviation.
+            high.append(min(mean + deviation, 1.0) if metric in SHARES else mean + deviation)
     if len(rounds) > 1:
         axes.fill_between(
             _places(run, rounds, against),
