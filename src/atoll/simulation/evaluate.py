@@ -25,7 +25,7 @@ class ClientFigures:
 
     def by_name(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """The same by client, without those that have no value."""
-        return {
+        known = {
             metric: {
                 name: float(value)
                 for name, value in zip(names, values, strict=True)
@@ -33,6 +33,7 @@ class ClientFigures:
             }
             for metric, values in self.values.items()
         }
+        return {metric: values for metric, values in known.items() if values}
 
     def spread(self) -> dict[str, float]:
         """Mean, deviation and worst tenth of each metric."""
