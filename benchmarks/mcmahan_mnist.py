@@ -2,8 +2,9 @@
 
 100 clients, IID or 2-class shards, 10 % per round, batch 10. Learning rates come from a small grid
 for the 2NN and are fixed for the CNN; each cell of the table keeps its best. Needs ATOLL_DATA with
-`mnist-writers` for the full MNIST. The paper's setting is all 60,000 images and 97 % for the 2NN;
-the CNN is run on 10,000 images to 95 %, so that two cores can do it (the paper: 60,000 and 99 %).
+`mnist-writers` for the full MNIST. The paper's setting is all 60,000 images, 97 % for the 2NN and
+99 % for the CNN; here the CNN has 10,000 images, 2,000 test images and 95 % to reach, so that two
+cores can do it.
 
     python benchmarks/mcmahan_mnist.py 2nn
     python benchmarks/mcmahan_mnist.py cnn --images 10000 --target 0.95
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def run(case: tuple[str, str, str, float, int, float]) -> dict[str, Any]:
     from torch import nn
 
     from atoll import Evaluation, Federation, algorithms, data, schedules
+    from atoll.data import Examples
     from atoll.learners import TorchLearner
     from atoll.tracking import Observer
 
@@ -49,6 +52,8 @@ def run(case: tuple[str, str, str, float, int, float]) -> dict[str, Any]:
     mnist = data.load("mnist")
     if images < len(mnist):
         mnist = mnist.take(np.random.default_rng(0).choice(len(mnist), images, replace=False))
+        # Testing after every round must not cost more than training does.
+        mnist = replace(mnist, test=Examples(*mnist.test.take(np.arange(2000))))
     if split == "IID":
         clients = mnist.iid(clients=100, test=0.0, seed=0)
     else:

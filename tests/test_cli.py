@@ -114,7 +114,7 @@ def test_bad_settings_get_a_sentence(atoll, here, setting, message):
     assert code == 1
     assert message in err
     assert "Traceback" not in err
-    assert not (here / "runs" / "blobs-1" / "model.safetensors").exists()
+    assert not (here / "runs" / "blobs-1").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from atoll.simulation import (
 )
 from atoll.tracking import Observer, RunFolder, read_run
 from atoll.tracking.describe import describe
-from atoll.tracking.folder import new_folder, read_status
+from atoll.tracking.folder import new_folder
+from atoll.tracking.reading import read_status
 
 
 class Outcomes(Observer):

@@ -18,8 +18,9 @@ from atoll.learners import NumpyLearner, rates
 from atoll.simulation import RandomDevices
 from atoll.tracking import Observer, RunFolder, checkpoints, find_runs, loggers, read_run
 from atoll.tracking.describe import describe
-from atoll.tracking.folder import new_folder, read_status
+from atoll.tracking.folder import new_folder
 from atoll.tracking.progress import LiveProgress, PlainProgress
+from atoll.tracking.reading import read_status
 
 
 class Stop(Exception):

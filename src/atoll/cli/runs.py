@@ -7,7 +7,7 @@ from pathlib import Path
 
 from atoll.cli.tables import figure, print_table
 from atoll.errors import AtollError
-from atoll.tracking.folder import find_runs, read_run, read_status
+from atoll.tracking.reading import find_runs, read_run, read_status
 from atoll.tracking.run import human_bytes, human_seconds, main_metric
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atoll.cli.files import find_run
 from atoll.cli.report import print_run
-from atoll.tracking.folder import read_run, read_status
+from atoll.tracking.reading import read_run, read_status
 from atoll.tracking.run import main_metric
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 from atoll.cli.files import find_run, read_federation
 from atoll.cli.overrides import override
 from atoll.cli.report import print_comparison, print_run
-from atoll.errors import RunError
+from atoll.errors import AtollError, RunError
 from atoll.simulation.interrupt import Interrupted
-from atoll.tracking.folder import RunFolder, new_folder, read_config
+from atoll.tracking.folder import RunFolder, new_folder
 from atoll.tracking.progress import progress
+from atoll.tracking.reading import read_config
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,6 +49,11 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
+    except AtollError:
+        # A folder that was made for a run that never began is of no use.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
     except MemoryError as error:
         raise RunError(
             "there is not enough memory for this run; use fewer or smaller clients"

@@ -1,9 +1,10 @@
 """Tracking: run folders, progress, plots and loggers."""
 
 from atoll.tracking import loggers
-from atoll.tracking.folder import RunFolder, find_runs, read_run
+from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.progress import progress
+from atoll.tracking.reading import find_runs, read_run
 from atoll.tracking.run import Participant, Record, Run
 
 __all__ = [
