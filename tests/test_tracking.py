@@ -86,6 +86,15 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(blobs, feder
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_resuming_a_finished_run_changes_nothing(blobs, federation, tmp_path):
+    run = federation.simulate(blobs, folder=tmp_path / "a")
+    before = contents(tmp_path / "a") | {"spread": (tmp_path / "a" / "spread.json").read_bytes()}
+    again = federation.simulate(blobs, folder=tmp_path / "a", resume=True)
+    after = contents(tmp_path / "a") | {"spread": (tmp_path / "a" / "spread.json").read_bytes()}
+    assert after == before
+    assert again.per_client == run.per_client != {}
+
+
 def test_a_finished_run_can_be_extended(blobs, federation, tmp_path):
     federation.simulate(blobs, folder=tmp_path / "a")
     longer = replace(federation, schedule=replace(federation.schedule, rounds=9))

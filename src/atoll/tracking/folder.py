@@ -34,7 +34,13 @@ from atoll.learners.metrics import HIGHER_IS_BETTER
 from atoll.tracking import checkpoints
 from atoll.tracking.describe import digest
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
-from atoll.tracking.reading import read_config, read_history, read_lines, read_seconds
+from atoll.tracking.reading import (
+    read_config,
+    read_history,
+    read_lines,
+    read_seconds,
+    read_spread,
+)
 from atoll.tracking.run import Record, Run, main_metric
 from atoll.vectors import Vectors
 
@@ -79,6 +85,7 @@ class RunFolder(Observer):
         self._best: float | None = None
         self._saved = -1
         self._held: TextIO | None = None
+        self._spread: dict[str, dict[str, float]] = {}
 
     def begin(self, run: Run) -> None:
         run.folder = self.path
@@ -117,6 +124,9 @@ class RunFolder(Observer):
         self._line("rounds.jsonl", record.json())
         self._line("ledger.jsonl", {"round": record.round, "participants": parts})
         self._line("timings.jsonl", {"round": record.round, "seconds": round(end.seconds, 6)})
+        if run.per_client is not self._spread:
+            checkpoints.write_json(self.path / "spread.json", run.per_client)
+            self._spread = run.per_client
         self._keep_best(run, record)
         if record.round % self.every == 0 or record.round == run.rounds:
             self._checkpoint(run, end.snapshot)
@@ -129,7 +139,6 @@ class RunFolder(Observer):
         self._status("interrupted")
 
     def end(self, run: Run) -> None:
-        checkpoints.write_json(self.path / "spread.json", run.per_client)
         checkpoints.save(
             self.path / "model.safetensors", "model", {"identity": identity(run)}, run.model
         )
@@ -206,6 +215,7 @@ class RunFolder(Observer):
         self._written = {member: round for member, (round, _) in snapshot.memories.items()}
         self._saved = snapshot.round
         run.seconds = read_seconds(self.path)
+        run.per_client = self._spread = read_spread(self.path)
         return snapshot
 
     def _load(self, found: list[Path]) -> tuple[dict[str, Any], Vectors]:

@@ -20,8 +20,7 @@ def read_run(path: str | Path) -> Run:
     run.seconds = read_seconds(folder)
     if (folder / "model.safetensors").exists():
         run.model = checkpoints.load(folder / "model.safetensors", "model")[1]
-    if (folder / "spread.json").exists():
-        run.per_client = _read_json(folder / "spread.json")
+    run.per_client = read_spread(folder)
     return run
 
 
@@ -71,6 +70,11 @@ def read_seconds(path: Path) -> float:
     """The real time that a run has taken, as far as it was noted."""
     lines = read_lines(path / "timings.jsonl")
     return float(sum(s for line in lines if isinstance(s := line.get("seconds"), int | float)))
+
+
+def read_spread(path: Path) -> dict[str, dict[str, float]]:
+    """The last evaluation on each client's own test part, if there was one."""
+    return _read_json(path / "spread.json") if (path / "spread.json").exists() else {}
 
 
 def read_status(path: Path) -> str:
