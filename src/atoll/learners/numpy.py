@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -121,10 +121,6 @@ class NumpyLearner(GradientLearner):
             else:
                 parts.append(classification_sums(outputs, y, float(losses.sum()), classes or 0))
         return add(parts)
-
-    def with_width(self, inputs: int, outputs: int) -> NumpyLearner:
-        """The same learner for other data."""
-        return replace(self, layers=(inputs, *self.layers[1:-1], outputs))
 
 
 class _Descent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from atoll.aggregation.mean import Mean
 from atoll.aggregation.pipeline import Pipeline, as_pipeline
@@ -62,12 +63,12 @@ class Plan:
         self.algorithm.check(self.learner)
         self.stages.check(self.algorithm.reports, self.algorithm.weighted)
 
-    @property
+    @cached_property
     def stages(self) -> Pipeline:
         """The pipeline, also where it is a single stage."""
         return as_pipeline(self.pipeline)
 
-    @property
+    @cached_property
     def schema(self) -> Schema:
         """What every update must hold."""
         return Schema.of(self.learner.layout, self.algorithm.reports)
