@@ -11,7 +11,7 @@ from atoll.aggregation import Clip, Mean
 from atoll.algorithms import FedAvg
 from atoll.data import Examples
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
+from atoll.keys import Key, permutations
 from atoll.learners import Affine, GradientLearner, Local, NumpyLearner
 from atoll.learners.metrics import regression_sums
 from atoll.updates import Aggregate
@@ -196,8 +196,8 @@ def reference_scaffold(clients, learner, rounds, cohort, option):
         deltas, changes = [], []
         for i in drawn:
             held, y, steps = clients.train(int(i)), x.copy(), 0
-            order = key.fold("work", round, clients.names[i]).fold("batches").generator()
-            permutation = held.at(order.permutation(len(held)))
+            word = key.fold("work", round, clients.names[i]).fold("batches").integer()
+            permutation = held.at(permutations([word], len(held), 1)[0, 0])
             for start in range(0, len(held), 10):
                 y -= 0.1 * (gradient(y, held, permutation[start : start + 10]) - own[i] + c)
                 steps += 1

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import Tapped
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
@@ -16,7 +17,6 @@ from atoll.learners import Assignment, NumpyLearner, rates
 from atoll.simulation import (
     LogNormal,
     RandomDevices,
-    Sequential,
     Stragglers,
     Trace,
     TracedDevices,
@@ -42,18 +42,17 @@ def test_stopping_in_the_middle_of_a_round_does_not_show(blobs, federation, tmp_
     )
     federation = replace(federation, schedule=schedules.Synchronous(rounds=8, cohort=4))
 
-    class Stopping(Sequential):
-        done = 0
+    done = []
 
-        def run(self, plan, received, turns):
-            for turn in turns:
-                type(self).done += 1
-                if type(self).done == 15:
-                    raise KeyboardInterrupt
-                yield from super().run(plan, received, [turn])
+    def stop(turn):
+        done.append(turn)
+        if len(done) == 15:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        federation.simulate(blobs, devices=devices, engine=Stopping(), folder=tmp_path / "a")
+        federation.simulate(
+            blobs, devices=devices, engine=Tapped(lambda turns: None, stop), folder=tmp_path / "a"
+        )
     assert len(read_run(tmp_path / "a").history) == 3
     federation.simulate(blobs, devices=devices, folder=tmp_path / "a", resume=True)
     federation.simulate(blobs, devices=devices, folder=tmp_path / "b")
@@ -102,16 +101,10 @@ def test_a_drop_out_without_a_deadline_does_not_end_the_run(blobs, federation):
 def test_rounds_that_cannot_reach_their_minimum_train_nobody(blobs, federation):
     done = []
 
-    class Counting(Sequential):
-        def run(self, plan, received, turns):
-            turns = list(turns)
-            done.append(len(turns))
-            return super().run(plan, received, turns)
-
     traces = {str(i): Trace(((0.0, 9.0),) if i < 3 else ((50.0, 99.0),), 1e3) for i in range(8)}
     schedule = schedules.Synchronous(rounds=1, cohort=5, minimum=5, pause=1.0)
     replace(federation, schedule=schedule).simulate(
-        blobs, devices=TracedDevices(traces), engine=Counting()
+        blobs, devices=TracedDevices(traces), engine=Tapped(lambda turns: done.append(len(turns)))
     )
     assert done == [5]
 

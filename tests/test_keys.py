@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.keys import Key
+from atoll.keys import Key, permutations
 
 parts = st.lists(st.one_of(st.integers(-5, 5), st.text("ab1", max_size=3)), max_size=4)
 
@@ -49,3 +49,27 @@ def test_streams_are_uniform_across_clients():
     draws = np.sort([Key(0).fold("u", client).generator().random() for client in range(2000)])
     distance = np.abs(draws - np.arange(1, 2001) / 2000).max()
     assert distance < 1.95 / np.sqrt(2000)
+
+
+def test_permutations_sort_the_published_numbers():
+    """SplitMix64 from 1234567, as the authors' C program prints them."""
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    expected = sorted(range(5), key=published.__getitem__)
+    assert permutations([1234567], 5, 1)[0, 0].tolist() == expected
+    # A second epoch goes on in the same stream, and neighbours do not matter.
+    assert permutations([99, 1234567], 5, 3)[1, 0].tolist() == expected
+
+
+def test_every_permutation_is_equally_likely():
+    words = [Key(0).fold(i).integer() for i in range(12_000)]
+    drawn = permutations(words, 3, 2).reshape(-1, 3)
+    kinds, counts = np.unique(drawn @ [9, 3, 1], return_counts=True)
+    assert len(kinds) == 6
+    # 24,000 draws: chi-squared with five degrees of freedom, one in a million.
+    assert float(((counts - 4000) ** 2 / 4000).sum()) < 36

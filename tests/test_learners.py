@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from atoll import data
 from atoll.data import Examples
 from atoll.errors import ConfigurationError, DataError
-from atoll.keys import Key
+from atoll.keys import Key, permutations
 from atoll.learners import Affine, Assignment, NumpyLearner, rates
 from atoll.learners.metrics import figures
 
@@ -37,9 +37,8 @@ def mlp():
 
 def batch_rows(key, count, size, steps):
     """The batches that the local loop draws, spelled out."""
-    order, rows = key.fold("batches").generator(), []
-    while len(rows) < steps:
-        permutation = order.permutation(count)
+    rows = []
+    for permutation in permutations([key.fold("batches").integer()], count, steps)[0]:
         rows += [permutation[start : start + size] for start in range(0, count, size)]
     return rows[:steps]
 

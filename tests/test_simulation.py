@@ -3,6 +3,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from conftest import Tapped
 
 from atoll import Evaluation, Federation, algorithms, data, schedules, wire
 from atoll.aggregation import Clip, Mean
@@ -96,25 +97,12 @@ def test_same_seed_same_bytes(blobs, federation, algorithm):
     assert runs[0].history == runs[1].history
 
 
-class Shuffled(Sequential):
-    """Runs turns in another order, as workers would; results still come in the order of turns."""
-
-    def run(self, plan, received, turns):
-        turns = list(turns)
-        order = np.random.default_rng().permutation(len(turns))
-        results = {}
-        for position in order:
-            results[position] = next(super().run(plan, received, [turns[position]]))
-        for position in range(len(turns)):
-            yield results[position]
-
-
 def test_the_order_of_work_does_not_matter(blobs, federation):
     federation = replace(federation, algorithm=algorithms.Scaffold())
     expected = federation.simulate(blobs, seed=0).model["params"].tobytes()
-    assert (
-        federation.simulate(blobs, seed=0, engine=Shuffled()).model["params"].tobytes() == expected
-    )
+    shuffled = Tapped(lambda turns: None, shuffle=True)
+    other = federation.simulate(blobs, seed=0, engine=shuffled)
+    assert other.model["params"].tobytes() == expected
 
 
 def test_the_order_of_delivery_does_not_matter(blobs, federation):
@@ -142,14 +130,10 @@ def test_over_selection_takes_the_fastest(blobs, federation):
 def test_work_that_cannot_count_is_never_done(blobs, federation):
     done = []
 
-    class Counting(Sequential):
-        def run(self, plan, received, turns):
-            turns = list(turns)
-            done.append(len(turns))
-            return super().run(plan, received, turns)
-
     federation = with_schedule(federation, rounds=2, cohort=3, invite=8)
-    federation.simulate(blobs, devices=Speeds(), engine=Counting())
+    federation.simulate(
+        blobs, devices=Speeds(), engine=Tapped(lambda turns: done.append(len(turns)))
+    )
     assert done == [3, 3]
 
 

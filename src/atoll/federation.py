@@ -10,12 +10,15 @@ from atoll.data.federated import FederatedData
 from atoll.errors import CheckpointError
 from atoll.rounds.plan import Plan
 from atoll.simulation.baselines import Baselines, train_baselines
+from atoll.simulation.choice import engine_of
 from atoll.simulation.devices import Devices
-from atoll.simulation.engine import Engine, Sequential
+from atoll.simulation.engine import Engine
+from atoll.simulation.explain import Explanation, explain
 from atoll.simulation.simulator import Simulator, check_population
 from atoll.tracking.describe import describe
 from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer
+from atoll.tracking.reading import read_engine
 from atoll.tracking.run import Run
 
 
@@ -37,7 +40,7 @@ class Federation(Plan):
         *,
         seed: int = 0,
         devices: Devices | None = None,
-        engine: Engine | None = None,
+        engine: Engine | str | None = None,
         folder: str | Path | RunFolder | None = None,
         resume: bool = False,
         observers: Sequence[Observer] = (),
@@ -48,7 +51,8 @@ class Federation(Plan):
             clients: who holds what.
             seed: of every draw; the same plan, data and seed give the same bytes.
             devices: how fast and reliable clients are; None is instant and always there.
-            engine: how turns are run; None is one after the other.
+            engine: how turns are run, e.g. "auto", "sequential", "stacked(block=10, workers=2)" or
+                one of `atoll.simulation`'s engines; None chooses by rule. See `explain`.
             folder: where to keep the run (see `tracking.RunFolder`); None keeps nothing.
             resume: go on with the run in `folder` from its latest checkpoint.
             observers: what else is told about each round, e.g. `tracking.progress()`.
@@ -60,12 +64,14 @@ class Federation(Plan):
             if isinstance(folder, str | Path)
             else folder
         )
+        if resume and keeper is not None and (engine is None or engine == "auto"):
+            engine = read_engine(keeper.path) or engine
         simulator = Simulator(
             self,
             data,
             run,
             devices=devices or Devices(),
-            engine=engine or Sequential(),
+            engine=engine_of(engine),
             observers=[*([keeper] if keeper else []), *observers],
         )
         if devices is not None:
@@ -77,6 +83,13 @@ class Federation(Plan):
             if snapshot is not None:
                 simulator.restore(snapshot)
         return simulator.go()
+
+    def explain(self, clients: FederatedData, *, engine: Engine | str | None = None) -> Explanation:
+        """How `simulate` would run this over these clients; print it.
+
+        Engine and reason, how each layer is lowered, workers, threads and memory.
+        """
+        return explain(self, check_population(clients), engine_of(engine), 0)
 
     def baselines(
         self,

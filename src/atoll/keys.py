@@ -7,11 +7,14 @@ So a draw never depends on what was drawn before it, on worker count or on a res
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from operator import index
 
 import numpy as np
+from numpy.typing import NDArray
 
 Part = int | str
 
@@ -33,11 +36,8 @@ class Key:
 
     def digest(self, size: int = 16) -> bytes:
         """`size` bytes that no other key has (up to collisions of BLAKE2b)."""
-        state = blake2b(digest_size=size, person=b"atoll-key")
-        for part in (self.seed, *self.path):
-            text = b"s" + part.encode() if isinstance(part, str) else b"i%d" % index(part)
-            state.update(len(text).to_bytes(4, "little") + text)
-        return state.digest()
+        text = b"".join([_encoded(self.seed), *map(_encoded, self.path)])
+        return blake2b(text, digest_size=size, person=b"atoll-key").digest()
 
     def generator(self) -> np.random.Generator:
         """A fresh NumPy generator at the start of this key's stream."""
@@ -47,3 +47,28 @@ class Key:
     def integer(self) -> int:
         """A 63-bit integer for libraries that seed generators of their own."""
         return int.from_bytes(self.digest(8), "little") >> 1
+
+
+@lru_cache(maxsize=1 << 14, typed=True)
+def _encoded(part: Part) -> bytes:
+    """A part of an address such that no two addresses look alike."""
+    text = b"s" + part.encode() if isinstance(part, str) else b"i%d" % index(part)
+    return len(text).to_bytes(4, "little") + text
+
+
+def permutations(words: Sequence[int], count: int, times: int) -> NDArray[np.int64]:
+    """For each word `times` independent random permutations of range(count), [W, times, count].
+
+    Random 64-bit numbers are sorted; they are SplitMix64's (Steele, Lea, Flood: "Fast splittable
+    pseudorandom number generators", OOPSLA 2014, figure 17), which is a function of word and
+    position alone: so a cohort is shuffled in one go, and each client as if it were alone.
+    """
+    counter = np.arange(1, times * count + 1, dtype=np.uint64).reshape(times, count)
+    # A word is a `Key.integer()`: 63 random bits.
+    state = np.array(words, np.uint64)[:, None, None] + counter * np.uint64(0x9E3779B97F4A7C15)
+    state ^= state >> np.uint64(30)
+    state *= np.uint64(0xBF58476D1CE4E5B9)
+    state ^= state >> np.uint64(27)
+    state *= np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    return np.argsort(state, axis=-1)

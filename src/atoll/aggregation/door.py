@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from atoll.aggregation.stage import Schema
 from atoll.errors import UpdateRefused
 from atoll.updates import Update
-from atoll.vectors import describe_names
+from atoll.vectors import Vectors, describe_names
 
 #: Lighter updates would lose digits in fixed point, heavier ones would not fit it.
 WEIGHT_LEAST, WEIGHT_LIMIT = 2.0**-20, 2.0**40
@@ -34,6 +34,43 @@ def admit(update: Update, schema: Schema) -> None:
         )
     if len(update.metrics) > METRIC_LIMIT:
         raise UpdateRefused(f"it reports more than {METRIC_LIMIT} metrics")
+
+
+def admit_rows(
+    vectors: Vectors, statistics: Vectors, weights: Sequence[float], schema: Schema
+) -> list[str]:
+    """Why each of C updates, given as rows [C, ...], is refused; empty for those that pass."""
+    faults = [""] * len(weights)
+    try:
+        _match("vectors", vectors, schema.vectors)
+        _match("statistics", statistics, schema.statistics)
+    except UpdateRefused as refusal:
+        return [str(refusal)] * len(weights)
+    arrays = {**vectors, **statistics}
+    # A sum is NaN or infinite if anything in it is; it may also overflow, so a row is looked at.
+    doubtful = np.zeros(len(weights), bool)
+    for rows in arrays.values():
+        if rows.dtype.kind == "f":
+            with np.errstate(all="ignore"):
+                doubtful |= ~np.isfinite(rows.sum(axis=1))
+    for c, weight in enumerate(weights):
+        if doubtful[c] or not WEIGHT_LEAST <= weight <= WEIGHT_LIMIT:
+            try:
+                admit(
+                    Update(
+                        {name: rows[c] for name, rows in vectors.items()},
+                        weight,
+                        {name: rows[c] for name, rows in statistics.items()},
+                    ),
+                    schema,
+                )
+            except UpdateRefused as refusal:
+                faults[c] = str(refusal)
+    for name, rows in arrays.items():
+        size = {**schema.vectors, **schema.statistics}[name]
+        if rows.shape[1] != size:
+            return [f"{name!r} has {rows.shape[1]} values, but {size} were asked for"] * len(faults)
+    return faults
 
 
 def _match(kind: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

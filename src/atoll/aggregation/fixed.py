@@ -8,8 +8,12 @@ bits, and subtracting an update restores the sum as if it had never been there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from atoll.vectors import Vectors
 
 UNIT_BITS = 40
 CARRY_BITS = 32
@@ -18,6 +22,13 @@ ROOM = 1 << 62
 #: Values from here on (in units) are summed in floats; below, 100,000 of them fit two words.
 LIMIT = float(1 << 78)
 TILE = 1 << 15
+#: Added to a float64 below 2^51, this leaves its nearest whole number (halves to even) in the low
+#: bits of the sum, which read as an integer exceed it by the bits of the constant itself.
+MAGIC = 1.5 * 2.0**52
+MAGIC_BITS = int(np.float64(MAGIC).view(np.int64))
+MAGIC_LIMIT = float(1 << 51)
+#: Whole numbers up to here are exact in float64.
+EXACT = float(1 << 53)
 
 
 class FixedSum:
@@ -28,10 +39,21 @@ class FixedSum:
     """
 
     def __init__(self, size: int) -> None:
-        self.low = np.zeros(size, np.int64)
+        self._low = np.zeros(size, np.int64)
+        self._magic = 0
         self.high: NDArray[np.int64] | None = None
         self.floating: NDArray[np.float64] | None = None
         self._taken = 0
+
+    @property
+    def low(self) -> NDArray[np.int64]:
+        """The sum in units, without what was carried."""
+        if self._magic:
+            # Modulo 2^64, as all of this is.
+            surplus = (self._magic * MAGIC_BITS + (1 << 63)) % (1 << 64) - (1 << 63)
+            np.subtract(self._low, np.int64(surplus), out=self._low)
+            self._magic = 0
+        return self._low
 
     @property
     def exact(self) -> bool:
@@ -47,16 +69,56 @@ class FixedSum:
             if self.floating is None:
                 self.floating = np.zeros(len(vector))
             self.floating += sign * weight * vector.astype(np.float64)
-        elif peak >= ROOM / 4:
+        elif peak >= MAGIC_LIMIT:
             self._add_wide(vector, scale, sign)
         else:
             self._make_room(int(peak) + 1)
             self._add_narrow(vector, scale, sign)
 
+    def add_rows(self, rows: NDArray[np.floating], weights: Sequence[float]) -> None:
+        """Add `weight * row` of every row [C, size], to the bit as if one after the other."""
+        if not rows.size:
+            return
+        scales = np.array(weights, np.float64) * float(1 << UNIT_BITS)
+        peaks = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float64) * scales
+        if float(peaks.sum()) + len(rows) >= EXACT:
+            for row, weight in zip(rows, weights, strict=True):
+                self.add(row, weight)
+            return
+        self._make_room(int(peaks.sum()) + len(rows))
+        # Whole numbers whose magnitudes add up to less than 2^53 are added exactly as floats.
+        total = np.zeros(min(TILE // 4, rows.shape[1]))
+        scratch = np.empty_like(total)
+        for start in range(0, rows.shape[1], len(total)):
+            part = rows[:, start : start + len(total)]
+            floats, sums = scratch[: part.shape[1]], total[: part.shape[1]]
+            sums.fill(0)
+            for row, scale in zip(part, scales, strict=True):
+                np.multiply(row, scale, out=floats, dtype=np.float64)
+                np.rint(floats, out=floats)
+                sums += floats
+            self._low[start : start + len(total)] += sums.astype(np.int64)
+
+    def state(self) -> Vectors:
+        """The sum as arrays."""
+        arrays: Vectors = {"low": self.low, "taken": np.array([self._taken], np.int64)}
+        if self.high is not None:
+            arrays["high"] = self.high
+        if self.floating is not None:
+            arrays["floating"] = self.floating
+        return arrays
+
+    def restore(self, state: Vectors) -> None:
+        """Become the sum that `state` gave."""
+        self._low, self._magic = state["low"].copy(), 0
+        self._taken = int(state["taken"][0])
+        self.high = state["high"].copy() if "high" in state else None
+        self.floating = state["floating"].copy() if "floating" in state else None
+
     def merge(self, other: FixedSum) -> None:
         """Add another sum, as if its vectors had been added here."""
         self._make_room(other._taken)
-        self.low += other.low
+        np.add(self.low, other.low, out=self._low)
         if other.high is not None:
             self._upper()[...] += other.high
         if other.floating is not None:
@@ -72,25 +134,24 @@ class FixedSum:
         return total if self.floating is None else total + self.floating
 
     def _add_narrow(self, vector: NDArray[np.floating], scale: float, sign: int) -> None:
-        # Tiles keep the float64 and int64 scratch in the processor's cache.
+        # Tiles keep the scratch in the processor's cache.
         scratch = np.empty(min(TILE, len(vector)), np.float64)
-        units = np.empty(len(scratch), np.int64)
         accumulate = np.add if sign > 0 else np.subtract
         for start in range(0, len(vector), TILE):
             part = vector[start : start + TILE]
-            floats, ints = scratch[: len(part)], units[: len(part)]
+            floats = scratch[: len(part)]
             np.multiply(part, scale, out=floats, dtype=np.float64)
-            np.rint(floats, out=floats)
-            ints[...] = floats
-            total = self.low[start : start + TILE]
-            accumulate(total, ints, out=total)
+            floats += MAGIC
+            total = self._low[start : start + TILE]
+            accumulate(total, floats.view(np.int64), out=total)
+        self._magic += sign
 
     def _add_wide(self, vector: NDArray[np.floating], scale: float, sign: int) -> None:
         units = np.rint(vector.astype(np.float64) * scale)
         upper = np.floor(units / float(1 << CARRY_BITS))
         lower = units - upper * float(1 << CARRY_BITS)
         self._make_room(1 << CARRY_BITS)
-        self.low += sign * lower.astype(np.int64)
+        self._low += sign * lower.astype(np.int64)
         self._upper()[...] += sign * upper.astype(np.int64)
 
     def _make_room(self, magnitude: int) -> None:
@@ -100,14 +161,14 @@ class FixedSum:
 
     def _carry(self) -> None:
         """Move whole multiples of 2^32 units up; leaves 0 <= low < 2^32, which is unique."""
-        upper = self._upper()
-        upper += self.low >> CARRY_BITS
-        self.low &= (1 << CARRY_BITS) - 1
+        upper, low = self._upper(), self.low
+        upper += low >> CARRY_BITS
+        low &= (1 << CARRY_BITS) - 1
         self._taken = 1 << CARRY_BITS
 
     def _upper(self) -> NDArray[np.int64]:
         if self.high is None:
-            self.high = np.zeros_like(self.low)
+            self.high = np.zeros_like(self._low)
         return self.high
 
 
@@ -124,11 +185,19 @@ def rounded(value: float) -> float:
 class ExactScalar:
     """A running sum of Python numbers with the same guarantee; integers of any size."""
 
-    def __init__(self) -> None:
-        self.units = 0
+    def __init__(self, units: int = 0) -> None:
+        self.units = units
 
     def add(self, value: float, sign: int = 1) -> None:
         self.units += sign * to_units(value)
+
+    def add_all(self, values: Sequence[float]) -> None:
+        """Add many numbers, as if one after the other."""
+        units = np.rint(np.array(values, np.float64) * float(1 << UNIT_BITS))
+        if np.abs(units).sum() < EXACT:
+            self.units += int(units.sum())
+        else:
+            self.units += sum(to_units(value) for value in values)
 
     def value(self) -> float:
         return self.units / (1 << UNIT_BITS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,7 @@ from atoll.aggregation.fixed import ExactScalar, FixedSum, rounded, to_units
 from atoll.aggregation.stage import Accumulator, Reducer, Schema
 from atoll.errors import RunError
 from atoll.updates import Aggregate, Update
-from atoll.vectors import Vectors
+from atoll.vectors import Vectors, part, prefixed
 
 logger = logging.getLogger("atoll")
 
@@ -34,6 +36,7 @@ class Mean(Reducer):
 
 class _RunningMean(Accumulator):
     def __init__(self, schema: Schema) -> None:
+        self._schema = schema
         self.sums = {name: FixedSum(size) for name, size in schema.vectors.items()}
         self.statistics = {
             name: FixedSum(size) for name, size in schema.statistics.items() if name != "counters"
@@ -50,6 +53,34 @@ class _RunningMean(Accumulator):
 
     def add(self, update: Update) -> None:
         self._count(update, 1)
+
+    def add_rows(
+        self,
+        vectors: Vectors,
+        statistics: Vectors,
+        weights: Sequence[float],
+        metrics: Mapping[str, Sequence[float]],
+        passed: Sequence[bool],
+    ) -> None:
+        chosen = [c for c, admitted in enumerate(passed) if admitted]
+        if len(chosen) < len(passed):
+            vectors = {name: rows[chosen] for name, rows in vectors.items()}
+            statistics = {name: rows[chosen] for name, rows in statistics.items()}
+        shares = [rounded(weights[c]) for c in chosen]
+        for name, total in self.sums.items():
+            total.add_rows(vectors[name], shares)
+        for name, total in self.statistics.items():
+            total.add_rows(statistics[name], shares)
+        if self.counters is not None:
+            for share, row in zip(shares, statistics["counters"], strict=True):
+                self.counters += to_units(share) * row.astype(object)
+        self.weight.add_all(shares)
+        self.count += len(chosen)
+        for name, column in metrics.items():
+            values = [column[c] for c in chosen if abs(column[c]) < METRIC_LIMIT]
+            total_value, count = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
+            total_value.add_all(values)
+            count.add(len(values))
 
     def withdraw(self, update: Update) -> None:
         self._count(update, -1)
@@ -86,6 +117,35 @@ class _RunningMean(Accumulator):
             mine = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
             mine[0].units += value.units
             mine[1].units += count.units
+
+    def fresh(self) -> Accumulator:
+        return _RunningMean(self._schema)
+
+    def state(self) -> Vectors:
+        arrays: Vectors = {}
+        for kind, sums in (("sums", self.sums), ("statistics", self.statistics)):
+            for name, total in sums.items():
+                arrays |= prefixed(f"{kind}/{name}/", total.state())
+        # Integers of any size travel as digits.
+        numbers = {
+            "count": self.count,
+            "weight": self.weight.units,
+            "counters": [] if self.counters is None else [int(total) for total in self.counters],
+            "metrics": {n: [v.units, k.units] for n, (v, k) in self.metrics.items()},
+        }
+        arrays["numbers"] = np.array([*json.dumps(numbers).encode()], np.int64)
+        return arrays
+
+    def restore(self, state: Vectors) -> None:
+        for kind, sums in (("sums", self.sums), ("statistics", self.statistics)):
+            for name, total in sums.items():
+                total.restore(part(f"{kind}/{name}/", state))
+        numbers = json.loads(bytes(state["numbers"].tolist()))
+        self.count, self.weight.units = numbers["count"], numbers["weight"]
+        if self.counters is not None:
+            self.counters = np.array(numbers["counters"], object)
+        for name, (value, count) in numbers["metrics"].items():
+            self.metrics[name] = (ExactScalar(value), ExactScalar(count))
 
     def close(self, population: int) -> Aggregate:
         weight = self.weight.value()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 from atoll.aggregation.stage import Accumulator, Reducer, Schema, Stage
 from atoll.errors import ConfigurationError
@@ -53,6 +54,14 @@ class Pipeline:
     def _after(self) -> list[tuple[int, Stage]]:
         end = self.stages.index(self.reducer)
         return list(enumerate(self.stages))[end + 1 :]
+
+    @cached_property
+    def transparent(self) -> bool:
+        """Whether updates reach the reducer as the algorithm made them."""
+        return all(
+            type(stage).encode is Stage.encode and type(stage).decode is Stage.decode
+            for _, stage in self._before
+        )
 
     def check(self, reports: Sequence[str], weighted: bool) -> None:
         """Raise `ConfigurationError`, saying why, if these stages cannot work together."""

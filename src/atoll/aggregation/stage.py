@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -96,12 +96,49 @@ class Reducer(Stage):
         """An empty accumulator for one round."""
 
 
+class Sink(Protocol):
+    """What updates go into."""
+
+    def add(self, update: Update) -> None:
+        """Take an update in."""
+
+    def add_rows(
+        self,
+        vectors: Vectors,
+        statistics: Vectors,
+        weights: Sequence[float],
+        metrics: Mapping[str, Sequence[float]],
+        passed: Sequence[bool],
+    ) -> None:
+        """Take in those of C updates that have `passed`, given as rows [C, ...] and columns [C]."""
+
+
 class Accumulator(ABC):
     """A round's aggregate in the making."""
 
     @abstractmethod
     def add(self, update: Update) -> None:
         """Take an update in."""
+
+    def add_rows(
+        self,
+        vectors: Vectors,
+        statistics: Vectors,
+        weights: Sequence[float],
+        metrics: Mapping[str, Sequence[float]],
+        passed: Sequence[bool],
+    ) -> None:
+        """Take in those of C updates that have `passed`, given as rows [C, ...] and columns [C]."""
+        for c, admitted in enumerate(passed):
+            if admitted:
+                self.add(
+                    Update(
+                        {name: rows[c] for name, rows in vectors.items()},
+                        weights[c],
+                        {name: rows[c] for name, rows in statistics.items()},
+                        {name: column[c] for name, column in metrics.items()},
+                    )
+                )
 
     @abstractmethod
     def withdraw(self, update: Update) -> None:
@@ -110,6 +147,18 @@ class Accumulator(ABC):
     @abstractmethod
     def merge(self, other: Accumulator) -> None:
         """Take in all that another accumulator of the same round has taken in."""
+
+    @abstractmethod
+    def fresh(self) -> Accumulator:
+        """An empty accumulator of the same round."""
+
+    @abstractmethod
+    def state(self) -> Vectors:
+        """All that was taken in, as arrays that `restore` reads: a partial sum on its way."""
+
+    @abstractmethod
+    def restore(self, state: Vectors) -> None:
+        """Become what `state` says; only on an empty accumulator."""
 
     @abstractmethod
     def close(self, population: int) -> Aggregate:

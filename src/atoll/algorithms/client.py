@@ -27,6 +27,11 @@ class Client:
     assignment: Assignment
     statistics: Vectors = field(default_factory=dict)
 
+    @property
+    def count(self) -> Any:
+        """How many examples the client holds."""
+        return len(self.examples)
+
     def train(self, params: Array, correction: Correction | None = None) -> Local:
         """The local loop from `params` along `correction(gradient, params)`."""
         local = self.learner.train(self._at(params), self.examples, self.assignment, correction)

@@ -38,9 +38,8 @@ class FedSGD(FedAvg):
         self, client: Client, got: dict[str, Array], mine: dict[str, Array]
     ) -> tuple[Update, dict[str, Array]]:
         gradient = client.gradient(got["params"], keep_statistics=True)
-        examples = len(client.examples)
-        weight = examples if self.weighted else 1
-        return Update({"gradient": gradient}, weight=weight, metrics={"seen": examples}), mine
+        weight = client.count if self.weighted else 1
+        return Update({"gradient": gradient}, weight=weight, metrics={"seen": client.count}), mine
 
     def step(self, state: Vectors, mean: Aggregate) -> Vectors:
         return {"params": state["params"] - self.lr * mean["gradient"]}

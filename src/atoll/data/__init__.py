@@ -5,6 +5,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
 from atoll.data.gathered import from_clients
+from atoll.data.population import from_columns, generated
 from atoll.data.sources import (
     from_arrays,
     from_huggingface,
@@ -21,11 +22,13 @@ __all__ = [
     "FederatedData",
     "from_arrays",
     "from_clients",
+    "from_columns",
     "from_huggingface",
     "from_sklearn",
     "from_table",
     "from_torch",
     "from_torchvision",
+    "generated",
     "load",
     "names",
     "synthetic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,3 +42,18 @@ class Examples:
     def all(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Every input and target, gathered."""
         return self.take(slice(None))
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of several holders one after the other; shared columns are not copied."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if all(part.x is first.x and part.y is first.y for part in parts):
+        everything = np.arange(len(first.x))
+        rows = [everything if part.rows is None else part.rows for part in parts]
+        return Examples(first.x, first.y, np.concatenate(rows))
+    columns = [part.all() for part in parts]
+    return Examples(
+        np.concatenate([x for x, _ in columns]), np.concatenate([y for _, y in columns])
+    )

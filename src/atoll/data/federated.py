@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,24 +32,22 @@ class FederatedData:
     task: Task
     classes: int | None
     class_names: tuple[str, ...]
-    names: tuple[str, ...]
+    names: Sequence[str]
     x: NDArray[Any]
     y: NDArray[Any]
-    train_rows: tuple[Rows, ...]
-    test_rows: tuple[Rows, ...]
+    train_rows: Sequence[Rows]
+    test_rows: Sequence[Rows]
     test_part: Examples
 
     def __post_init__(self) -> None:
         if not self.names:
             raise DataError(f"{self.name}: there are no clients")
-        if len(set(self.names)) != len(self.names):
+        if isinstance(self.names, tuple) and len(set(self.names)) != len(self.names):
             raise DataError(f"{self.name}: two clients have the same name")
-        empty = [
-            name for name, rows in zip(self.names, self.train_rows, strict=True) if not len(rows)
-        ]
-        if empty:
+        empty = np.flatnonzero(self.sizes() == 0)
+        if len(empty):
             raise DataError(
-                f"{self.name}: client {empty[0]!r} has no training examples"
+                f"{self.name}: client {self.names[int(empty[0])]!r} has no training examples"
                 + (f" (nor have {len(empty) - 1} others)" if len(empty) > 1 else "")
                 + "; drop it, or partition with a larger minimum"
             )
@@ -68,6 +67,10 @@ class FederatedData:
     def test(self, client: int) -> Examples:
         """The test part of one client; it may be empty."""
         return Examples(self.x, self.y, self.test_rows[client])
+
+    def size(self, client: int) -> int:
+        """How many training examples one client holds."""
+        return int(self._sizes[client])
 
     def all_train(self) -> Examples:
         """Every client's training part together, as nobody in a federation can see it."""
@@ -97,7 +100,15 @@ class FederatedData:
 
     def sizes(self) -> NDArray[np.int64]:
         """Training examples of each client, [N]."""
-        return np.array([len(rows) for rows in self.train_rows], np.int64)
+        return self._sizes
+
+    @cached_property
+    def _sizes(self) -> NDArray[np.int64]:
+        return _lengths(self.train_rows)
+
+    def tested(self) -> NDArray[np.int64]:
+        """The clients that have a test part."""
+        return np.flatnonzero(_lengths(self.test_rows))
 
     def label_distribution(self) -> NDArray[np.int64]:
         """Training examples of each client and class, [N, classes]."""
@@ -158,6 +169,11 @@ class FederatedData:
         from atoll.data.picture import draw_population
 
         return draw_population(self, Path(path))
+
+
+def _lengths(rows: Sequence[Rows]) -> NDArray[np.int64]:
+    known = getattr(rows, "lengths", None)
+    return np.array([len(each) for each in rows], np.int64) if known is None else known
 
 
 def assemble(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from atoll.data.examples import Examples, Rows, Task
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
-from atoll.keys import Key
+from atoll.keys import Key, permutations
 from atoll.learners.metrics import Sums
 from atoll.learners.rates import Rate, rate_at
 from atoll.vectors import Array, Layout, Vectors
@@ -49,16 +49,23 @@ class Local:
     `params` [P] are the trained parameters; `path` is the sum of the learning rates of its
     `steps`; `examples` is how many the client holds and `seen` how many it went over, with
     repetition; `loss` is the mean training loss per step. `statistics` are the new buffers and
-    counters.
+    counters. For a cohort every field has a leading axis of clients, and `path` is [C, 1], so that
+    what is written with operators serves both.
     """
 
     params: Array
-    steps: int
-    path: float
-    examples: int
-    seen: int
-    loss: float
+    steps: Any
+    path: Any
+    examples: Any
+    seen: Any
+    loss: Any
     statistics: Vectors = field(default_factory=dict)
+
+
+def steps_of(planned: int, fraction: float) -> int:
+    """A fraction of the planned steps: at least one."""
+    # The small term undoes the rounding of a fraction that was computed as steps / planned.
+    return max(1, math.ceil(fraction * planned - 1e-6))
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,7 @@ class Assignment:
 
     def steps(self, planned: int) -> int:
         """How many of the `planned` steps are asked for: at least one."""
-        # The small term undoes the rounding of a fraction that was computed as steps / planned.
-        return max(1, math.ceil(self.fraction * planned - 1e-6))
+        return steps_of(planned, self.fraction)
 
 
 class Learner(ABC):
@@ -113,6 +119,12 @@ class Learner(ABC):
     def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
         """Sums of the metrics of `model` over `examples`."""
 
+    def evaluate_each(
+        self, model: Vectors, parts: Sequence[Examples], task: Task, classes: int | None
+    ) -> list[Sums]:
+        """Sums of the metrics of one model over each of these parts, none of them empty."""
+        return [self.evaluate(model, part, task, classes) for part in parts]
+
     @abstractmethod
     def planned_steps(self, examples: int) -> int:
         """How many local steps a client with this many examples takes in one round."""
@@ -122,6 +134,40 @@ class Learner(ABC):
         raise ConfigurationError(
             f"{type(self).__name__} can only fit: it gives no gradient, which this algorithm needs"
         )
+
+    def stacks(self, examples: Examples) -> str:
+        """Why `train_cohort` cannot be used on data like these; empty if it can."""
+        return f"{type(self).__name__} trains one client at a time"
+
+    def train_cohort(
+        self,
+        model: Vectors,
+        examples: Sequence[Examples],
+        assignments: Sequence[Assignment],
+        correction: Correction | None = None,
+    ) -> Local:
+        """Train C clients side by side: as `train` of each, with a leading axis in what comes out.
+
+        `model["params"]` is [P] for all or [C, P]. Of the `Local`, `params` is [C, P], `path` is
+        [C, 1], statistics are [C, ...] and the rest [C]. All are of the same round.
+        """
+        raise ConfigurationError(self.stacks(examples[0]))
+
+    def prefers_stacks(self, examples: Examples) -> bool:
+        """Whether a stack is likely to be faster than one client at a time."""
+        return False
+
+    def threads_safely(self, examples: Examples) -> bool:
+        """Whether `train` may run in several threads of this process at once."""
+        return False
+
+    def explain(self, examples: Examples) -> tuple[tuple[str, str, str], ...]:
+        """(layer, kind, how it is run) of each part of the model, for people."""
+        return (("", type(self).__name__, "whole, one client at a time"),)
+
+    def use_threads(self, count: int) -> int:
+        """Let one operation use so many threads, in the calling thread; returns what it was."""
+        return 1
 
     def check(self, data: FederatedData) -> None:
         """Raise `DataError` if this learner cannot be trained on these data."""
@@ -209,7 +255,10 @@ class GradientLearner(Learner):
     def planned_steps(self, examples: int) -> int:
         if self.steps is not None:
             return self.steps
-        return self.epochs * len(self._cut(examples, self.batch_size or examples))
+        size = self.batch_size or examples
+        full, rest = divmod(examples, size)
+        short = rest > 0 and (full == 0 or rest >= self.smallest_batch)
+        return self.epochs * (full + short)
 
     def check(self, data: FederatedData) -> None:
         small = np.flatnonzero(data.sizes() < self.smallest_batch)
@@ -240,11 +289,11 @@ class GradientLearner(Learner):
     ) -> Local:
         lr = rate_at(self.lr, assignment.round)
         steps = assignment.steps(self.planned_steps(len(examples)))
-        order = assignment.key.fold("batches").generator()
+        word = assignment.key.fold("batches").integer()
         with self.descend(model, examples, assignment.key.fold("draws")) as descent:
             done = seen = 0
             losses: Any = 0.0
-            for batch in self._batches(descent, examples, steps, order):
+            for batch in self._batches(descent, examples, steps, word):
                 direction, loss = descent.gradient(batch)
                 if self.max_gradient_norm is not None:
                     direction *= min(1.0, self.max_gradient_norm / max(self.norm(direction), 1e-12))
@@ -256,13 +305,13 @@ class GradientLearner(Learner):
         return Local(params, done, done * lr, len(examples), seen, float(losses) / done, statistics)
 
     def _batches(
-        self, descent: Descent, examples: Examples, steps: int, order: np.random.Generator
+        self, descent: Descent, examples: Examples, steps: int, word: int
     ) -> Iterator[slice]:
         """Slices of `steps` batches, over a new permutation of the examples in each epoch."""
         count = len(examples)
         cut = self._cut(count, self.batch_size or count)
-        while True:
-            descent.gather(examples.at(order.permutation(count)))
+        for order in permutations([word], count, -(-steps // len(cut)))[0]:
+            descent.gather(examples.at(order))
             for batch in cut:
                 yield batch
                 steps -= 1

@@ -94,6 +94,11 @@ class Coordinator:
         self._lost: set[str] = set()
         self._faults: list[str] = []
 
+    @property
+    def missing(self) -> int:
+        """Updates that the open round still waits for."""
+        return self._needed - len(self._accepted)
+
     def open(self, roster: Roster, now: float) -> tuple[Invitation, ...]:
         """Begin the next attempt: draw a cohort and invite it.
 
@@ -112,16 +117,17 @@ class Coordinator:
         drawn = schedule.selection.draw(roster, schedule.invited(population), self.round, key)
         if isinstance(schedule.selection, Poisson):
             self._needed = len(drawn)
+        round, attempt, names = self.round, self.attempt, roster.names
         invitations = tuple(
             Invitation(
-                f"{self.round}.{self.attempt}.{member}",
-                int(member),
-                roster.names[member],
-                self.round,
-                self.attempt,
-                self._fraction(roster, int(member)),
+                f"{round}.{attempt}.{member}",
+                member,
+                names[member],
+                round,
+                attempt,
+                self._fraction(roster, member),
             )
-            for member in drawn
+            for member in drawn.tolist()
         )
         self.phase, self.outcome = Phase.OPEN, None
         self.deadline = None if schedule.deadline is None else now + schedule.deadline

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from atoll.aggregation.door import admit
 from atoll.aggregation.stage import Accumulator
 from atoll.errors import CheckpointError, RunError
 from atoll.keys import Key
 from atoll.rounds.plan import Plan
-from atoll.updates import Update
 from atoll.vectors import Vectors, describe_names, part, prefixed
 
 STAGE = "stage/"
@@ -56,21 +54,15 @@ class Server:
         """Begin to aggregate a round; what an abandoned attempt had gathered is dropped."""
         self._accumulator = self.plan.stages.open(self.plan.schema)
 
-    def decode(self, message: Update) -> Update:
-        """The update in a message; raises `UpdateRefused` if it is not what it should be."""
-        update = self.plan.stages.decode(message, self.plan.schema)
-        admit(update, self.plan.schema)
-        return update
-
-    def add(self, update: Update) -> None:
-        """Take a decoded update into the round."""
+    @property
+    def sums(self) -> Accumulator:
+        """What the open round has gathered so far."""
         assert self._accumulator is not None, "the round is not open"
-        self._accumulator.add(update)
+        return self._accumulator
 
     def close(self, round: int, population: int) -> dict[str, float]:
         """Step to the next model; returns the round's measurements."""
-        assert self._accumulator is not None, "the round is not open"
-        aggregate = self._accumulator.close(population)
+        aggregate = self.sums.close(population)
         self._accumulator = None
         aggregate, self.stages = self.plan.stages.release(
             aggregate, self.stages, self.key.fold("release", round)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from atoll import wire
 from atoll.data.federated import FederatedData
-from atoll.errors import AtollError, ConfigurationError, DataError, RunError, UpdateRefused
+from atoll.errors import AtollError, ConfigurationError, DataError, RunError
 from atoll.keys import Key
-from atoll.rounds.coordinator import Answer, Coordinator, Invitation, Phase, Verdict
+from atoll.learners.base import steps_of
+from atoll.rounds.cohort import Delivery, Turn, message_size
+from atoll.rounds.coordinator import Coordinator, Invitation, Phase, Verdict
 from atoll.rounds.plan import Plan
 from atoll.rounds.roster import Roster
 from atoll.rounds.server import Server
 from atoll.rounds.turn import assignment_for, first_memory
 from atoll.simulation.devices import Conditions, Devices, TracedDevices, device_key
-from atoll.simulation.engine import Engine, Turn
+from atoll.simulation.engine import Crew, Engine, cores
 from atoll.simulation.evaluate import (
     check_evaluation,
     evaluate_clients,
@@ -28,12 +31,14 @@ from atoll.simulation.evaluate import (
     spread_metrics,
 )
 from atoll.simulation.interrupt import Interrupted, Interruption
+from atoll.tracking.memories import Memories
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.run import Participant, Record, Run
 from atoll.updates import Update
 from atoll.vectors import Vectors
 
 REFUSALS_KEPT = 1000
+IDEAL = Conditions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,11 @@ class Simulator:
     ) -> None:
         if not isinstance(devices, Devices):
             raise ConfigurationError(f"devices must be Devices, not {devices!r}")
+        if not isinstance(engine, Engine):
+            raise ConfigurationError(
+                f"engine must be 'auto', 'sequential', 'stacked' or one of atoll.simulation's "
+                f"engines, not {engine!r}"
+            )
         if not isinstance(run.seed, int):
             raise ConfigurationError(f"the seed must be a whole number, not {run.seed!r}")
         plan.learner.check(data)
@@ -77,7 +87,8 @@ class Simulator:
         self.key = Key(run.seed)
         self.server = Server(plan, self.key)
         self.coordinator = Coordinator(plan.schedule, self.key)
-        self.memories: dict[int, tuple[int, Vectors]] = {}
+        self.crew: Crew
+        self.memories = Memories()
         self.clock = 0.0
         self._sizes = data.sizes()
         self._resources = devices.resources(data.names, self.key)
@@ -89,7 +100,7 @@ class Simulator:
         """Go on from a snapshot of the same plan, data and seed."""
         self.server.restore(dict(snapshot.vectors))
         self.coordinator.restore(dict(snapshot.coordinator))
-        self.memories = dict(snapshot.memories)
+        self.memories.update(snapshot.memories)
         self.clock = snapshot.clock
         self._closed = snapshot
 
@@ -99,7 +110,10 @@ class Simulator:
         try:
             for observer in self.observers:
                 observer.begin(self.run)
-            with Interruption() as interruption:
+            with (
+                Interruption() as interruption,
+                self.engine.open(self.plan, self.data, self.key) as self.crew,
+            ):
                 while self.coordinator.phase is Phase.IDLE:
                     self._round(interruption)
             for observer in self.observers:
@@ -144,8 +158,10 @@ class Simulator:
                 )
             self.clock = self._next_attempt(len(parts))
         measurements = self.server.close(round, len(self.data))
-        self.memories |= {member: (round, memory) for member, memory in learned.items()}
+        for member, memory in learned.items():
+            self.memories[member] = (round, memory)
         self.run.model = self.server.model()
+        self.run.engine, self.run.engine_notes = str(self.crew.engine), self.crew.notes
         metrics = self._evaluate(round)
         record = Record(
             round,
@@ -182,12 +198,10 @@ class Simulator:
         self._down = down = wire.size(received)
         invitations = coordinator.open(self._roster(), self.clock)
         self.server.open()
-        arrivals = sorted(
-            (self._arrival(invitation, down) for invitation in invitations),
-            key=lambda arrival: (arrival.time, arrival.tie),
-        )
+        arrivals = self._arrivals(invitations, down)
         timely = [a for a in arrivals if a.time <= (coordinator.deadline or math.inf)]
-        results = self._results(received, timely)
+        pending = deque(arrival.invitation for arrival in timely if not arrival.lost)
+        results: dict[str, Delivery] = {}
         learned: dict[int, Vectors] = {}
         parts: dict[str, Participant] = {}
         for arrival in timely:
@@ -201,13 +215,16 @@ class Simulator:
                 coordinator.lost(invitation.id, arrival.time)
                 parts[invitation.id] = Participant(invitation.client, "lost", down, 0)
                 continue
-            message, memory = next(results)
-            answer = self._deliver(arrival, message)
-            parts[invitation.id] = Participant(
-                invitation.client, str(answer.verdict), down, message_size(message)
-            )
-            if answer.accepted and memory:
-                learned[invitation.member] = memory
+            if invitation.id not in results:
+                # No more than the round still needs: so whatever is well-formed will be accepted,
+                # and those that over-selection spares never run.
+                group = [pending.popleft() for _ in range(min(coordinator.missing, len(pending)))]
+                results |= self._results(received, group, interruption)
+            delivery = results.pop(invitation.id)
+            verdict = self._deliver(arrival, delivery)
+            parts[invitation.id] = Participant(invitation.client, verdict, down, delivery.size)
+            if not delivery.fault and delivery.memory:
+                learned[invitation.member] = delivery.memory
         if coordinator.phase is Phase.OPEN:
             assert coordinator.deadline is not None
             self.clock = coordinator.deadline
@@ -217,55 +234,57 @@ class Simulator:
                 parts[arrival.invitation.id] = self._too_late(arrival, down)
         return learned, [parts[invitation.id] for invitation in invitations]
 
-    def _deliver(self, arrival: _Arrival, message: Update) -> Answer:
-        """Hand a message in; an update that does not pass the door never touches the model."""
-        fault = ""
-        try:
-            update = self.server.decode(message)
-        except UpdateRefused as refusal:
-            fault = str(refusal)
+    def _deliver(self, arrival: _Arrival, delivery: Delivery) -> Verdict:
+        """Hand in what is already in the sum, or the reason why it is not."""
         invitation = arrival.invitation
-        answer = self.coordinator.deliver(invitation.id, invitation.client, arrival.time, fault)
-        if answer.accepted:
-            self.server.add(update)
-        else:
+        answer = self.coordinator.deliver(
+            invitation.id, invitation.client, arrival.time, delivery.fault
+        )
+        assert answer.accepted == (not delivery.fault), "the sum and the coordinator disagree"
+        if not answer.accepted:
             self._note(f"round {invitation.round}: {answer.reason}")
-        return answer
+        return answer.verdict
 
     def _results(
-        self, received: Vectors, arrivals: Sequence[_Arrival]
-    ) -> Iterator[tuple[Update, Vectors]]:
-        """The turns' results in order of arrival, run in groups that the round can still use.
-
-        A group is as many as the round needs, so those that over-selection spares never run.
-        """
-        pending = [arrival.invitation for arrival in arrivals if not arrival.lost]
-        group = max(self.plan.schedule.needed(len(self.data)), 1)
-        for start in range(0, len(pending), group):
-            turns = [self._turn(invitation) for invitation in pending[start : start + group]]
-            yield from self.engine.run(self.plan, received, turns)
+        self, received: Vectors, group: Sequence[Invitation], interruption: Interruption
+    ) -> dict[str, Delivery]:
+        """Run the turns of a group into the round's sum; what came of each, by invitation."""
+        turns = [self._turn(invitation) for invitation in group]
+        found: dict[str, Delivery] = {}
+        with contextlib.closing(self.crew.run(received, turns, self.server.sums)) as blocks:
+            for block in blocks:
+                for place, delivery in block:
+                    found[group[place].id] = delivery
+                if interruption.requested:
+                    raise Interrupted(len(self.run.history))
+        return found
 
     def _turn(self, invitation: Invitation) -> Turn:
         member = invitation.member
-        _, memory = self.memories.get(member, (0, self._blank))
+        memory = self.memories[member][1] if member in self.memories else self._blank
         assignment = assignment_for(
             self.key, invitation.client, invitation.round, invitation.fraction
         )
-        return Turn(invitation.client, self.data.train(member), memory, assignment)
+        return Turn(member, invitation.client, assignment, memory)
+
+    def _arrivals(self, invitations: Sequence[Invitation], down: int) -> list[_Arrival]:
+        """Everyone's delivery in the order of time."""
+        # Who comes first matters only where more are invited than needed.
+        self._spare = len(invitations) > self.coordinator.missing
+        if type(self.devices) is Devices and not self._spare:
+            return [_Arrival(self.clock, each, IDEAL, False, b"") for each in invitations]
+        arrivals = [self._arrival(invitation, down) for invitation in invitations]
+        return sorted(arrivals, key=lambda arrival: (arrival.time, arrival.tie))
 
     def _arrival(self, invitation: Invitation, down: int) -> _Arrival:
-        planned = self._planned(invitation.member)
         conditions = self._conditions(invitation.member, invitation.round, invitation.attempt)
-        assignment = assignment_for(
-            self.key, invitation.client, invitation.round, invitation.fraction
-        )
-        steps = assignment.steps(planned)
+        steps = steps_of(self._planned(invitation.member), invitation.fraction)
         took = conditions.transfer(down, self._up_bytes) + steps * conditions.seconds_per_step
         arrives = self.clock + took
         deadline = self.coordinator.deadline
         if deadline is not None and deadline < arrives <= deadline + 1e-9 * (1 + abs(deadline)):
             arrives = deadline  # late by rounding only
-        tie = self.key.fold("tie", invitation.id).digest(8)
+        tie = self.key.fold("tie", invitation.id).digest(8) if self._spare else b""
         if isinstance(self.devices, TracedDevices):
             leaves = self.devices.leaves(invitation.client, self.clock)
             if leaves is None or leaves < arrives:
@@ -315,6 +334,14 @@ class Simulator:
         return self.plan.learner.planned_steps(int(self._sizes[member]))
 
     def _evaluate(self, round: int) -> dict[str, float]:
+        # No client is at work now: every core is free for this.
+        before = self.plan.learner.use_threads(cores())
+        try:
+            return self._figures(round)
+        finally:
+            self.plan.learner.use_threads(before)
+
+    def _figures(self, round: int) -> dict[str, float]:
         evaluation, last = self.plan.evaluation, round == self.plan.schedule.rounds
         metrics: dict[str, float] = {}
         if last or round % evaluation.every == 0:
@@ -355,13 +382,6 @@ class Simulator:
     def _note(self, reason: str) -> None:
         if len(self.run.refusals) < REFUSALS_KEPT:
             self.run.refusals.append(reason)
-
-
-def message_size(message: Update) -> int:
-    """Bytes of an update on the wire: its arrays and, as metadata, its weight and metrics."""
-    metadata = {"weight": repr(message.weight)}
-    metadata |= {name: repr(value) for name, value in message.metrics.items()}
-    return wire.size({**message.vectors, **message.statistics}, metadata)
 
 
 def check_population(data: object) -> FederatedData:

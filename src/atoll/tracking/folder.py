@@ -7,6 +7,7 @@ timings.jsonl       real seconds per round, which are nobody's promise
 environment.json    versions and machine
 checkpoints/        the last few, and the best model
 clients/            what clients remember, one file per client and round that changed it
+engine.json         the engine that ran it, in the words that ask for it again, and why
 spread.json         the last evaluation on each client's own test part
 model.safetensors   the final model
 figures/            pictures, once the run is complete
@@ -33,6 +34,7 @@ from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
 from atoll.learners.metrics import HIGHER_IS_BETTER
 from atoll.tracking import checkpoints
 from atoll.tracking.describe import digest
+from atoll.tracking.memories import Memories
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.reading import (
     read_config,
@@ -86,6 +88,7 @@ class RunFolder(Observer):
         self._saved = -1
         self._held: TextIO | None = None
         self._spread: dict[str, dict[str, float]] = {}
+        self._engine = ""
 
     def begin(self, run: Run) -> None:
         run.folder = self.path
@@ -124,6 +127,10 @@ class RunFolder(Observer):
         self._line("rounds.jsonl", record.json())
         self._line("ledger.jsonl", {"round": record.round, "participants": parts})
         self._line("timings.jsonl", {"round": record.round, "seconds": round(end.seconds, 6)})
+        if run.engine != self._engine:
+            about = {"engine": run.engine, "notes": run.engine_notes}
+            checkpoints.write_json(self.path / "engine.json", about)
+            self._engine = run.engine
         if run.per_client is not self._spread:
             checkpoints.write_json(self.path / "spread.json", run.per_client)
             self._spread = run.per_client
@@ -212,7 +219,7 @@ class RunFolder(Observer):
             self._note_best(run, record)
         for path in found:
             self._kept[int(path.stem)] = self._index(path)
-        self._written = {member: round for member, (round, _) in snapshot.memories.items()}
+        self._written = snapshot.memories.rounds()
         self._saved = snapshot.round
         run.seconds = read_seconds(self.path)
         run.per_client = self._spread = read_spread(self.path)
@@ -229,8 +236,10 @@ class RunFolder(Observer):
             ) from error
 
     def _checkpoint(self, run: Run, snapshot: Snapshot) -> None:
-        for member, (changed, memory) in snapshot.memories.items():
+        index = snapshot.memories.rounds()
+        for member, changed in index.items():
             if self._written.get(member) != changed:
+                _, memory = snapshot.memories[member]
                 checkpoints.save(self._client(member, changed), "memory", {}, memory)
                 self._written[member] = changed
         # The lines of these rounds must outlive a power cut that the checkpoint outlives.
@@ -241,7 +250,6 @@ class RunFolder(Observer):
             raise CheckpointError(
                 f"the lines in {self.path} could not be kept: {error.strerror or error}"
             ) from error
-        index = {member: changed for member, (changed, _) in snapshot.memories.items()}
         members = np.array(sorted(index), np.int64)
         vectors = {
             **snapshot.vectors,
@@ -273,10 +281,10 @@ class RunFolder(Observer):
         try:
             members = vectors.pop("memory/members").tolist()
             rounds = vectors.pop("memory/rounds").tolist()
-            memories = {
-                member: (round, checkpoints.load(self._client(member, round), "memory")[1])
-                for member, round in zip(members, rounds, strict=True)
-            }
+            memories = Memories()
+            for member, round in zip(members, rounds, strict=True):
+                _, memory = checkpoints.load(self._client(member, round), "memory")
+                memories[member] = round, memory
             return Snapshot(
                 int(about["round"]),
                 vectors,

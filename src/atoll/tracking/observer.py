@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from atoll.tracking.memories import Memories
 from atoll.tracking.run import Participant, Record, Run
 from atoll.vectors import Vectors
 
 #: A client's memory and the round it is from, by member.
-Memories = Mapping[int, tuple[int, Vectors]]
 
 
 @dataclass(frozen=True)

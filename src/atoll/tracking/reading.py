@@ -77,6 +77,14 @@ def read_spread(path: Path) -> dict[str, dict[str, float]]:
     return _read_json(path / "spread.json") if (path / "spread.json").exists() else {}
 
 
+def read_engine(path: Path) -> str | None:
+    """The engine that ran a folder's rounds; only it makes the same bytes again."""
+    if not (path / "engine.json").exists():
+        return None
+    engine = _read_json(path / "engine.json").get("engine")
+    return engine if isinstance(engine, str) and engine else None
+
+
 def read_status(path: Path) -> str:
     """How a run ended: finished, interrupted, or running (which a killed one says too)."""
     try:

@@ -70,7 +70,8 @@ class Run:
     `config` describes the plan, `data` the population. `per_client` holds the latest evaluation on
     clients' own test parts: metric -> client -> value, without those that have none. `refusals`
     are the reasons, in words, why updates were refused or attempts abandoned. `seconds` is the
-    real time spent.
+    real time spent. `engine` is the engine that ran it, in the words
+    that ask for it again, and `engine_notes` say why it is that one.
     """
 
     config: dict[str, Any]
@@ -82,6 +83,8 @@ class Run:
     refusals: list[str] = field(default_factory=list)
     model: Vectors = field(default_factory=dict)
     seconds: float = 0.0
+    engine: str = ""
+    engine_notes: list[str] = field(default_factory=list)
     folder: Path | None = None
 
     @property

@@ -1,0 +1,201 @@
+"""Populations of any size: clients that are numbered, and data that are made or mapped when used.
+
+Nothing here holds an object per client: a million clients cost the array of their sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.data.examples import Examples, Rows, Task
+from atoll.data.federated import FederatedData
+from atoll.errors import DataError
+from atoll.keys import Key
+
+#: Makes one client's inputs and targets from its number and its generator.
+Make = Callable[[int, np.random.Generator], tuple[NDArray[Any], NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Numbered(Sequence[str]):
+    """The names "0" to "total - 1"."""
+
+    total: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    @overload
+    def __getitem__(self, item: int) -> str: ...
+    @overload
+    def __getitem__(self, item: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, item: int | slice) -> str | tuple[str, ...]:
+        if isinstance(item, slice):
+            return tuple(map(str, range(self.total)[item]))
+        return str(range(self.total)[item])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, range(self.total))
+
+    def index(self, value: str, start: int = 0, stop: int | None = None) -> int:
+        if not value.isdecimal() or str(int(value)) != value:
+            raise ValueError(value)
+        return range(self.total).index(int(value))
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str) and value.isdecimal() and int(value) < self.total
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges(Sequence[Rows]):
+    """Each client's rows are those from `offsets[c]` to `offsets[c + 1]` of the columns."""
+
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many rows each client has, [N]."""
+        return np.diff(self.offsets)
+
+    @overload
+    def __getitem__(self, item: int) -> Rows: ...
+    @overload
+    def __getitem__(self, item: slice) -> tuple[Rows, ...]: ...
+    def __getitem__(self, item: int | slice) -> Rows | tuple[Rows, ...]:
+        if isinstance(item, slice):
+            return tuple(self[c] for c in range(len(self))[item])
+        client = range(len(self))[item]
+        return np.arange(self.offsets[client], self.offsets[client + 1])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GeneratedData(FederatedData):
+    """A population whose clients' examples are made when they are used, and forgotten after.
+
+    See `generated`, which makes it.
+    """
+
+    make: Make
+    key: Key = field(default_factory=lambda: Key(0))
+
+    def train(self, client: int) -> Examples:
+        x, y = self.make(client, self.key.fold("client", client).generator())
+        if len(x) != self.size(client) or len(y) != len(x) or x.shape[1:] != self.x.shape[1:]:
+            raise DataError(
+                f"{self.name}: client {client} was promised {self.size(client)} inputs of shape "
+                f"{list(self.x.shape[1:])}, but {list(x.shape)} and {len(y)} targets were made"
+            )
+        return Examples(
+            np.ascontiguousarray(x, self.x.dtype), np.ascontiguousarray(y, self.y.dtype)
+        )
+
+    def test(self, client: int) -> Examples:
+        return Examples(self.x, self.y)
+
+    def all_train(self) -> Examples:
+        raise DataError(
+            f"{self.name}: the examples of {len(self)} clients are made one client at a time; "
+            "training on all of them together is not possible"
+        )
+
+    def label_distribution(self) -> NDArray[np.int64]:
+        raise DataError(f"{self.name}: the labels of a generated population are not counted")
+
+    def digest(self) -> str:
+        first, last = (self.train(client) for client in (0, len(self) - 1))
+        state = sha256(f"{self.key} {len(self)}".encode())
+        state.update(np.ascontiguousarray(self.sizes()).data)
+        for column in (first.x, first.y, last.x, last.y, *self.test_part.all()):
+            state.update(np.ascontiguousarray(column).data)
+        return state.hexdigest()
+
+
+def generated(
+    make: Make,
+    *,
+    clients: int,
+    examples: int | NDArray[np.int64],
+    task: Task = "classification",
+    classes: int | None = None,
+    test: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    seed: int = 0,
+    name: str = "generated",
+) -> FederatedData:
+    """A population of any size whose data are a function of the client's number and its own key.
+
+    Args:
+        make: `make(client, rng) -> (x, y)`; the generator is the client's own and always the same.
+        clients: how many there are.
+        examples: how many each holds, or an array of that for each, [N].
+        test: inputs and targets of the global test part, if there is one.
+    """
+    if clients < 1:
+        raise DataError(f"{name}: there are no clients")
+    sizes = np.broadcast_to(np.asarray(examples, np.int64), clients)
+    x, y = make(0, Key(seed).fold("client", 0).generator())
+    x = np.asarray(x, np.int64 if task == "tokens" else np.float32)
+    y = np.asarray(y, np.float32 if task == "regression" else np.int64)
+    if classes is None and task != "regression":
+        raise DataError(f"{name}: say how many classes there are (classes=...)")
+    nothing = (np.empty((0, *x.shape[1:]), x.dtype), np.empty((0, *y.shape[1:]), y.dtype))
+    held_out = nothing if test is None else test
+    return GeneratedData(
+        name, task, classes, (), Numbered(clients), *nothing,
+        Ranges(np.concatenate([[0], np.cumsum(sizes)])),
+        Ranges(np.zeros(clients + 1, np.int64)),
+        Examples(np.asarray(held_out[0], x.dtype), np.asarray(held_out[1], y.dtype)),
+        make=make, key=Key(seed),
+    )  # fmt: skip
+
+
+def from_columns(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    offsets: NDArray[np.int64],
+    *,
+    task: Task = "classification",
+    classes: int | None = None,
+    names: Sequence[str] | None = None,
+    test: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    name: str = "columns",
+) -> FederatedData:
+    """A population over columns in which each client's rows lie together, memory-mapped or not.
+
+    Nothing is copied or looked through: open large files with `np.load(path, mmap_mode="c")`.
+
+    Args:
+        x, y: inputs float32 (tokens int64) and targets (int64, or float32 for regression).
+        offsets: client c holds rows offsets[c] to offsets[c + 1], [N + 1].
+    """
+    offsets = np.asarray(offsets, np.int64)
+    clients = len(offsets) - 1
+    if clients < 1 or offsets[0] != 0 or offsets[-1] > len(x) or (np.diff(offsets) < 0).any():
+        raise DataError(
+            f"{name}: offsets must go from 0 up to at most {len(x)}, one more than clients"
+        )
+    wanted = (np.int64 if task == "tokens" else np.float32,
+              np.float32 if task == "regression" else np.int64)  # fmt: skip
+    for column, dtype, noun in zip((x, y), wanted, ("inputs", "targets"), strict=True):
+        if column.dtype != dtype:
+            raise DataError(
+                f"{name}: {noun} are {column.dtype}; they must be {np.dtype(dtype)}, because they "
+                "are used as they lie"
+            )
+    if len(x) != len(y):
+        raise DataError(f"{name}: {len(x)} inputs but {len(y)} targets")
+    if classes is None and task != "regression":
+        raise DataError(f"{name}: say how many classes there are (classes=...)")
+    held_out = (x[:0], y[:0]) if test is None else test
+    return FederatedData(
+        name, task, classes, (), Numbered(clients) if names is None else tuple(names), x, y,
+        Ranges(offsets), Ranges(np.zeros(clients + 1, np.int64)), Examples(*held_out),
+    )  # fmt: skip

@@ -1,0 +1,365 @@
+"""Any `torch.nn.Module` as a learner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from atoll.data.examples import Examples, Task, joined
+from atoll.data.federated import FederatedData
+from atoll.errors import ConfigurationError, DataError
+from atoll.keys import Key
+from atoll.learners.base import Assignment, Correction, GradientLearner, Local
+from atoll.learners.metrics import (
+    Sums,
+    add,
+    classification_sums,
+    regression_sums,
+    token_sums,
+)
+from atoll.learners.torch.checking import checked
+from atoll.learners.torch.cohort import Settings, gradient_of, train_cohort, weights_of
+from atoll.learners.torch.losses import LOSSES, Loss
+from atoll.learners.torch.lowering import Program
+from atoll.learners.torch.resident import Resident, ResidentDescent, draws_from, redrawn
+from atoll.learners.torch.rules import ELEMENTWISE, OptimizerFactory, optimizer_over
+from atoll.learners.torch.tape import Tape
+from atoll.vectors import Array, Layout, Vectors
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How a module is run: as a program for cohorts, for one client, or by autograd; and why."""
+
+    together: Program | None
+    alone: Program | None
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class TorchLearner(GradientLearner):
+    """Trains and evaluates a torch module, which is copied and never changed.
+
+    Args:
+        module: any module. Parameters that require gradients are trained and travel; persistent
+            buffers are averaged; frozen parameters stay as they are and do not travel.
+        loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit), "mse",
+            "l1", or a callable (outputs, targets) -> mean loss.
+        optimizer: None for plain SGD, or any `torch.optim` class or partial of one, called as
+            `optimizer([flat], lr=lr)` afresh for every client and round: nothing is carried over.
+        weights: "seeded" draws the initial parameters anew from the run's seed, through every
+            submodule's `reset_parameters`; "given" starts from the module's own, as pretrained
+            models must. Modules in eval mode look pretrained: for them it must be said.
+    """
+
+    module: nn.Module
+    loss: str | Loss = "cross_entropy"
+    optimizer: OptimizerFactory | None = None
+    weights: Literal["seeded", "given", "auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise ConfigurationError(
+                f"loss {self.loss!r} is not known; use {', '.join(LOSSES)} or a function of "
+                "(outputs, targets)"
+            )
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise ConfigurationError(
+                f"optimizer must be a torch.optim class or a partial of one, not {self.optimizer!r}"
+            )
+        if not isinstance(self.module, nn.Module):
+            raise ConfigurationError(
+                f"module must be a torch.nn.Module, not {type(self.module).__name__}"
+            )
+        if self.weights not in ("seeded", "given", "auto"):
+            raise ConfigurationError(f"weights must be seeded or given, not {self.weights!r}")
+        if self.weights == "auto" and not self.module.training:
+            raise ConfigurationError(
+                "the module is in eval mode, as pretrained ones are; say weights='given' to start "
+                "from its own parameters or weights='seeded' to draw them from the run's seed"
+            )
+        if any(
+            isinstance(p, nn.parameter.UninitializedParameter) for p in self.module.parameters()
+        ):
+            raise ConfigurationError(
+                "the module has lazy layers, whose shapes are not known yet; call it once on an "
+                "example first"
+            )
+        if not any(p.requires_grad for p in self.module.parameters()):
+            raise ConfigurationError("the module has no parameter that requires a gradient")
+
+    @property
+    def plain_sgd(self) -> bool:  # type: ignore[override]
+        return self.optimizer is None
+
+    @cached_property
+    def _resident(self) -> Resident:
+        return Resident(self.module)
+
+    @cached_property
+    def _loss(self) -> Loss:
+        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+
+    @property
+    def layout(self) -> Layout:
+        return self._resident.layout
+
+    @cached_property
+    def _settings(self) -> Settings:
+        return Settings(
+            self._loss, self.lr, self.optimizer, self.max_gradient_norm, torch.device("cpu")
+        )
+
+    def lowering(self, examples: Examples) -> Lowering:
+        """How the module is run, found out once, on a few of these examples."""
+        if "_lowering" not in self.__dict__:
+            self.__dict__["_lowering"] = self._lower(examples)
+        return self.__dict__["_lowering"]  # type: ignore[no-any-return]
+
+    def _lower(self, examples: Examples) -> Lowering:
+        if self.optimizer is not None:
+            kind = type(optimizer_over(self.optimizer, torch.zeros(1)))
+            if kind not in ELEMENTWISE:
+                return Lowering(
+                    None, None, f"{kind.__name__} may treat a vector as a whole, so clients cannot "
+                    "share one"
+                )  # fmt: skip
+        together, alone, reason = checked(self.module, self.layout, self._loss, examples)
+        return Lowering(together, alone, reason)
+
+    def stacks(self, examples: Examples) -> str:
+        lowering = self.lowering(examples)
+        return "" if lowering.together is not None else lowering.reason
+
+    def prefers_stacks(self, examples: Examples) -> bool:
+        together = self.lowering(examples).together
+        return together is not None and together.dense
+
+    def threads_safely(self, examples: Examples) -> bool:
+        lowering = self.lowering(examples)
+        return lowering.alone is not None and not lowering.alone.draws
+
+    def use_threads(self, count: int) -> int:
+        before = torch.get_num_threads()
+        if before != count:
+            torch.set_num_threads(count)
+        return before
+
+    def explain(self, examples: Examples) -> tuple[tuple[str, str, str], ...]:
+        lowering = self.lowering(examples)
+        program = lowering.together or lowering.alone
+        if program is not None:
+            return tuple((row.layer, row.kind, row.how) for row in program.rows)
+        kind = type(self.module).__name__
+        return (("", kind, f"whole, by autograd, one client at a time: {lowering.reason}"),)
+
+    def train(
+        self,
+        model: Vectors,
+        examples: Examples,
+        assignment: Assignment,
+        correction: Correction | None = None,
+    ) -> Local:
+        program = self.lowering(examples).alone
+        if program is None:
+            return super().train(model, examples, assignment, correction)
+        return self._train(program, model, [examples], [assignment], correction, single=True)
+
+    def gradient(
+        self, model: Vectors, examples: Examples, key: Key, chunk: int = 1024
+    ) -> tuple[Array, Vectors]:
+        program = self.lowering(examples).alone
+        if program is None:
+            return super().gradient(model, examples, key, chunk)
+        cut = self._cut(len(examples), chunk)
+        return gradient_of(program, self.layout, self._settings, model, examples, key, cut)
+
+    def train_cohort(
+        self,
+        model: Vectors,
+        examples: Sequence[Examples],
+        assignments: Sequence[Assignment],
+        correction: Correction | None = None,
+    ) -> Local:
+        program = self.lowering(examples[0]).together
+        if program is None:
+            raise ConfigurationError(f"the module cannot be stacked: {self.stacks(examples[0])}")
+        return self._train(program, model, examples, assignments, correction, single=False)
+
+    def _train(
+        self,
+        program: Program,
+        model: Vectors,
+        examples: Sequence[Examples],
+        assignments: Sequence[Assignment],
+        correction: Correction | None,
+        *,
+        single: bool,
+    ) -> Local:
+        steps = [
+            a.steps(self.planned_steps(len(e))) for e, a in zip(examples, assignments, strict=True)
+        ]
+
+        def cut(size: int) -> list[slice]:
+            return self._cut(size, self.batch_size or size)
+
+        return train_cohort(
+            program, self.layout, self._settings, model, examples, assignments, steps, cut,
+            correction, single=single,
+        )  # fmt: skip
+
+    def init(self, key: Key) -> Vectors:
+        if self.weights == "given":
+            return Resident(self.module).model()
+        with draws_from(key):
+            return Resident(redrawn(self.module)).model()
+
+    def fixed(self) -> str:
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        if self.weights != "given":
+            entries = {entry.name for entry in self.layout.entries}
+            tensors = {name: t for name, t in tensors.items() if name not in entries}
+        digest = sha256()
+        for name, tensor in sorted(tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest() if tensors else ""
+
+    @cached_property
+    def smallest_batch(self) -> int:
+        """BatchNorm has no statistics of a single example."""
+        norms = (nn.modules.batchnorm._BatchNorm,)
+        return 2 if any(isinstance(part, norms) for part in self.module.modules()) else 1
+
+    def check(self, data: FederatedData) -> None:
+        """Run one example through loss and module, so that a misfit is said before any training."""
+        super().check(data)
+        regression = data.task == "regression"
+        if self.loss in LOSSES and regression != (self.loss in ("mse", "l1")):
+            raise DataError(f"{data.name} is a {data.task} set; loss {self.loss!r} does not fit it")
+        if self.loss == "binary_cross_entropy" and data.classes != 2:
+            raise DataError(
+                f"loss 'binary_cross_entropy' is for two classes; {data.name} has {data.classes}"
+            )
+        outputs = self._try_out(data)
+        if not isinstance(outputs, Tensor):
+            raise DataError(
+                f"the module gives {type(outputs).__name__}, not a tensor; wrap it so that it "
+                "returns its outputs alone"
+            )
+        wanted = {1} if self.loss == "binary_cross_entropy" else {data.classes}
+        wanted |= {1} if self.loss not in LOSSES and data.classes == 2 else set()
+        if data.classes and outputs.shape[-1] not in wanted:
+            raise DataError(
+                f"{data.name} has {data.classes} classes, but the module gives "
+                f"{outputs.shape[-1]} outputs"
+            )
+
+    def _try_out(self, data: FederatedData) -> Any:
+        """The outputs for two examples, through module and loss."""
+        module = copy.deepcopy(self.module).eval()
+        few = data.train(0)
+        x, y = few.take(np.arange(min(2, len(few))))
+        try:
+            with torch.no_grad(), draws_from(Key(0)):
+                outputs = module(torch.from_numpy(x))
+                if isinstance(outputs, Tensor):
+                    self._loss(outputs, torch.from_numpy(y)).item()
+                return outputs
+        except Exception as error:
+            raise DataError(
+                f"the module does not fit {data.name}, whose inputs have shape {list(data.shape)}: "
+                f"{error}"
+            ) from error
+
+    @contextmanager
+    def descend(self, model: Vectors, examples: Examples, key: Key) -> Iterator[ResidentDescent]:
+        resident = self._resident
+        resident.load(model)
+        resident.module.train()
+        with draws_from(key):
+            yield ResidentDescent(resident, self._loss, self.optimizer, examples)
+
+    def norm(self, vector: Tensor) -> float:
+        return float(torch.linalg.vector_norm(vector))
+
+    def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
+        return self.evaluate_each(model, [examples], task, classes)[0]
+
+    def evaluate_each(
+        self, model: Vectors, parts: Sequence[Examples], task: Task, classes: int | None
+    ) -> list[Sums]:
+        whole = joined(parts)
+        ends = np.cumsum([len(part) for part in parts])
+        found: list[list[Sums]] = [[] for _ in parts]
+        with torch.no_grad(), self._outputs(model, whole) as outputs_of:
+            size = self._evaluated_at_once(task)
+            for start in range(0, len(whole), size):
+                x, y = whole.take(slice(start, start + size))
+                outputs = outputs_of(x)
+                # The parts that have examples in this batch, and which of its rows are theirs.
+                first = int(np.searchsorted(ends, start, side="right"))
+                at = 0
+                while at < len(x):
+                    stop = min(int(ends[first]) - start, len(x))
+                    own, targets = outputs[at:stop], y[at:stop]
+                    loss = float(self._loss(own, torch.from_numpy(targets).to(own.device)))
+                    found[first].append(_sums(own.cpu(), targets, loss, task, classes))
+                    first, at = first + 1, stop
+        return [add(sums) for sums in found]
+
+    def _evaluated_at_once(self, task: Task) -> int:
+        """Examples in a batch of an evaluation, so that activations stay within the caches."""
+        if task == "tokens":
+            return 64
+        convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in self.module.modules())
+        return 128 if convolves else 1024
+
+    @contextmanager
+    def _outputs(
+        self, model: Vectors, examples: Examples
+    ) -> Iterator[Callable[[NDArray[Any]], Tensor]]:
+        """A function from inputs to the outputs of this model, as in evaluation."""
+        program = self.lowering(examples).alone
+        if program is None:
+            resident = self._resident
+            resident.load(model)
+            resident.module.eval()
+            with draws_from(Key(0)):
+                # A copy: the first layer of some modules writes into its inputs.
+                yield lambda x: resident.module(torch.tensor(x))
+            return
+        device = self._settings.device
+        held = weights_of(self.layout, model, device)
+
+        def outputs(x: NDArray[Any]) -> Tensor:
+            tape = Tape(1, held, held, rule=None)
+            return program.run(tape, tape.input(torch.tensor(x, device=device))).data
+
+        yield outputs
+
+    def asarray(self, vector: NDArray[Any]) -> Array:
+        return torch.from_numpy(vector)
+
+    def asnumpy(self, array: Array) -> NDArray[Any]:
+        return array.detach().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def _sums(outputs: Tensor, y: NDArray[Any], loss: float, task: Task, classes: int | None) -> Sums:
+    values = outputs.float().numpy()
+    if task == "regression":
+        return regression_sums(values, y, loss * len(y))
+    if task == "tokens":
+        return token_sums(values, y, loss * y.size)
+    return classification_sums(values, y, loss * len(y), classes or 0)

@@ -1,0 +1,155 @@
+"""One resident module whose parameters are views of one flat vector, for training by autograd."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from atoll.data.examples import Examples, Rows
+from atoll.errors import ConfigurationError
+from atoll.keys import Key
+from atoll.learners.torch.losses import Loss
+from atoll.learners.torch.rules import OptimizerFactory, optimizer_over
+from atoll.vectors import Layout, Vectors
+
+
+def redrawn(module: nn.Module) -> nn.Module:
+    """A copy whose trained parameters are drawn anew from torch's generator."""
+    fresh = copy.deepcopy(module)
+    trained = {name: p for name, p in fresh.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        # Whatever no `reset_parameters` reaches is still NaN afterwards.
+        for parameter in trained.values():
+            parameter.fill_(math.nan)
+        for part in fresh.modules():
+            renew = getattr(part, "reset_parameters", None) or getattr(
+                part, "_reset_parameters", None
+            )
+            if callable(renew):
+                renew()
+    stuck = [name for name, p in trained.items() if bool(p.isnan().any())]
+    if stuck:
+        raise ConfigurationError(
+            f"the initial value of {stuck[0]!r} cannot be drawn from the seed, because no "
+            "reset_parameters() of its module sets it; give it one, or say weights='given' to "
+            "start from the module's own parameters"
+        )
+    return fresh
+
+
+class Resident:
+    """A copy of the module whose trainable parameters are views of one flat vector."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = copy.deepcopy(module)
+        trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        persistent = set(self.module.state_dict(keep_vars=True))
+        buffers = dict(self.module.named_buffers())
+        self.buffers = {name: b for name, b in buffers.items() if name in persistent}
+        # What does not travel must still not leak from one client to the next.
+        self._private = {
+            name: b.detach().clone() for name, b in buffers.items() if name not in persistent
+        }
+        self.layout = Layout.of(trained, self.buffers)
+        self.flat = torch.empty(self.layout.size)
+        self.gradients = torch.zeros(self.layout.size)
+        for name, parameter in trained.items():
+            entry = self.layout[name]
+            if parameter.dtype != torch.float32:
+                raise ConfigurationError(
+                    f"parameter {name!r} is {parameter.dtype}; TorchLearner trains float32 "
+                    "parameters: call module.float()"
+                )
+            view = self.flat[entry.slice].view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = self.gradients[entry.slice].view(parameter.shape)
+
+    def model(self) -> Vectors:
+        """The module's present state, copied."""
+        return {"params": self.flat.numpy().copy(), **self.statistics()}
+
+    def statistics(self) -> Vectors:
+        """Buffers and counters, copied."""
+        vectors = self.layout.zeros()
+        vectors.pop("params")
+        # Looked up by name each time: a module may have put a new tensor in a buffer's place.
+        present = dict(self.module.named_buffers())
+        for name in self.buffers:
+            entry = self.layout[name]
+            target = torch.from_numpy(vectors[entry.section][entry.slice])
+            target.copy_(present[name].detach().reshape(-1))
+        return vectors
+
+    def load(self, model: Vectors) -> None:
+        """Put a model into the module."""
+        with torch.no_grad():
+            self.flat.copy_(torch.from_numpy(model["params"]))
+            present = dict(self.module.named_buffers())
+            for name in self.buffers:
+                entry = self.layout[name]
+                source = torch.from_numpy(model[entry.section][entry.slice])
+                present[name].copy_(source.view(present[name].shape))
+            for name, value in self._private.items():
+                present[name].copy_(value)
+
+
+class ResidentDescent:
+    def __init__(
+        self,
+        resident: Resident,
+        loss: Loss,
+        optimizer: OptimizerFactory | None,
+        examples: Examples,
+    ) -> None:
+        self.params = resident.flat
+        self._resident, self._loss = resident, loss
+        self._x, self._y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
+        self._optimizer: torch.optim.Optimizer | None = None
+        if optimizer is not None:
+            self._optimizer = optimizer_over(optimizer, resident.flat)
+            (self._parameter,) = self._optimizer.param_groups[0]["params"]
+
+    def gather(self, rows: Rows | slice) -> None:
+        if isinstance(rows, slice):
+            self._inputs, self._targets = self._x[rows].clone(), self._y[rows]
+        else:
+            index = torch.from_numpy(rows)
+            self._inputs = self._x.index_select(0, index)
+            self._targets = self._y.index_select(0, index)
+
+    def gradient(self, batch: slice) -> tuple[Tensor, Tensor]:
+        self._resident.gradients.zero_()
+        loss = self._loss(self._resident.module(self._inputs[batch]), self._targets[batch])
+        torch.autograd.backward(loss)
+        return self._resident.gradients, loss.detach()
+
+    def step(self, direction: Tensor, lr: float) -> None:
+        if self._optimizer is None:
+            self.params.add_(direction, alpha=-lr)
+            return
+        self._parameter.grad = direction
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+
+    def result(self) -> tuple[Tensor, Vectors]:
+        return self.params.clone(), self._resident.statistics()
+
+
+@contextmanager
+def draws_from(key: Key) -> Iterator[None]:
+    """Let dropout and initialisers draw from `key`; the caller's own stream is untouched."""
+    # Not `torch.manual_seed`: it formats a stack trace for CUDA on every call, a millisecond each.
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(key.integer())
+    try:
+        yield
+    finally:
+        generator.set_state(state)

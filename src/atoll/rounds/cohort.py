@@ -1,0 +1,212 @@
+"""A cohort's turns: one client after the other, or all of them as one stack, into a running sum.
+
+Both ways run the same algorithm: written with operators only, its lines serve one client's
+vectors [P] and a cohort's [C, P].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll import wire
+from atoll.aggregation.door import admit, admit_rows
+from atoll.aggregation.stage import Sink
+from atoll.algorithms.client import Client
+from atoll.data.examples import Examples
+from atoll.data.federated import FederatedData
+from atoll.errors import RunError, UpdateRefused
+from atoll.learners.base import Assignment, Correction, Local
+from atoll.rounds.plan import Plan
+from atoll.rounds.server import STAGE
+from atoll.rounds.turn import MEMORY, take_turn
+from atoll.updates import Update
+from atoll.vectors import STATISTICS, Array, Vectors, part, prefixed
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One client's turn to be run: a member of the population, its memory and its assignment."""
+
+    member: int
+    client: str
+    assignment: Assignment
+    memory: Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What came of a turn, apart from what went into the sum.
+
+    `fault` says why the update was refused, if it was; `size` is its message in bytes; `memory` is
+    what the client remembers if the update is accepted.
+    """
+
+    fault: str
+    size: int
+    memory: Vectors
+
+
+@dataclass
+class Cohort(Client):
+    """Several clients as an algorithm sees them: like one, with a leading axis in every array."""
+
+    members: Sequence[Examples] = ()
+    assignments: Sequence[Assignment] = ()
+    statistics: Vectors = field(default_factory=dict)
+
+    @property
+    def count(self) -> Any:
+        return np.array([len(examples) for examples in self.members])
+
+    def train(self, params: Array, correction: Correction | None = None) -> Local:
+        local = self.learner.train_cohort(
+            self._at(params), self.members, self.assignments, correction
+        )
+        self._keep(local.statistics)
+        return local
+
+    def gradient(self, params: Array, *, keep_statistics: bool = False) -> Array:
+        model = self._at(params)
+        rows, statistics = [], []
+        for c, (examples, assignment) in enumerate(
+            zip(self.members, self.assignments, strict=True)
+        ):
+            own = model if model["params"].ndim == 1 else {**model, "params": model["params"][c]}
+            gradient, after = self.learner.gradient(own, examples, assignment.key)
+            rows.append(np.array(self.learner.asnumpy(gradient)))
+            statistics.append(after)
+        if keep_statistics:
+            self._keep({s: np.stack([each[s] for each in statistics]) for s in statistics[0]})
+        return self.learner.asarray(np.stack(rows))
+
+
+def one_by_one(
+    plan: Plan, data: FederatedData, received: Vectors, turns: Sequence[Turn], sums: Sink
+) -> list[Delivery]:
+    """Each turn as a real site would run it."""
+    deliveries = []
+    for turn in turns:
+        examples = data.train(turn.member)
+        message, memory = take_turn(plan, received, turn.memory, examples, turn.assignment)
+        deliveries.append(_hand_in(plan, message, memory, sums))
+    return deliveries
+
+
+def together(
+    plan: Plan, data: FederatedData, received: Vectors, turns: Sequence[Turn], sums: Sink
+) -> list[Delivery]:
+    """All turns at once, where learner and algorithm can."""
+    learner, clients = plan.learner, len(turns)
+    model: Vectors = {n: received[n] for n in ("params", *STATISTICS) if n in received}
+    got = {
+        name: learner.asarray(vector)
+        for name, vector in received.items()
+        if not name.startswith(STAGE) and name not in STATISTICS
+    }
+    mine = {
+        name.removeprefix(MEMORY): learner.asarray(np.stack([turn.memory[name] for turn in turns]))
+        for name in turns[0].memory
+        if name.startswith(MEMORY)
+    }
+    cohort = Cohort(
+        learner,
+        Examples(np.empty(0), np.empty(0)),
+        model,
+        turns[0].assignment,
+        members=[data.train(turn.member) for turn in turns],
+        assignments=[turn.assignment for turn in turns],
+    )
+    update, kept = plan.algorithm.work(cohort, got, mine)
+    vectors = {n: _rows(learner.asnumpy(v), clients, n) for n, v in update.vectors.items()}
+    memories = {MEMORY + n: _rows(learner.asnumpy(v), clients, n) for n, v in kept.items()}
+    statistics: Vectors = {
+        str(name): cohort.statistics.get(
+            name, np.zeros((clients, len(model[name])), model[name].dtype)
+        )
+        for name in STATISTICS
+        if name in model
+    }
+    weights = _numbers(update.weight, clients)
+    columns = {name: _numbers(value, clients) for name, value in update.metrics.items()}
+    if plan.stages.transparent:
+        faults = admit_rows(vectors, statistics, weights, plan.schema)
+        sums.add_rows(vectors, statistics, weights, columns, [not fault for fault in faults])
+        about = [
+            metadata(w, m) for w, m in zip(weights, _transposed(columns, clients), strict=True)
+        ]
+        sizes = wire.sizes({**vectors, **statistics}, about)
+        return [
+            Delivery(fault, size, {name: rows[c].copy() for name, rows in memories.items()})
+            for c, (fault, size) in enumerate(zip(faults, sizes, strict=True))
+        ]
+    metrics = _transposed(columns, clients)
+    deliveries = []
+    told = part(STAGE, received)
+    for c, turn in enumerate(turns):
+        own = Update(
+            {name: rows[c] for name, rows in vectors.items()},
+            weights[c],
+            {name: rows[c] for name, rows in statistics.items()},
+            metrics[c],
+        )
+        message, stages = plan.stages.encode(
+            own, told, part(STAGE, turn.memory), turn.assignment.key.fold("encode")
+        )
+        memory = {name: rows[c].copy() for name, rows in memories.items()} | prefixed(STAGE, stages)
+        deliveries.append(_hand_in(plan, message, memory, sums))
+    return deliveries
+
+
+def message_size(message: Update) -> int:
+    """Bytes of an update on the wire: its arrays and, as metadata, its weight and metrics."""
+    about = metadata(message.weight, message.metrics)
+    return wire.size({**message.vectors, **message.statistics}, about)
+
+
+def metadata(weight: float, metrics: Any) -> dict[str, str]:
+    """An update's weight and metrics as they travel."""
+    return {"weight": repr(weight), **{name: repr(value) for name, value in metrics.items()}}
+
+
+def _hand_in(plan: Plan, message: Update, memory: Vectors, sums: Sink) -> Delivery:
+    """Take a message into the sum, or say why it is refused."""
+    size = message_size(message)
+    try:
+        update = plan.stages.decode(message, plan.schema)
+        admit(update, plan.schema)
+    except UpdateRefused as refusal:
+        return Delivery(str(refusal), size, memory)
+    sums.add(update)
+    return Delivery("", size, memory)
+
+
+def _rows(vectors: NDArray[Any], clients: int, name: str) -> NDArray[np.float32]:
+    """[C, P] float32; one vector that is the same for all is repeated."""
+    if vectors.ndim not in (1, 2) or (vectors.ndim == 2 and len(vectors) != clients):
+        raise RunError(
+            f"the algorithm's {name!r} has shape {list(vectors.shape)} for {clients} clients; "
+            "write its rules with operators only, so that they keep the leading axis of a cohort"
+        )
+    rows = np.broadcast_to(vectors, (clients, vectors.shape[-1]))
+    return np.asarray(rows, np.float32)
+
+
+def _transposed(columns: dict[str, list[float]], clients: int) -> list[dict[str, float]]:
+    """Each client's own metrics."""
+    if not columns:
+        return [{}] * clients
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _numbers(value: Any, clients: int) -> list[float]:
+    """One Python number for each client."""
+    array = np.asarray(value, np.float64).reshape(-1)
+    if len(array) not in (1, clients):
+        raise RunError(f"the algorithm gives {len(array)} weights or metrics for {clients} clients")
+    numbers: list[float] = np.broadcast_to(array, clients).tolist()
+    return numbers

@@ -1,0 +1,208 @@
+"""Cluster: blocks on Ray's actors, on this machine or on many.
+
+One long-lived actor for each worker holds the plan and the data. A round's vectors are put into
+the object store once, which carries them to every node once; client numbers go out, one partial sum
+and a table of results come back. An actor that is lost is replaced, and what it had not handed over
+is done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atoll.aggregation.stage import Accumulator
+from atoll.data.federated import FederatedData
+from atoll.errors import RunError, require
+from atoll.keys import Key
+from atoll.rounds.cohort import Delivery, Turn
+from atoll.rounds.plan import Plan
+from atoll.rounds.turn import assignment_for
+from atoll.simulation.choice import Chosen, engine_of
+from atoll.simulation.dispatch import Team, dispatch
+from atoll.simulation.engine import (
+    Crew,
+    Engine,
+    Local,
+    Method,
+    Result,
+    blocks,
+    step_aside,
+)
+from atoll.simulation.work import checked, expected_work, run_block
+from atoll.vectors import Vectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCluster(Engine):
+    """Turns on a Ray cluster. The bytes are those of the same method and block in one process.
+
+    Args:
+        method: "sequential", "stacked(block=10)" or another local engine that says what a worker
+            does with a block; its own numbers of workers and threads do not count.
+        actors: how many; None is one for each GPU, or for each core where there is none.
+        address: of a cluster that is there already ("auto", "ray://host:10001"); None starts one
+            in this process, or uses the one that the process has joined.
+        cores, gpus: what one actor asks of Ray. An actor trains with as many threads as cores.
+    """
+
+    method: Engine | str | None = None
+    actors: int | None = None
+    address: str | None = None
+    cores: int = 1
+    gpus: float = 0.0
+
+    def open(self, plan: Plan, data: FederatedData, key: Key) -> Crew:
+        ray = require("ray", "ray>=2.30", "RayCluster")
+        method = engine_of(self.method)
+        if isinstance(method, Chosen):
+            method = replace(method, threads=self.cores).resolve(plan, data)
+        if not isinstance(method, Local):
+            raise RunError(f"a cluster's method must be sequential or stacked, not {method!r}")
+        method = replace(method, workers=1, processes=False, threads=self.cores)
+        method, notes = step_aside(method, plan, data)
+        return _Actors(ray, self, method, plan, data, key, notes)
+
+
+class _Desk:
+    """What an actor is: the plan, the data and a partial sum."""
+
+    def __init__(self, plan: Plan, data: FederatedData, key: Key, threads: int) -> None:
+        self._plan, self._data, self._key = plan, data, key
+        plan.learner.use_threads(threads)
+        self._sums = plan.stages.open(plan.schema)
+
+    def run(
+        self, method: Method, received: Vectors, rows: list[Any], memories: list[Vectors]
+    ) -> list[tuple[str, int, Vectors]]:
+        turns = [
+            Turn(member, client, assignment_for(self._key, client, round, fraction), memory)
+            for (member, client, round, fraction), memory in zip(rows, memories, strict=True)
+        ]
+        found = run_block(method, self._plan, self._data, received, turns, self._sums)
+        return [(each.fault, each.size, each.memory) for each in found]
+
+    def hand_over(self) -> Vectors:
+        state = self._sums.state()
+        self.forget()
+        return state
+
+    def forget(self) -> None:
+        self._sums = self._plan.stages.open(self._plan.schema)
+
+
+class _Actors(Crew, Team):
+    def __init__(
+        self,
+        ray: Any,
+        cluster: RayCluster,
+        engine: Local,
+        plan: Plan,
+        data: FederatedData,
+        key: Key,
+        notes: list[str],
+    ) -> None:
+        self.engine: Local = engine
+        self.notes = notes
+        self._ray, self._cluster = ray, cluster
+        self._plan, self._data, self._key = plan, data, key
+        self._checked = False
+        self._started = not ray.is_initialized()
+        if self._started:
+            ray.init(
+                address=cluster.address, include_dashboard=False, log_to_driver=False,
+                configure_logging=False,
+            )  # fmt: skip
+        resources = ray.cluster_resources()
+        everything = resources.get("GPU" if cluster.gpus else "CPU", 1.0)
+        share = cluster.gpus or cluster.cores
+        self._count = cluster.actors or max(1, int(everything // share))
+        # Put once: every node fetches them once, whatever the number of its actors.
+        self._federation = ray.put(_plain(plan)), ray.put(data)
+        self._actors: list[Any] = []
+        self._received: Any = None
+        self._running: dict[Any, int] = {}
+
+    @property
+    def actors(self) -> list[Any]:
+        """Handles of the actors."""
+        return list(self._actors)
+
+    def run(
+        self, received: Vectors, turns: Sequence[Turn], sums: Accumulator
+    ) -> Generator[list[Result]]:
+        if not self._checked:
+            self.engine = checked(self.engine, self._plan, self._data, received, turns, self.notes)
+            self._checked = True
+        work = [expected_work(self._plan, self._data, turn) for turn in turns]
+        groups = blocks(turns, work, self.engine.block)
+        self._received, self._running = self._ray.put(received), {}
+        count = min(self._count, len(groups))
+        while len(self._actors) < count:
+            self._actors.append(self._hire())
+        return dispatch(self, count, groups, turns, sums)
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+        if self._started:
+            self._ray.shutdown()
+
+    def send(self, worker: int, turns: Sequence[Turn]) -> None:
+        rows = [
+            (turn.member, turn.client, turn.assignment.round, turn.assignment.fraction)
+            for turn in turns
+        ]
+        answer = self._actors[worker].run.remote(
+            self.engine.method, self._received, rows, [turn.memory for turn in turns]
+        )
+        self._running[answer] = worker
+
+    def wait(self, workers: Sequence[int]) -> list[tuple[int, list[Delivery] | None]]:
+        ready, _ = self._ray.wait(list(self._running))
+        found: list[tuple[int, list[Delivery] | None]] = []
+        for answer in ready:
+            worker = self._running.pop(answer)
+            rows = self._get(answer)
+            found.append((worker, None if rows is None else [Delivery(*row) for row in rows]))
+        return found
+
+    def fetch(self, worker: int) -> Vectors | None:
+        return self._get(self._actors[worker].hand_over.remote())  # type: ignore[no-any-return]
+
+    def replace(self, worker: int) -> str:
+        self._actors[worker] = self._hire()
+        return "with its actor or node"
+
+    def abandon(self, working: Sequence[int]) -> None:
+        # Calls to an actor are run in order: it forgets when it has finished its block.
+        for actor in self._actors:
+            actor.forget.remote()
+
+    def _get(self, answer: Any) -> Any:
+        """The value of a remote call; None if its actor is lost."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(answer)
+        except (errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError):
+            return None
+        except errors.RayTaskError as error:
+            raise RunError(f"a worker of the cluster failed: {error.cause}") from error
+
+    def _hire(self) -> Any:
+        cluster = self._cluster
+        desk = self._ray.remote(_Desk).options(
+            num_cpus=cluster.cores, num_gpus=cluster.gpus, max_restarts=0
+        )
+        plan, data = self._federation
+        return desk.remote(plan, data, self._key, cluster.cores)
+
+
+def _plain(plan: Plan) -> Plan:
+    """The plan alone: a `Federation` may hold on to things that need not travel."""
+    return Plan(
+        learner=plan.learner, algorithm=plan.algorithm, schedule=plan.schedule,
+        pipeline=plan.pipeline, evaluation=plan.evaluation,
+    )  # fmt: skip

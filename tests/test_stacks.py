@@ -1,0 +1,516 @@
+"""Stacks: a cohort trained at once is each client trained by torch alone, on any model."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from atoll.data import Examples
+from atoll.keys import Key, permutations
+from atoll.learners import Affine, Assignment, TorchLearner
+from atoll.learners.torch.layers import WIDE, convolution
+from atoll.learners.torch.rules import Descend, Gather, HeavyBall, rule_for
+from atoll.learners.torch.stack import Stack
+from atoll.learners.torch.tape import Tape
+
+CLASSES = 4
+torch.set_num_threads(1)
+
+
+def alone(learner, model, held, assignment, steps, optimizer=None, correct=None, loss=None):
+    """The loop that people write: parameters [P], BatchNorm statistics, and the mean loss."""
+    module = copy.deepcopy(learner.module).train()
+    state = {n: torch.tensor(np.array(v)) for n, v in learner.layout.unpack(model).items()}
+    module.load_state_dict(state, strict=False)
+    parameters = list(module.parameters())
+    start = torch.cat([p.detach().ravel().clone() for p in parameters])
+    make = optimizer or torch.optim.SGD
+    plain = make(parameters, lr=learner.lr)
+    size = learner.batch_size
+    word = assignment.key.fold("batches").integer()
+    batches = []
+    for order in permutations([word], len(held), steps)[0]:
+        cut = list(range(0, len(held), size))
+        if len(cut) > 1 and len(held) - cut[-1] < learner.smallest_batch:
+            cut.pop()
+        batches += [order[a:b] for a, b in zip(cut, [*cut[1:], len(held)], strict=True)]
+    total = 0.0
+    torch.manual_seed(assignment.key.fold("draws").integer())
+    for rows in batches[:steps]:
+        plain.zero_grad()
+        x, y = (torch.tensor(column) for column in held.take(rows))
+        outputs = module(x)
+        value = (loss or cross_entropy)(outputs, y)
+        value.backward()
+        total += value.item()
+        if correct is not None:
+            scale, constant = correct(start)
+            at = 0
+            for p in parameters:
+                p.grad += scale * p.detach() + constant[at : at + p.numel()].view_as(p)
+                at += p.numel()
+        plain.step()
+    flat = torch.cat([p.detach().ravel() for p in parameters])
+    return flat.numpy(), dict(module.named_buffers()), total / steps
+
+
+def cross_entropy(outputs, y):
+    return F.cross_entropy(outputs.flatten(0, -2), y.flatten())
+
+
+def check(learner, x, y, sizes, **given):
+    """Stack and single client against torch alone, for clients of these sizes."""
+    parts, at = [], 0
+    for size in sizes:
+        parts.append(Examples(x, y, np.arange(at, at + size)))
+        at += size
+    tasks = [Assignment(1, Key(5).fold("work", c)) for c in range(len(sizes))]
+    steps = [learner.planned_steps(size) for size in sizes]
+    model = learner.init(Key(0))
+    correct = given.get("correct")
+    correction = None
+    if correct is not None:
+        scale, constant = correct(torch.tensor(model["params"]))
+        correction = Affine(scale, constant)
+    together = learner.train_cohort(model, parts, tasks, correction)
+    for c, (held, task) in enumerate(zip(parts, tasks, strict=True)):
+        wanted, buffers, loss = alone(learner, model, held, task, steps[c], **given)
+        own = learner.train(model, held, task, correction)
+        for local, params in ((own, own.params), (together, together.params[c])):
+            error = np.linalg.norm(params.numpy() - wanted) / np.linalg.norm(wanted)
+            assert error < 1e-5
+            assert local is own or together.steps[c] == steps[c]
+        assert own.loss == pytest.approx(loss, rel=1e-4)
+        assert float(together.loss[c]) == pytest.approx(loss, rel=1e-4)
+        assert int(together.seen[c]) == own.seen
+        for section in ("buffers", "counters"):
+            if section in model:
+                names = [e.name for e in learner.layout.entries if e.section == section]
+                expected = np.concatenate([buffers[n].numpy().ravel() for n in names])
+                for found in (own.statistics[section], together.statistics[section][c]):
+                    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def drawn(shape, size=60, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((size, *shape), dtype=np.float32)
+    return x, rng.integers(0, CLASSES, size)
+
+
+@st.composite
+def vector_models(draw):
+    """Dense models: linear layers, norms, activations, dropout, residual connections."""
+    width, parts = 6, []
+    for _ in range(draw(st.integers(0, 4))):
+        kind = draw(
+            st.sampled_from(["linear", "norm", "batch", "activation", "dropout", "residual"])
+        )
+        if kind == "linear":
+            new = draw(st.integers(1, 9))
+            parts.append(nn.Linear(width, new, bias=draw(st.booleans())))
+            width = new
+        elif kind == "norm":
+            parts.append(nn.LayerNorm(width, elementwise_affine=draw(st.booleans())))
+        elif kind == "batch":
+            parts.append(nn.BatchNorm1d(width, momentum=draw(st.sampled_from([0.1, None]))))
+        elif kind == "activation":
+            parts.append(draw(activations()))
+        elif kind == "dropout":
+            parts.append(nn.Dropout(draw(st.sampled_from([0.0, 0.3]))))
+        else:
+            parts.append(Residual(nn.Linear(width, width)))
+    return nn.Sequential(*parts, nn.Linear(width, CLASSES))
+
+
+@st.composite
+def image_models(draw):
+    """Convolutional models: strides, groups, padding, pooling, norms by group and by batch."""
+    channels, side, parts = 2, 8, []
+    for _ in range(draw(st.integers(1, 3))):
+        groups = draw(st.sampled_from([1, 2])) if channels % 2 == 0 else 1
+        new = draw(st.sampled_from([2, 4]))
+        kernel = draw(st.sampled_from([1, 3]))
+        padding = draw(st.sampled_from([0, 1, "same"]))
+        stride = 1 if padding == "same" else draw(st.sampled_from([1, 2]))
+        parts.append(nn.Conv2d(channels, new, kernel, stride, padding, groups=groups))
+        with torch.no_grad():
+            side = nn.Sequential(*parts)(torch.zeros(1, 2, 8, 8)).shape[-1]
+        channels = new
+        kind = draw(st.sampled_from(["none", "group", "batch", "drop", "pool", "average"]))
+        if kind == "group":
+            parts.append(nn.GroupNorm(2, channels))
+        elif kind == "batch":
+            parts.append(nn.BatchNorm2d(channels))
+        elif kind == "drop":
+            parts.append(nn.Dropout2d(0.3))
+        parts.append(draw(activations()))
+        if kind in ("pool", "average") and side >= 2:
+            parts.append(nn.MaxPool2d(2) if kind == "pool" else nn.AvgPool2d(2))
+            side //= 2
+        if side < 3:
+            break
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(channels * side * side, CLASSES))
+
+
+def activations():
+    kinds = [nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.ReLU]
+    return st.sampled_from(kinds).map(lambda kind: kind())
+
+
+class Residual(nn.Module):
+    """x + f(x), with a learned scale that belongs to no layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.ones(inner.out_features))
+
+    def reset_parameters(self):
+        nn.init.ones_(self.scale)
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(x)) * self.scale
+
+
+SIZES = st.lists(st.integers(2, 13), min_size=1, max_size=4)
+
+
+@given(module=vector_models(), sizes=SIZES, batch=st.integers(2, 6), epochs=st.integers(1, 2))
+@settings(max_examples=60)
+def test_dense_models_agree(module, sizes, batch, epochs):
+    learner = TorchLearner(module, lr=0.05, batch_size=batch, epochs=epochs)
+    x, y = drawn((6,))
+    assert learner.stacks(Examples(x, y)) == ""
+    check(learner, x, y, sizes)
+
+
+@given(module=image_models(), sizes=SIZES, batch=st.integers(2, 6))
+@settings(max_examples=40)
+def test_convolutional_models_agree(module, sizes, batch):
+    learner = TorchLearner(module, lr=0.05, batch_size=batch)
+    x, y = drawn((2, 8, 8))
+    assert learner.stacks(Examples(x, y)) == ""
+    check(learner, x, y, sizes)
+
+
+class Sequence(nn.Module):
+    """Embedding, a recurrent or a transformer body, and a head over classes or words."""
+
+    def __init__(self, body, tokens=True):
+        super().__init__()
+        self.words, self.body, self.head = nn.Embedding(CLASSES, 8), body, nn.Linear(8, CLASSES)
+        self.places, self.tokens = nn.Embedding(7, 8), tokens
+
+    def forward(self, x):
+        hidden = self.words(x)
+        if isinstance(self.body, nn.RNNBase):
+            hidden = self.body(hidden)[0]
+        else:
+            later = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+            hidden = self.body(hidden + self.places(torch.arange(x.shape[1])), mask=later)
+        return self.head(hidden if self.tokens else hidden.mean(1))
+
+
+class Last(Sequence):
+    """Classifies by the last hidden state of a recurrent body."""
+
+    def forward(self, x):
+        if isinstance(self.body, nn.LSTM):
+            _, (hidden, _) = self.body(self.words(x))
+        else:
+            _, hidden = self.body(self.words(x))
+        return self.head(hidden[-1])
+
+
+@pytest.mark.parametrize("body", [nn.LSTM(8, 8, 2, batch_first=True, dropout=0.3),
+                                  nn.GRU(8, 8, batch_first=True)])  # fmt: skip
+def test_hidden_states_are_the_clients_own(body):
+    text = np.random.default_rng(0).integers(0, CLASSES, (60, 8))
+    module = Last(body)
+    del module.places
+    learner = TorchLearner(module, lr=0.05, batch_size=4, epochs=2)
+    assert learner.stacks(Examples(text, text[:, 0].copy())) == ""
+    check(learner, text, text[:, 0].copy(), [9, 4, 13])
+
+
+def encoder(dropout, norm_first, activation):
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 12, dropout, activation, batch_first=True, norm_first=norm_first
+    )
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        nn.LSTM(8, 8, 2, batch_first=True),
+        nn.GRU(8, 8, batch_first=True),
+        nn.RNN(8, 8, batch_first=True),
+        nn.LSTM(8, 8, 2, batch_first=True, dropout=0.4),
+        encoder(0.0, False, "relu"),
+        encoder(0.3, False, "gelu"),
+        encoder(0.3, True, "relu"),
+    ],
+    ids=["lstm", "gru", "rnn", "lstm-dropout", "encoder", "encoder-dropout", "norm-first"],
+)
+def test_sequence_models_agree(body):
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, CLASSES, (60, 8))
+    x, y = text[:, :-1].copy(), text[:, 1:].copy()
+    module = Sequence(body)
+    if isinstance(body, nn.RNNBase):
+        del module.places
+    learner = TorchLearner(module, lr=0.05, batch_size=4, epochs=2)
+    assert learner.stacks(Examples(x, y)) == ""
+    check(learner, x, y, [9, 4, 13])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        None,
+        partial(torch.optim.SGD, momentum=0.9),
+        partial(torch.optim.SGD, momentum=0.9, weight_decay=0.01),
+        partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+        partial(torch.optim.SGD, weight_decay=0.1),
+        torch.optim.Adam,
+        partial(torch.optim.AdamW, weight_decay=0.1),
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+    ],
+)
+@pytest.mark.parametrize("correct", [None, lambda start: (0.1, -0.1 * start)])
+def test_optimisers_and_corrections_agree(optimizer, correct):
+    module = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, CLASSES))
+    learner = TorchLearner(module, lr=0.01, batch_size=4, epochs=2, optimizer=optimizer)
+    x, y = drawn((6,))
+    check(learner, x, y, [9, 4, 13], optimizer=optimizer, correct=correct)
+
+
+def test_weight_decay_is_part_of_the_corrected_gradient():
+    """torch adds weight decay inside the step, so to the corrected gradient: both are affine."""
+    params = Stack(TorchLearner(nn.Linear(2, 2)).layout.entries, 1)
+    decay = partial(torch.optim.SGD, weight_decay=0.5)
+    rule = rule_for(params, decay, Affine(0.25), None, 0.1, single=True, complete=True)
+    assert isinstance(rule, Descend) and rule.beta == pytest.approx(1 - 0.1 * 0.75)
+
+
+def test_the_cheapest_right_rule_is_chosen():
+    params = Stack(TorchLearner(nn.Linear(2, 2)).layout.entries, 2)
+
+    def kind(optimizer=None, correction=None, norm=None, complete=True):
+        return type(
+            rule_for(params, optimizer, correction, norm, 0.1, single=False, complete=complete)
+        )
+
+    momentum = partial(torch.optim.SGD, momentum=0.9)
+    assert kind() is kind(correction=Affine(0.1)) is Descend
+    assert kind(momentum) is kind(momentum, Affine(0.1)) is HeavyBall
+    assert kind(torch.optim.Adam) is kind(norm=1.0) is kind(complete=False) is Gather
+    assert kind(correction=lambda gradient, params: gradient) is Gather
+
+
+def test_corrections_see_a_leading_axis_of_clients():
+    module = nn.Sequential(nn.Linear(6, CLASSES))
+    learner = TorchLearner(module, lr=0.05, batch_size=4)
+    x, y = drawn((6,))
+    parts = [Examples(x, y, np.arange(a, a + n)) for a, n in ((0, 5), (5, 12), (20, 8))]
+    tasks = [Assignment(1, Key(1).fold(c)) for c in range(3)]
+    seen = []
+
+    def correction(gradient, params):
+        seen.append((gradient.shape, params.shape))
+        return gradient + 0.1 * params
+
+    model = learner.init(Key(0))
+    plain = learner.train_cohort(model, parts, tasks, correction)
+    affine = learner.train_cohort(model, parts, tasks, Affine(0.1))
+    assert set(seen) == {((3, 28), (3, 28))}
+    np.testing.assert_allclose(plain.params, affine.params, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "binary_cross_entropy", "own"])
+def test_losses_agree(loss):
+    def own(outputs, targets):
+        return (outputs.flatten() - targets.flatten()).square().mean() * 0.5
+
+    x, _ = drawn((6,))
+    y = np.random.default_rng(1).normal(size=(60, 1)).astype(np.float32)
+    plain = {
+        "mse": F.mse_loss,
+        "l1": F.l1_loss,
+        "own": own,
+        "binary_cross_entropy": lambda o, t: F.binary_cross_entropy_with_logits(
+            o.flatten(), t.flatten().float()
+        ),
+    }[loss]
+    if loss == "binary_cross_entropy":
+        y = (y[:, 0] > 0).astype(np.int64)
+    learner = TorchLearner(
+        nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)),
+        loss=own if loss == "own" else loss, lr=0.05, batch_size=4,
+    )  # fmt: skip
+    check(learner, x, y, [9, 4, 13], loss=plain)
+
+
+def test_wide_layers_are_factored_and_agree():
+    """Few rows against many weights: W0 - lr D^T H is never multiplied out until the end."""
+    width = WIDE // 64
+    module = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 64), nn.ReLU(),
+                           nn.Linear(64, CLASSES))  # fmt: skip
+    learner = TorchLearner(module, lr=0.05, batch_size=4, epochs=2)
+    x, y = drawn((6,))
+    check(learner, x, y, [9, 13])
+
+
+class Noting:
+    """A rule that only notes the gradients of three clients."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def add(self, name, gradient):
+        self.seen[name] = gradient.clone()
+
+    def add_one(self, name, client, gradient):
+        self.seen.setdefault(name, torch.zeros(3, *gradient.shape))[client] = gradient
+
+
+def test_grouped_convolutions_are_the_clients_own():
+    """The form for accelerators, run here on a CPU."""
+    from atoll.learners.torch import layers
+
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 4, 1, 3, 3, generator=rng)
+    bias = torch.randn(3, 4, generator=rng)
+    x = torch.randn(6, 2, 5, 5, generator=rng)
+    outcomes = []
+    for kind in ("each", "groups"):
+        seen = {}
+
+        tape = Tape(3, {"w": weight, "b": bias}, {}, rule=Noting(seen))
+        entered = tape.input(x)
+        entered.wanted = True
+        settings = ((1, 1), (1, 1), (1, 1))
+        if kind == "each":
+            out = convolution(tape, entered, "w", "b", *settings, 2)
+        else:
+            out = layers._grouped(tape, entered, "w", "b", (*settings, False, (0, 0)), 2)
+        out.grad = torch.ones_like(out.data).cumsum(0)
+        tape.back()
+        outcomes.append((out.data, entered.grad, seen["w"], seen["b"]))
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.inner(x) if float(x.sum()) > -1e9 else x
+
+
+class Centred(nn.Module):
+    """Mixes the rows of a batch, which a stack must not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.inner(x - x.mean(0))
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, CLASSES)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [Branching, Centred, Shared, Counting])
+def test_what_cannot_be_stacked_steps_aside(kind):
+    learner = TorchLearner(kind(), lr=0.05, batch_size=4)
+    x, y = drawn((6,))
+    held = Examples(x, y)
+    assert learner.stacks(held)
+    (row, *_) = learner.explain(held)
+    assert row[1] in (kind.__name__, "Linear")
+    model, task = learner.init(Key(0)), Assignment(1, Key(1))
+    local = learner.train(model, held, task)
+    if kind is not Shared:  # whose state dict names one array twice
+        wanted, _, _ = alone(learner, model, held, task, learner.planned_steps(60))
+        np.testing.assert_allclose(local.params.numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_without_a_rule_goes_through_vmap():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            return self.head(torch.sinh(self.inner(x)))
+
+    learner = TorchLearner(Odd(), lr=0.05, batch_size=4)
+    x, y = drawn((6,))
+    ((_, _, how),) = learner.explain(Examples(x, y))
+    assert "vmap" in how and "sinh" in how
+    check(learner, x, y, [9, 4, 13])
+    layered = TorchLearner(nn.Sequential(nn.Linear(6, 6), nn.PReLU(), nn.Linear(6, 4)), lr=0.05)
+    assert [how for _, kind, how in layered.explain(Examples(x, y)) if kind == "PReLU"] == [
+        "vmap over clients"
+    ]
+
+
+def test_optimisers_that_look_at_whole_vectors_are_not_stacked():
+    learner = TorchLearner(nn.Linear(6, CLASSES), optimizer=torch.optim.LBFGS)
+    x, y = drawn((6,))
+    assert "LBFGS" in learner.stacks(Examples(x, y))
+
+
+def test_evaluation_is_that_of_each_client():
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
+                           nn.Dropout(0.5), nn.Linear(108, CLASSES))  # fmt: skip
+    learner = TorchLearner(module)
+    x, y = drawn((2, 8, 8), size=400)
+    parts = [Examples(x, y, np.arange(a, b)) for a, b in ((0, 3), (3, 140), (140, 141), (141, 400))]
+    model = learner.init(Key(3))
+    each = learner.evaluate_each(model, parts, "classification", CLASSES)
+    reference = copy.deepcopy(module).eval()
+    reference.load_state_dict(
+        {n: torch.tensor(np.array(v)) for n, v in learner.layout.unpack(model).items()}
+    )
+    for part, sums in zip(parts, each, strict=True):
+        inputs, targets = (torch.tensor(column) for column in part.all())
+        with torch.no_grad():
+            outputs = reference(inputs)
+        assert float(sums["count"]) == len(part)
+        loss = F.cross_entropy(outputs, targets, reduction="sum")
+        assert float(sums["loss"]) == pytest.approx(float(loss), rel=1e-4)
+        assert float(sums["correct"]) == float((outputs.argmax(1) == targets).sum())
