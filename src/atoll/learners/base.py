@@ -157,6 +157,10 @@ class Learner(ABC):
         """Whether a stack is likely to be faster than one client at a time."""
         return False
 
+    def activation_bytes(self, examples: Examples) -> int:
+        """About how much one client's local step keeps for its way back; 0 if nobody knows."""
+        return 0
+
     def threads_safely(self, examples: Examples) -> bool:
         """Whether `train` may run in several threads of this process at once."""
         return False

@@ -15,14 +15,16 @@ from atoll.keys import Key
 from atoll.rounds.cohort import Turn
 from atoll.rounds.plan import Plan
 from atoll.simulation.engine import Crew, Engine, Local, Method, Result, cores
-from atoll.simulation.work import run_block
+from atoll.simulation.work import expected_work
 from atoll.vectors import Vectors
 
 #: A stack's parameters should stay in a processor's caches.
 STACK_BYTES = 16 << 20
 STACK_LIMIT = 128
-#: Local steps of one measurement, and how often the best of it is taken.
-TRIAL_STEPS, TRIALS = 4, 2
+#: What a stack's activations may come to, which grow with it too.
+ACTIVATION_BYTES = 32 << 20
+#: Local steps of one measurement, and seconds after which no further one is begun.
+TRIAL_STEPS, BUDGET = 3, 1.0
 FORM = re.compile(r"(sequential|stacked)\((.*)\)")
 
 
@@ -75,8 +77,10 @@ class Chosen(Engine):
         cohort = plan.schedule.needed(len(data))
         block, workers, threads = 1, self.workers, self.threads
         if method == "stacked":
-            fitting = max(1, STACK_BYTES // max(4 * plan.learner.layout.size, 1))
-            block = min(fitting, STACK_LIMIT, cohort) if self.block is None else self.block
+            if self.block is None:
+                block = -(-cohort // -(-cohort // fitting(plan, data)))  # evenly
+            else:
+                block = self.block
             if workers is None:
                 workers = min(cores(), -(-cohort // block)) if self.processes else 1
         else:
@@ -119,7 +123,7 @@ class _Measuring(Crew):
         self, received: Vectors, turns: Sequence[Turn], sums: Accumulator
     ) -> Generator[list[Result]]:
         if self._crew is None:
-            fastest, figures = measure(self._plan, self._data, received, turns)
+            fastest, figures = measure(self._plan, self._data, self._key, received, turns)
             self._crew = fastest.open(self._plan, self._data, self._key)
             self.notes += [*figures, *self._crew.notes]
         yield from self._crew.run(received, turns, sums)
@@ -131,64 +135,77 @@ class _Measuring(Crew):
 
 
 def candidates(plan: Plan, data: FederatedData, turns: int) -> list[Local]:
-    """What may be fastest: one by one or in blocks of several sizes, on all cores."""
+    """What may be fastest, the likeliest first: what the rule would choose, then the others."""
     learner, examples = plan.learner, data.train(0)
-    safe = learner.threads_safely(examples)
-    workers = min(cores(), turns) if safe else 1
+    workers = min(cores(), turns) if learner.threads_safely(examples) else 1
     plain = Local(method="sequential", block=1, workers=workers, processes=False, threads=1)
-    found = [plain]
+    found = [Chosen().resolve(plan, data), plain]
     if cores() > 1:
         found.append(replace(plain, workers=1, threads=cores()))
     if not learner.stacks(examples):
         most = min(turns, STACK_LIMIT)
-        sizes = {most} | {size for size in (4, 16, 64) if size < most}
-        # Beyond this the stack no longer fits anything near the processor.
-        roomy = [size for size in sizes if size * learner.layout.size * 4 <= 16 * STACK_BYTES]
-        stacks = [replace(plain, method="stacked", block=size) for size in sorted(roomy)]
-        found += stacks
-        if cores() > 1:
-            found += [replace(stack, workers=1, threads=cores()) for stack in stacks]
-    return found
+        for size in sorted({most, *(size for size in (4, 16, 64) if size < most)}, reverse=True):
+            # Beyond this the stack no longer fits anything near the processor.
+            if size <= 4 * fitting(plan, data):
+                stack = replace(plain, method="stacked", block=size)
+                found += [replace(stack, workers=1, threads=cores()), stack]
+    return list(dict.fromkeys(found))
+
+
+def fitting(plan: Plan, data: FederatedData) -> int:
+    """How many clients a stack may have so that it stays in the processor's caches."""
+    activations = plan.learner.activation_bytes(data.train(0))
+    by_parameters = STACK_BYTES // max(4 * plan.learner.layout.size, 1)
+    by_activations = ACTIVATION_BYTES // max(activations, 1)
+    return max(1, min(by_parameters, by_activations, STACK_LIMIT))
 
 
 def measure(
-    plan: Plan, data: FederatedData, received: Vectors, turns: Sequence[Turn]
+    plan: Plan, data: FederatedData, key: Key, received: Vectors, turns: Sequence[Turn]
 ) -> tuple[Local, list[str]]:
     """The fastest candidate, and what was measured, in sentences.
 
-    Each takes a few steps of the first clients; what it makes is thrown away. Workers are taken to
-    scale: with several, a candidate is run by one of them on one core.
+    Each runs a few steps of the first clients, with all its workers; what it makes is thrown away.
+    When the time for that is up, the candidates that are left are not tried.
     """
-    best, figures, before = None, [], plan.learner.use_threads(1)
-    try:
-        for engine in candidates(plan, data, len(turns)):
-            chosen = [_short(plan, data, turn) for turn in turns[: engine.block]]
-            plan.learner.use_threads(engine.threads)
-            try:
-                seconds = min(_time(engine, plan, data, received, chosen) for _ in range(TRIALS))
-            except Exception as error:
-                line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                figures.append(f"{engine} does not work here ({line})")
-                continue
-            steps = sum(t.assignment.steps(_planned(plan, data, t)) for t in chosen)
-            each = seconds / steps / engine.workers
-            figures.append(f"{engine}: {each * 1e6:.0f} us for each local step")
-            if best is None or each < best[0]:
-                best = (each, engine)
-    finally:
-        plan.learner.use_threads(before)
+    best, figures, started = None, [], time.perf_counter()
+    for engine in candidates(plan, data, len(turns)):
+        if best is not None and time.perf_counter() - started > BUDGET:
+            figures.append(f"{engine} was not tried: measuring had taken long enough")
+            continue
+        few = [_short(plan, data, turn) for turn in turns[: engine.block * engine.workers]]
+        try:
+            seconds = _time(engine, plan, data, key, received, few)
+        except Exception as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            figures.append(f"{engine} does not work here ({line})")
+            continue
+        each = seconds / sum(expected_work(plan, data, turn) for turn in few)
+        figures.append(f"{engine}: {each * 1e6:.0f} us for each local step")
+        if best is None or each < best[0]:
+            best = (each, engine)
     if best is None:
         return Chosen("sequential", 1, 1).resolve(plan, data), figures
     return best[1], figures
 
 
 def _time(
-    engine: Local, plan: Plan, data: FederatedData, received: Vectors, turns: Sequence[Turn]
+    engine: Local,
+    plan: Plan,
+    data: FederatedData,
+    key: Key,
+    received: Vectors,
+    turns: Sequence[Turn],
 ) -> float:
-    sums = plan.stages.open(plan.schema)
-    started = time.perf_counter()
-    run_block(engine.method, plan, data, received, turns, sums)
-    return time.perf_counter() - started
+    """Seconds for these turns, when everything is warm."""
+    with engine.open(plan, data, key) as crew:
+        for _ in range(2):
+            sums = plan.stages.open(plan.schema)
+            started = time.perf_counter()
+            for _ in crew.run(received, turns, sums):
+                pass
+            seconds = time.perf_counter() - started
+    return seconds
 
 
 def _planned(plan: Plan, data: FederatedData, turn: Turn) -> int:

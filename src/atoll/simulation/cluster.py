@@ -8,8 +8,12 @@ is done again.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from atoll.aggregation.stage import Accumulator
@@ -111,13 +115,14 @@ class _Actors(Crew, Team):
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(
-                address=cluster.address, include_dashboard=False, log_to_driver=False,
+                address=cluster.address or "local", include_dashboard=False, log_to_driver=False,
                 configure_logging=False,
             )  # fmt: skip
         resources = ray.cluster_resources()
         everything = resources.get("GPU" if cluster.gpus else "CPU", 1.0)
         share = cluster.gpus or cluster.cores
         self._count = cluster.actors or max(1, int(everything // share))
+        _carry_own_code(ray, plan, data)
         # Put once: every node fetches them once, whatever the number of its actors.
         self._federation = ray.put(_plain(plan)), ray.put(data)
         self._actors: list[Any] = []
@@ -198,6 +203,38 @@ class _Actors(Crew, Team):
         )
         plan, data = self._federation
         return desk.remote(plan, data, self._key, cluster.cores)
+
+
+def _carry_own_code(ray: Any, plan: Plan, data: FederatedData) -> None:
+    """Let classes and functions from files of the user's own travel with the objects.
+
+    What is installed is imported by the actors instead.
+    """
+    parts: list[Any] = [plan.learner, plan.algorithm, *plan.stages.stages, plan.schedule, data]
+    seen: set[str] = set()
+    while parts:
+        part = parts.pop()
+        name = part.__module__ if callable(part) and hasattr(part, "__module__") else None
+        name = name or type(part).__module__
+        if dataclasses.is_dataclass(part):
+            parts += [getattr(part, field.name) for field in dataclasses.fields(part)]
+        if hasattr(part, "modules") and callable(part.modules):
+            parts += [inner for inner in part.modules() if inner is not part]
+        kinds = [type(part).__module__, *(kind.__module__ for kind in type(part).__mro__)]
+        for module in {name, *kinds} - seen:
+            seen.add(module)
+            found = sys.modules.get(module)
+            if found is not None and module != "__main__" and not _installed(found):
+                ray.cloudpickle.register_pickle_by_value(found)
+
+
+def _installed(module: ModuleType) -> bool:
+    """Whether actors can import a module by its name."""
+    package = module.__name__.partition(".")[0]
+    if package == "atoll" or package in sys.stdlib_module_names:
+        return True
+    parts = Path(getattr(module, "__file__", None) or "site-packages").parts
+    return "site-packages" in parts or "dist-packages" in parts
 
 
 def _plain(plan: Plan) -> Plan:

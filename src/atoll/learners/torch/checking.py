@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def _passing(
     reasons: list[str],
 ) -> Program | None:
     try:
-        _check(program, module, layout, loss, examples, counts)
+        size = _check(program, module, layout, loss, examples, counts)
     except Refused as refusal:
         reasons.append(str(refusal))
         return None
@@ -65,7 +66,7 @@ def _passing(
         text = str(error).strip().splitlines()
         reasons.append(f"{type(error).__name__}: {text[0][:200] if text else ''}")
         return None
-    return program
+    return replace(program, bytes_per_row=size)
 
 
 def _check(
@@ -75,8 +76,11 @@ def _check(
     loss: Loss,
     examples: Examples,
     counts: tuple[int, ...],
-) -> None:
-    """Raise `Refused` unless gradients, statistics and outputs agree, client by client."""
+) -> int:
+    """Raise `Refused` unless gradients, statistics and outputs agree, client by client.
+
+    Returns about how many bytes of activations each row makes.
+    """
     clients, longest = len(counts), max(counts)
     generator = torch.Generator().manual_seed(7)
     rows = torch.randint(len(examples), (clients, longest), generator=generator).numpy()
@@ -125,6 +129,7 @@ def _check(
         for name, buffer in each.named_buffers():
             if name in held:
                 _compare(name, held[name][c].float(), buffer.float())
+    return tape.made // len(x)
 
 
 def _reference(

@@ -53,7 +53,7 @@ def linear(tape: Tape, x: Value, weight: str, bias: str | None) -> Value:
                 x.give(torch.bmm(gradient, w).view(x.data.shape))
         tape.rule.product(weight, gradient.transpose(1, 2), inputs)
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -115,7 +115,7 @@ def convolution(
         if x.wanted:
             x.give(given[0] if clients == 1 else torch.cat(given))
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -160,7 +160,7 @@ def _grouped(
         if x.wanted:
             x.give(below(gx))
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -189,7 +189,7 @@ def embedding(tape: Tape, x: Value | Tensor, weight: str, padding: int | None) -
         assert tape.rule is not None
         tape.rule.add(weight, gradient)
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -202,7 +202,7 @@ def parameter(tape: Tape, name: str) -> Value:
             assert tape.rule is not None
             tape.rule.add(name, y.grad)
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -240,7 +240,7 @@ def relu(tape: Tape, x: Value, in_place: bool) -> Value:
         if y.grad is not None and x.wanted:
             x.give(aten.threshold_backward(y.grad, out, 0))
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -260,7 +260,7 @@ def activation(tape: Tape, x: Value, kind: str, approximate: str = "none") -> Va
         else:
             x.give(getattr(aten, f"{kind}_backward")(y.grad, out))
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -272,7 +272,7 @@ def reshape(tape: Tape, x: Value, out: Tensor) -> Value:
         if y.grad is not None and x.wanted:
             x.give(y.grad.reshape(x.data.shape))
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -287,7 +287,7 @@ def max_pool(tape: Tape, x: Value, *settings: Any) -> Value:
             gradient = _channels_last(y.grad)
             x.give(aten.max_pool2d_with_indices_backward(gradient, data, *settings, index))
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -321,7 +321,7 @@ def dropout(
         if y.grad is not None and x.wanted:
             x.give(y.grad * noise)
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -373,7 +373,7 @@ def normalize(
             assert bias is not None
             tape.rule.add(bias, gradient.sum(repeated).view(b.shape))
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -424,7 +424,7 @@ def batch_norm(
         if given is not None:
             x.give(given)
 
-    tape.then(backward)
+    tape.then(backward, y)
     return y
 
 
@@ -461,10 +461,12 @@ def attention(
         elif causal:
             later = torch.ones(products.shape[-2:], dtype=torch.bool).triu(1)
             products = products.masked_fill(later.to(products.device), -torch.inf)
-        return products.softmax(-1)
+        shares: Tensor = products.softmax(-1)
+        return shares
 
     def mix(share: Tensor, v: Tensor) -> Tensor:
-        return (share @ split(v)).transpose(1, 2).flatten(2)
+        mixed: Tensor = (share @ split(v)).transpose(1, 2).flatten(2)
+        return mixed
 
     if module.dropout and tape.training:
         shares = dropout(tape, local(tape, scores, [query, key], {}), module.dropout)

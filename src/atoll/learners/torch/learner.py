@@ -146,6 +146,11 @@ class TorchLearner(GradientLearner):
         together = self.lowering(examples).together
         return together is not None and together.dense
 
+    def activation_bytes(self, examples: Examples) -> int:
+        together = self.lowering(examples).together
+        batch = self.batch_size or len(examples)
+        return 0 if together is None else together.bytes_per_row * batch
+
     def threads_safely(self, examples: Examples) -> bool:
         lowering = self.lowering(examples)
         return lowering.alone is not None and not lowering.alone.draws

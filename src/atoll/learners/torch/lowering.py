@@ -73,7 +73,8 @@ class Program:
     `layered` is False where the module is taken whole. `draws` says that something draws from
     torch's own generator, so that threads must not share a process; `streams` that dropout needs
     the clients' streams; `mixes` that a row's output depends on other rows (batch statistics);
-    `complete` that every parameter is used exactly once; `linears` are weights of dense layers.
+    `complete` that every parameter is used exactly once; `linears` are weights of dense layers;
+    `bytes_per_row` is about what a step makes for each example on its way forward.
     """
 
     run: Callable[[Tape, Value], Value]
@@ -85,6 +86,7 @@ class Program:
     complete: bool
     dense: bool
     linears: frozenset[str] = frozenset()
+    bytes_per_row: int = 0
 
 
 class _Tracer(fx.Tracer):

@@ -61,7 +61,8 @@ class Tape:
     """One step of a cohort: its weights, its rule, and the backward rules of what has run.
 
     `factors` hold weights that are not multiplied out; `counts` are the real rows of each client
-    where some of the B are padding; `streams` are the clients' generators for dropout.
+    where some of the B are padding; `streams` are the clients' generators for dropout; `made` is
+    how many bytes of activations there are.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Tape:
         self.clients, self.weights, self.buffers = clients, weights, buffers
         self.rule, self.counts, self.streams = rule, counts, streams
         self.factors = factors or {}
-        self.rows = 0
+        self.rows = self.made = 0
         self._backward: list[Callable[[], None]] = []
 
     @property
@@ -90,10 +91,11 @@ class Tape:
         self.rows = len(data) // self.clients
         return Value(data, wanted=False)
 
-    def then(self, backward: Callable[[], None]) -> None:
-        """Remember what to do on the way back."""
+    def then(self, backward: Callable[[], None], *made: Value) -> None:
+        """Remember what to do on the way back, for the values that were made on the way here."""
         if self.training:
             self._backward.append(backward)
+            self.made += sum(value.data.nbytes for value in made)
 
     def back(self) -> None:
         """Run every backward rule, last first."""
@@ -177,5 +179,5 @@ def keep(tape: Tape, results: Any, wanted: Sequence[tuple[Value, Tensor]]) -> An
                     value.give(gradient)
 
     if outputs:
-        tape.then(backward)
+        tape.then(backward, *(value for value, _ in outputs))
     return values

@@ -1,0 +1,214 @@
+"""The speed suite: atoll, plain loops and rivals on the same work, side by side, in one table.
+
+    python benchmarks/speed/run.py --rival flower=~/venvs/flower --rival pfl=~/venvs/pfl \
+        --rival fedjax=~/venvs/fedjax
+
+A rival is left out, and that is said, where no environment of its own is given (pip install
+'flwr[simulation]==1.41.0', 'pfl[pytorch]==0.6.0' with torch, or 'fedjax==0.0.17'). Contenders take
+turns in each of several passes, at each thread setting, so that a slow minute of the machine hits
+all of them; the table has the median of the passes and everyone's best setting. Losses after
+training must agree, or the row says that they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import measure
+from workloads import DATA, WORKLOADS, generate, make_model
+
+RESULTS = Path(__file__).parent.parent / "results"
+#: How far losses after training may lie apart: orders of examples differ.
+AGREE = 0.06
+#: Of each workload, GFLOP in a round (forward and backward products, no first input gradient).
+GFLOP = {"W1": 83.8, "W2": 26.4, "W3": 0.157, "W4": 252.7, "W5": 152.6, "W6": None}
+JAX_WORKLOADS = ("W1", "W2", "W3", "W4")
+OVERHEADS = ("", "prox", "scaffold", "momentum", "clip", "adam")
+
+
+def contenders(given: argparse.Namespace, workload: str) -> list[tuple[str, str, str, list[str]]]:
+    """(name, python, runner, arguments) of everyone who can run a workload."""
+    here = sys.executable
+    rivals = {
+        name: str(Path(venv).expanduser() / "bin" / "python")
+        for name, venv in (pair.split("=", 1) for pair in given.rival)
+    }
+    found = [("atoll", here, "ours.py", []), ("atoll", here, "ours.py", ["--variant", "auto"])]
+    for name, runner in (("tight loop", "tight.py"), ("tutorial loop", "naive.py")):
+        found += [(name, here, runner, ["--threads", threads]) for threads in ("1", "2")]
+    if "pfl" in rivals:
+        found += [
+            ("pfl-research", rivals["pfl"], "pfl_research.py", ["--threads", threads])
+            for threads in ("1", "2")
+        ]
+    if "fedjax" in rivals and workload in JAX_WORKLOADS:
+        found.append(("FedJAX", rivals["fedjax"], "fedjax_runner.py", []))
+    if "flower" in rivals:
+        found.append(("Flower", rivals["flower"], "flower.py", []))
+    return found
+
+
+def side_by_side(given: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
+    """Every contender's passes over one workload."""
+    runs = []
+    for number in range(given.passes):
+        for name, python, runner, more in contenders(given, workload):
+            if name == "Flower" and number:
+                continue  # its spread is small beside its distance, and it takes minutes
+            few = ["--rounds", "6"] if name == "Flower" else []
+            figures = measure(python, runner, [workload, *more, *few])
+            runs.append({"contender": name, **figures, "pass": number})
+            print(f"  {name:<14} {' '.join(more):<18} {_said(figures)}", flush=True)
+    return runs
+
+
+def overheads(given: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
+    """What other rules cost on top of federated averaging, for each who has them."""
+    rivals = dict(pair.split("=", 1) for pair in given.rival)
+    runs = []
+    for number in range(given.passes):
+        for variant in OVERHEADS:
+            chosen = [("atoll", sys.executable, "ours.py", [])]
+            threads = "2" if workload == "W1" else "1"
+            chosen.append(("tight loop", sys.executable, "tight.py", ["--threads", threads]))
+            own = variant in ("", "momentum", "adam")
+            if own and "pfl" in rivals:
+                python = str(Path(rivals["pfl"]).expanduser() / "bin" / "python")
+                chosen.append(("pfl-research", python, "pfl_research.py", ["--threads", threads]))
+            if own and "fedjax" in rivals:
+                python = str(Path(rivals["fedjax"]).expanduser() / "bin" / "python")
+                chosen.append(("FedJAX", python, "fedjax_runner.py", []))
+            for name, python, runner, more in chosen:
+                figures = measure(python, runner, [workload, *more, "--variant", variant])
+                runs.append({"contender": name, **figures, "variant": variant, "pass": number})
+                print(f"  {name:<14} {variant or 'FedAvg':<10} {_said(figures)}", flush=True)
+    return runs
+
+
+def peak() -> dict[str, float]:
+    """GFLOP/s of a large product, for one thread and for all: what the machine can do."""
+    import torch
+
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    rates = {}
+    for threads in (1, os.cpu_count() or 1):
+        torch.set_num_threads(threads)
+        times = []
+        for _ in range(30):
+            started = time.perf_counter()
+            torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+            times.append(time.perf_counter() - started)
+        rates[str(threads)] = round(2 * 1024**3 / min(times) / 1e9, 1)
+    return rates
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    try:
+        pairs = (line.split(": ", 1) for line in Path("/proc/cpuinfo").read_text().splitlines())
+        found = {pair[0].strip(): pair[1] for pair in pairs if len(pair) == 2}
+        model = f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
+    except (OSError, KeyError):
+        pass
+    return {
+        "date": date.today().isoformat(), "processor": model, "cores": os.cpu_count(),
+        "python": platform.python_version(), "torch": torch.__version__, "peak_gflops": peak(),
+    }  # fmt: skip
+
+
+def table(runs: list[dict[str, Any]], rates: dict[str, float]) -> list[str]:
+    """One workload as lines of a Markdown table."""
+    workload = next(run["workload"] for run in runs if "workload" in run)
+    best: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+    for run in runs:
+        if "seconds" not in run:
+            continue
+        alike = [
+            r for r in runs
+            if r.get("contender") == run["contender"] and r.get("threads") == run["threads"]
+            and r.get("variant") == run["variant"] and "seconds" in r
+        ]  # fmt: skip
+        median = statistics.median(r["seconds"] for r in alike)
+        if run["contender"] not in best or median < best[run["contender"]][0]:
+            best[run["contender"]] = median, alike
+    ours, loop = best["atoll"][0], best["tight loop"][0]
+    reference = best["tight loop"][1][0]["loss_after"]
+    lines = [
+        f"| {workload} | s per round | atoll / it | it / tight loop | to the end of round 1, s | "
+        "peak MB | of the peak | loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (seconds, alike) in sorted(best.items(), key=lambda item: item[1][0]):
+        first = statistics.median(r["start_to_round_one"] for r in alike)
+        memory = max(r["peak_mb"] for r in alike)
+        flops = GFLOP[workload]
+        share = "-" if flops is None else f"{flops / seconds / max(rates.values()):.0%}"
+        same = alike[0]["rounds"] == best["tight loop"][1][0]["rounds"]
+        differs = same and abs(alike[0]["loss_after"] - reference) > AGREE * max(reference, 1.0)
+        loss = f"{alike[0]['loss_after']:.3f}" + (" (differs)" if differs else "")
+        loss += "" if same else f" after {alike[0]['rounds']}"
+        lines.append(
+            f"| {name} | {seconds:.4g} | {ours / seconds:.2f} | {seconds / loop:.2f} | {first:.1f} "
+            f"| {memory} | {share} | {loss} |"
+        )
+    return lines
+
+
+def _said(figures: dict[str, Any]) -> str:
+    if "error" in figures:
+        return "failed: " + figures["error"].strip().splitlines()[-1][:90]
+    return (
+        f"{figures['seconds']:.4f} s a round, {figures['start_to_round_one']:.1f} s to the end of "
+        f"round 1, {figures['peak_mb']} MB, loss {figures['loss_after']:.3f}"
+    )
+
+
+def prepare(workloads: list[str]) -> None:
+    """Write what is not there yet: data, and initial weights for those without torch."""
+    for name in workloads:
+        if not (DATA / name / "offsets.npy").exists():
+            print("writing the data of", name, flush=True)
+            generate(name)
+        weights = [p.detach().numpy() for p in make_model(name).parameters()]
+        np.savez(DATA / name / "init.npz", *weights)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", action="append", choices=list(WORKLOADS), default=[])
+    parser.add_argument("--rival", action="append", default=[], metavar="NAME=VENV")
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--overheads", action="store_true", help="measure other rules on W1 and W2")
+    parser.add_argument("--out", type=Path, default=None)
+    given = parser.parse_args()
+    workloads = given.workload or (["W1", "W2"] if given.overheads else list(WORKLOADS))
+    prepare(workloads)
+    about = machine()
+    print(json.dumps(about), flush=True)
+    kind = "overheads" if given.overheads else "speed"
+    out = given.out or RESULTS / f"{kind}.json"
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for workload in workloads:
+        print(workload, flush=True)
+        runs[workload] = (overheads if given.overheads else side_by_side)(given, workload)
+        out.write_text(json.dumps({"machine": about, "runs": runs}, indent=1) + "\n")
+    if not given.overheads:
+        for workload in workloads:
+            print("\n".join(["", *table(runs[workload], about["peak_gflops"])]))
+
+
+if __name__ == "__main__":
+    main()

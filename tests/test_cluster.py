@@ -1,0 +1,173 @@
+"""Ray: the same bytes on actors as in one process, also when actors are lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+ray = pytest.importorskip("ray")
+
+from torch import nn
+
+from atoll import Federation, algorithms, data, schedules
+from atoll.algorithms import FedAvg
+from atoll.errors import RunError
+from atoll.learners import TorchLearner
+from atoll.simulation import RayCluster, Stacked
+
+# Ray leaves sockets and subprocesses to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def clients():
+    return population()
+
+
+def population():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 400)
+    x = (rng.normal(size=(400, 6)) + y[:, None]).astype(np.float32)
+    return data.from_arrays(x, y, classes=3).lognormal(clients=20, sigma=0.8, seed=0)
+
+
+def federation(algorithm=None, rounds=3):
+    module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    return Federation(
+        learner=TorchLearner(module, lr=0.1, batch_size=5, epochs=2),
+        algorithm=algorithm or algorithms.Scaffold(),
+        schedule=schedules.Synchronous(rounds=rounds, cohort=11),
+    )
+
+
+LOCAL = Stacked(block=3, workers=1, threads=1)
+REMOTE = RayCluster(method="stacked(block=3)", actors=2)
+
+
+def test_two_actors_make_the_bytes_of_one_process(cluster, clients):
+    runs = [federation().simulate(clients, seed=3, engine=engine) for engine in (LOCAL, REMOTE)]
+    assert runs[0].model["params"].tobytes() == runs[1].model["params"].tobytes()
+    assert runs[0].history == runs[1].history
+    assert runs[1].engine == "stacked(block=3, workers=1, threads=1)"
+
+
+class Hunter(threading.Thread):
+    """Kills actors' processes with SIGKILL while they are at work."""
+
+    def __init__(self, kills):
+        super().__init__()
+        self.left, self.killed, self.over = kills, [], threading.Event()
+
+    def run(self):
+        import psutil
+
+        while self.left and not self.over.is_set():
+            time.sleep(0.25)
+            for process in psutil.process_iter(["pid", "cmdline"]):
+                line = " ".join(process.info["cmdline"] or [])
+                if "ray::_Desk.run" in line and process.info["pid"] not in self.killed:
+                    os.kill(process.info["pid"], signal.SIGKILL)
+                    self.killed.append(process.info["pid"])
+                    self.left -= 1
+                    break
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(FedAvg):
+    def work(self, client, got, mine):
+        time.sleep(0.05)
+        return super().work(client, got, mine)
+
+
+def test_actors_that_are_killed_change_no_byte(cluster, clients):
+    plan = federation(Slow(), rounds=6)
+    quiet = plan.simulate(clients, seed=3, engine=LOCAL)
+    hunter = Hunter(3)
+    hunter.start()
+    try:
+        noisy = plan.simulate(clients, seed=3, engine=REMOTE)
+    finally:
+        hunter.over.set()
+        hunter.join()
+    assert len(hunter.killed) == 3
+    assert noisy.model["params"].tobytes() == quiet.model["params"].tobytes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stern(FedAvg):
+    def finish(self, client, local, got, mine):
+        raise RunError("not today")
+
+
+def test_an_error_in_an_actor_is_the_runs_error(cluster, clients):
+    engine = RayCluster(method="sequential", actors=2)
+    with pytest.raises(RunError, match="not today"):
+        federation(Stern()).simulate(clients, engine=engine)
+
+
+@pytest.mark.slow
+def test_without_a_cluster_one_is_started_and_stopped():
+    code = """
+import ray, numpy as np
+from atoll import Federation, algorithms, data, schedules
+from atoll.learners import NumpyLearner
+from atoll.simulation import RayCluster
+rng = np.random.default_rng(0)
+clients = data.from_arrays(
+    rng.normal(size=(60, 4)).astype(np.float32), rng.integers(0, 2, 60), classes=2
+).iid(clients=6)
+plan = Federation(
+    learner=NumpyLearner(layers=(4, 2)), algorithm=algorithms.FedAvg(),
+    schedule=schedules.Synchronous(rounds=2),
+)
+local = plan.simulate(clients).model["params"].tobytes()
+assert plan.simulate(clients, engine=RayCluster(actors=2)).model["params"].tobytes() == local
+assert not ray.is_initialized()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_an_existing_cluster_is_joined_by_its_address():
+    """A head node in processes of its own, as on a cluster."""
+    command = [sys.executable, "-m", "ray.scripts.scripts"]
+    # Clusters ask for a token, which head and driver get in the same way.
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}
+    started = subprocess.run(
+        [*command, "start", "--head", "--port=6399", "--num-cpus=2", "--include-dashboard=false",
+         "--disable-usage-stats"], capture_output=True, text=True, timeout=120,
+        env=environment,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    try:
+        test = f"""
+import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+import ray
+from test_cluster import LOCAL, federation, RayCluster, population
+held = population()
+engine = RayCluster(method="stacked(block=3)", actors=2, address="127.0.0.1:6399")
+runs = [federation().simulate(held, seed=3, engine=each) for each in (LOCAL, engine)]
+assert runs[0].model["params"].tobytes() == runs[1].model["params"].tobytes()
+"""
+        # In a process of its own: this one is the driver of another cluster.
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", test], check=True, timeout=180, env=environment
+        )
+    finally:
+        subprocess.run([*command, "stop", "--force"], capture_output=True, timeout=60, check=False)
