@@ -403,7 +403,9 @@ def test_grouped_convolutions_are_the_clients_own():
         if kind == "each":
             out = convolution(tape, entered, "w", "b", *settings, 2)
         else:
-            out = layers._grouped(tape, entered, "w", "b", (*settings, False, (0, 0)), 2)
+            out = layers._grouped(
+                tape, entered, x, ("w", weight), ("b", bias), (*settings, False, (0, 0)), 2
+            )
         out.grad = torch.ones_like(out.data).cumsum(0)
         tape.back()
         outcomes.append((out.data, entered.grad, seen["w"], seen["b"]))

@@ -5,8 +5,8 @@
 
 A rival is left out, and that is said, where no environment of its own is given (pip install
 'flwr[simulation]==1.41.0', 'pfl[pytorch]==0.6.0' with torch, or 'fedjax==0.0.17'). Contenders take
-turns in each of several passes, at each thread setting, so that a slow minute of the machine hits
-all of them; the table has the median of the passes and everyone's best setting. Losses after
+turns in each of several passes, so that a slow minute of the machine hits all of them: in the first
+at each thread setting, then at their best, of which the table has the median. Losses after
 training must agree, or the row says that they do not.
 """
 
@@ -60,16 +60,25 @@ def contenders(given: argparse.Namespace, workload: str) -> list[tuple[str, str,
 
 def side_by_side(given: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
     """Every contender's passes over one workload."""
-    runs = []
+    runs: list[dict[str, Any]] = []
+    chosen = contenders(given, workload)
     for number in range(given.passes):
-        for name, python, runner, more in contenders(given, workload):
-            if name == "Flower" and number:
-                continue  # its spread is small beside its distance, and it takes minutes
+        for name, python, runner, more in chosen:
             few = ["--rounds", "6"] if name == "Flower" else []
             figures = measure(python, runner, [workload, *more, *few])
-            runs.append({"contender": name, **figures, "pass": number})
+            runs.append({"contender": name, **figures, "pass": number, "arguments": more})
             print(f"  {name:<14} {' '.join(more):<18} {_said(figures)}", flush=True)
+        # From now on each in its best setting; Flower's distance is far beyond its spread.
+        chosen = [
+            one for one in chosen if one[0] != "Flower" and one[3] == _best(runs, one[0], one[3])
+        ]
     return runs
+
+
+def _best(runs: list[dict[str, Any]], name: str, otherwise: list[str]) -> list[str]:
+    """The arguments with which a contender was fastest."""
+    own = [run for run in runs if run["contender"] == name and "seconds" in run]
+    return min(own, key=lambda run: run["seconds"])["arguments"] if own else otherwise
 
 
 def overheads(given: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
@@ -190,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS), default=[])
     parser.add_argument("--rival", action="append", default=[], metavar="NAME=VENV")
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--overheads", action="store_true", help="measure other rules on W1 and W2")
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()

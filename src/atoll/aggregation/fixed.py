@@ -99,6 +99,11 @@ class FixedSum:
                 sums += floats
             self._low[start : start + len(total)] += sums.astype(np.int64)
 
+    def add_units(self, units: NDArray[np.int64], bound: int) -> None:
+        """Add what was summed elsewhere, in units, whose magnitudes came to at most `bound`."""
+        self._make_room(bound)
+        np.add(self.low, units, out=self._low)
+
     def state(self) -> Vectors:
         """The sum as arrays."""
         arrays: Vectors = {"low": self.low, "taken": np.array([self._taken], np.int64)}
@@ -170,6 +175,11 @@ class FixedSum:
         if self.high is None:
             self.high = np.zeros_like(self._low)
         return self.high
+
+
+def unit_scale(weight: float) -> float:
+    """What values are multiplied by to be counted in units with this weight."""
+    return rounded(weight) * float(1 << UNIT_BITS)
 
 
 def to_units(value: float) -> int:

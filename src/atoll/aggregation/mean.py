@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atoll.aggregation.fixed import ExactScalar, FixedSum, rounded, to_units
 from atoll.aggregation.stage import Accumulator, Reducer, Schema
@@ -35,6 +36,8 @@ class Mean(Reducer):
 
 
 class _RunningMean(Accumulator):
+    takes_folds = True
+
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
         self.sums = {name: FixedSum(size) for name, size in schema.vectors.items()}
@@ -66,18 +69,36 @@ class _RunningMean(Accumulator):
         if len(chosen) < len(passed):
             vectors = {name: rows[chosen] for name, rows in vectors.items()}
             statistics = {name: rows[chosen] for name, rows in statistics.items()}
-        shares = [rounded(weights[c]) for c in chosen]
+        weights = [weights[c] for c in chosen]
+        shares = [rounded(weight) for weight in weights]
         for name, total in self.sums.items():
             total.add_rows(vectors[name], shares)
+        columns = {name: [column[c] for c in chosen] for name, column in metrics.items()}
+        self._add_rest(statistics, shares, columns)
+
+    def add_folds(
+        self,
+        folds: Mapping[str, tuple[NDArray[np.int64], int]],
+        statistics: Vectors,
+        weights: Sequence[float],
+        metrics: Mapping[str, Sequence[float]],
+    ) -> None:
+        for name, total in self.sums.items():
+            total.add_units(*folds[name])
+        self._add_rest(statistics, [rounded(weight) for weight in weights], metrics)
+
+    def _add_rest(
+        self, statistics: Vectors, shares: list[float], metrics: Mapping[str, Sequence[float]]
+    ) -> None:
         for name, total in self.statistics.items():
             total.add_rows(statistics[name], shares)
         if self.counters is not None:
             for share, row in zip(shares, statistics["counters"], strict=True):
                 self.counters += to_units(share) * row.astype(object)
         self.weight.add_all(shares)
-        self.count += len(chosen)
+        self.count += len(shares)
         for name, column in metrics.items():
-            values = [column[c] for c in chosen if abs(column[c]) < METRIC_LIMIT]
+            values = [value for value in column if abs(value) < METRIC_LIMIT]
             total_value, count = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
             total_value.add_all(values)
             count.add(len(values))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atoll.keys import Key
 from atoll.updates import Aggregate, Update
@@ -99,6 +100,9 @@ class Reducer(Stage):
 class Sink(Protocol):
     """What updates go into."""
 
+    #: Whether `add_folds` can be used.
+    takes_folds: bool
+
     def add(self, update: Update) -> None:
         """Take an update in."""
 
@@ -112,9 +116,30 @@ class Sink(Protocol):
     ) -> None:
         """Take in those of C updates that have `passed`, given as rows [C, ...] and columns [C]."""
 
+    def add_folds(
+        self,
+        folds: Mapping[str, tuple[NDArray[np.int64], int]],
+        statistics: Vectors,
+        weights: Sequence[float],
+        metrics: Mapping[str, Sequence[float]],
+    ) -> None:
+        """Take in C updates whose vectors have been summed by `Learner.fold`."""
+
 
 class Accumulator(ABC):
     """A round's aggregate in the making."""
+
+    takes_folds: bool = False
+
+    def add_folds(
+        self,
+        folds: Mapping[str, tuple[NDArray[np.int64], int]],
+        statistics: Vectors,
+        weights: Sequence[float],
+        metrics: Mapping[str, Sequence[float]],
+    ) -> None:
+        """Take in C updates whose vectors have been summed by `Learner.fold`."""
+        raise NotImplementedError(f"{type(self).__name__} needs every update by itself")
 
     @abstractmethod
     def add(self, update: Update) -> None:

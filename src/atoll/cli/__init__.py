@@ -1,4 +1,4 @@
-"""The command line: `atoll demo | simulate | runs | show | compare | data`.
+"""The command line: `atoll demo | simulate | explain | runs | show | compare | data`.
 
 Commands are imported when they are called, so that `atoll --help` is instant. Exit codes: 0 done,
 1 a problem that is said in a sentence, 2 a command line that makes no sense, 130 stopped by Ctrl-C.
@@ -78,7 +78,17 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_argument(
         "--baselines", action="store_true", help="train centrally and locally too, and compare"
     )
+    simulate.add_argument(
+        "--engine",
+        help="how clients are run: auto, sequential, stacked, or 'stacked(block=10, workers=2)'; "
+        "default: chosen by rule",
+    )
     simulate.set_defaults(module="simulate")
+
+    explain = commands.add_parser("explain", help="say how a federation would be run, and why")
+    explain.add_argument("file", help="a file that defines `federation` and `clients`")
+    explain.add_argument("--engine", help="as for simulate")
+    explain.set_defaults(module="explain")
 
     runs = commands.add_parser("runs", help="list runs")
     runs.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders are")

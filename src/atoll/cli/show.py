@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atoll.cli.files import find_run
 from atoll.cli.report import print_run
-from atoll.tracking.reading import read_run, read_status
+from atoll.tracking.reading import read_engine, read_run, read_status
 from atoll.tracking.run import main_metric
 
 
@@ -23,6 +23,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"{folder}: {read_status(folder)}, seed {shown.seed}")
     for name in ("algorithm", "pipeline", "schedule", "learner"):
         print(f"  {name:<9}  {_short(shown.config[name])}")
+    engine = read_engine(folder)
+    if engine is not None:
+        print(f"  engine     {engine}")
     print_run(shown)
     if options.plot:
         metric = options.metric or main_metric(shown.metrics)

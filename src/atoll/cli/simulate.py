@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
             clients,
             seed=seed,
             devices=devices,
+            engine=options.engine,
             folder=keeper,
             resume=resume,
             observers=[progress()],
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     except Interrupted as stop:
         settings = [part for setting in options.set for part in ("--set", setting)]
         words = ["atoll", "simulate", options.file, *settings, "--resume", str(folder)]
+        words += ["--engine", options.engine] if options.engine else []
         print(
             f"atoll: stopped after round {stop.round}; go on with: {shlex.join(words)}",
             file=sys.stderr,

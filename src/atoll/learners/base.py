@@ -97,6 +97,11 @@ class Learner(ABC):
     plain_sgd: bool = False
 
     @property
+    def tolerance(self) -> float:
+        """How far a stack of clients may lie from each alone, relatively, by rounding."""
+        return 1e-3
+
+    @property
     @abstractmethod
     def layout(self) -> Layout:
         """Names, shapes and dtypes of the model's arrays."""
@@ -179,6 +184,13 @@ class Learner(ABC):
     def fixed(self) -> str:
         """A digest of what shapes the results but does not travel; empty if there is nothing."""
         return ""
+
+    def fold(self, rows: Array, scales: Sequence[float]) -> tuple[NDArray[Any], int] | None:
+        """Sum of round(row * scale) over rows [C, P] as int64 [P], and a bound of its magnitude.
+
+        For learners whose arrays are not in this process's memory; None leaves it to others.
+        """
+        return None
 
     def asarray(self, vector: NDArray[Any]) -> Array:
         """A NumPy vector as this learner's own kind of array, shared where possible."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from atoll import wire
 from atoll.aggregation.door import admit, admit_rows
+from atoll.aggregation.fixed import unit_scale
 from atoll.aggregation.stage import Sink
 from atoll.algorithms.client import Client
 from atoll.data.examples import Examples
@@ -122,7 +123,7 @@ def together(
         assignments=[turn.assignment for turn in turns],
     )
     update, kept = plan.algorithm.work(cohort, got, mine)
-    vectors = {n: _rows(learner.asnumpy(v), clients, n) for n, v in update.vectors.items()}
+    weights = _numbers(update.weight, clients)
     memories = {MEMORY + n: _rows(learner.asnumpy(v), clients, n) for n, v in kept.items()}
     statistics: Vectors = {
         str(name): cohort.statistics.get(
@@ -131,19 +132,20 @@ def together(
         for name in STATISTICS
         if name in model
     }
-    weights = _numbers(update.weight, clients)
     columns = {name: _numbers(value, clients) for name, value in update.metrics.items()}
+    folds = _folds(plan, update, weights, sums)
+    if folds is not None:
+        # The vectors never leave the learner's device; what stands for them has their size only.
+        nothing = {n: np.broadcast_to(np.float32(0), v.shape) for n, v in update.vectors.items()}
+        faults = admit_rows(nothing, statistics, weights, plan.schema)
+        if not any(faults):
+            sums.add_folds(folds, statistics, weights, columns)
+            return _deliveries(faults, nothing, statistics, weights, columns, memories)
+    vectors = {n: _rows(learner.asnumpy(v), clients, n) for n, v in update.vectors.items()}
     if plan.stages.transparent:
         faults = admit_rows(vectors, statistics, weights, plan.schema)
         sums.add_rows(vectors, statistics, weights, columns, [not fault for fault in faults])
-        about = [
-            metadata(w, m) for w, m in zip(weights, _transposed(columns, clients), strict=True)
-        ]
-        sizes = wire.sizes({**vectors, **statistics}, about)
-        return [
-            Delivery(fault, size, {name: rows[c].copy() for name, rows in memories.items()})
-            for c, (fault, size) in enumerate(zip(faults, sizes, strict=True))
-        ]
+        return _deliveries(faults, vectors, statistics, weights, columns, memories)
     metrics = _transposed(columns, clients)
     deliveries = []
     told = part(STAGE, received)
@@ -160,6 +162,40 @@ def together(
         memory = {name: rows[c].copy() for name, rows in memories.items()} | prefixed(STAGE, stages)
         deliveries.append(_hand_in(plan, message, memory, sums))
     return deliveries
+
+
+def _folds(
+    plan: Plan, update: Update, weights: list[float], sums: Sink
+) -> dict[str, tuple[NDArray[Any], int]] | None:
+    """The updates' weighted sums, if they can be made where the learner's arrays are."""
+    if not (plan.stages.transparent and sums.takes_folds):
+        return None
+    scales = [unit_scale(weight) for weight in weights]
+    folds = {}
+    for name, rows in update.vectors.items():
+        fold = plan.learner.fold(rows, scales) if rows.ndim == 2 else None
+        if fold is None:
+            return None
+        folds[name] = fold
+    return folds
+
+
+def _deliveries(
+    faults: list[str],
+    vectors: Vectors,
+    statistics: Vectors,
+    weights: list[float],
+    columns: dict[str, list[float]],
+    memories: Vectors,
+) -> list[Delivery]:
+    """What came of each turn of a stack."""
+    rows = _transposed(columns, len(weights))
+    about = [metadata(weight, row) for weight, row in zip(weights, rows, strict=True)]
+    sizes = wire.sizes({**vectors, **statistics}, about)
+    return [
+        Delivery(fault, size, {name: rows[c].copy() for name, rows in memories.items()})
+        for c, (fault, size) in enumerate(zip(faults, sizes, strict=True))
+    ]
 
 
 def message_size(message: Update) -> int:

@@ -6,6 +6,9 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from threading import Lock, local
 
+import numpy as np
+from numpy.typing import NDArray
+
 from atoll.aggregation.stage import Accumulator, Sink
 from atoll.data.federated import FederatedData
 from atoll.keys import Key
@@ -82,6 +85,7 @@ class _Guarded:
 
     def __init__(self, sums: Sink) -> None:
         self._sums, self._lock = sums, Lock()
+        self.takes_folds = sums.takes_folds
 
     def add(self, update: Update) -> None:
         with self._lock:
@@ -97,3 +101,13 @@ class _Guarded:
     ) -> None:
         with self._lock:
             self._sums.add_rows(vectors, statistics, weights, metrics, passed)
+
+    def add_folds(
+        self,
+        folds: Mapping[str, tuple[NDArray[np.int64], int]],
+        statistics: Vectors,
+        weights: Sequence[float],
+        metrics: Mapping[str, Sequence[float]],
+    ) -> None:
+        with self._lock:
+            self._sums.add_folds(folds, statistics, weights, metrics)

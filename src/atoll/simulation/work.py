@@ -16,8 +16,8 @@ from atoll.simulation.engine import Local, Method, step_aside
 from atoll.updates import Aggregate
 from atoll.vectors import Vectors
 
-#: Steps of the comparison between a stack and its clients alone, and how far they may differ.
-CHECKED_STEPS, CHECKED_CLIENTS, TOLERANCE = 3, 2, 1e-3
+#: Steps of the comparison between a stack and its clients alone, and how many of them.
+CHECKED_STEPS, CHECKED_CLIENTS = 3, 2
 
 
 def run_block(
@@ -88,11 +88,12 @@ def objection(plan: Plan, data: FederatedData, received: Vectors, turns: Sequenc
         except AtollError:
             return ""
     (alone, singly), (stack, jointly) = outcomes
-    same = _alike(alone, stack) and all(
+    near = plan.learner.tolerance
+    same = _alike(alone, stack, near) and all(
         a.size == b.size or abs(a.size - b.size) < 64 for a, b in zip(singly, jointly, strict=True)
     )
     for a, b in zip(singly, jointly, strict=True):
-        same &= all(_close(a.memory[name], b.memory[name]) for name in a.memory)
+        same &= all(_close(a.memory[name], b.memory[name], near) for name in a.memory)
     return (
         ""
         if same
@@ -101,22 +102,22 @@ def objection(plan: Plan, data: FederatedData, received: Vectors, turns: Sequenc
     )
 
 
-def _alike(a: Aggregate, b: Aggregate) -> bool:
+def _alike(a: Aggregate, b: Aggregate, near: float) -> bool:
     names = set(a.vectors) == set(b.vectors) and set(a.measurements) == set(b.measurements)
     return (
         names
-        and abs(a.weight - b.weight) <= TOLERANCE * abs(a.weight)
-        and all(_close(a.vectors[name], b.vectors[name]) for name in a.vectors)
+        and abs(a.weight - b.weight) <= near * abs(a.weight)
+        and all(_close(a.vectors[name], b.vectors[name], near) for name in a.vectors)
         and all(
-            abs(value - b.measurements[name]) <= TOLERANCE * max(1.0, abs(value))
+            abs(value - b.measurements[name]) <= near * max(1.0, abs(value))
             for name, value in a.measurements.items()
         )
     )
 
 
-def _close(a: object, b: object) -> bool:
+def _close(a: object, b: object, near: float) -> bool:
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if x.shape != y.shape:
         return False
     scale = float(np.sqrt(np.square(x).sum())) + 1e-9
-    return float(np.sqrt(np.square(x - y).sum())) <= TOLERANCE * scale
+    return float(np.sqrt(np.square(x - y).sum())) <= near * scale

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from atoll.data.examples import Examples, joined
+from atoll.data.examples import Examples
 from atoll.keys import Key
 from atoll.learners.base import Affine, Assignment, Correction, Local
 from atoll.learners.batches import Batches, batches
 from atoll.learners.rates import Rate, rate_at
 from atoll.learners.torch import layers
+from atoll.learners.torch.columns import Columns
+from atoll.learners.torch.graphs import Workspace, record
 from atoll.learners.torch.losses import Loss, cohort_loss
 from atoll.learners.torch.lowering import Program
 from atoll.learners.torch.rules import (
@@ -29,6 +35,14 @@ from atoll.learners.torch.stack import Stack
 from atoll.learners.torch.tape import Tape
 from atoll.vectors import SECTIONS, Entry, Layout, Section, Vectors
 
+#: Recorded steps to keep: rates that change and cohorts that vary make new ones.
+WORKSPACES = 8
+#: Sums of magnitudes below this are exact in int64 with room to spare.
+FOLD_LIMIT = float(1 << 51)
+
+#: Of products on an accelerator: exact float32, TF32, or bfloat16 with float32 weights.
+Precision = Literal["float32", "tf32", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -39,43 +53,23 @@ class Settings:
     optimizer: OptimizerFactory | None
     max_norm: float | None
     device: torch.device
+    precision: Precision = "float32"
+    graphs: bool = False
+    #: Recorded steps by what they were recorded for.
+    workspaces: dict[object, Workspace] = field(default_factory=dict)
 
-
-class Columns:
-    """The examples of a cohort as tensors: rows of shared columns, or of joined ones."""
-
-    def __init__(self, examples: Sequence[Examples], device: torch.device) -> None:
-        whole = joined(examples)
-        self.x, self.y = on_device(whole.x, device), on_device(whole.y, device)
-        starts = np.cumsum([0, *(len(each) for each in examples[:-1])])
-        rows = np.arange(len(whole)) if whole.rows is None else whole.rows
-        self._rows = [rows[s : s + len(e)] for s, e in zip(starts, examples, strict=True)]
-
-    def index(self, plan: Batches, order: Sequence[int]) -> Tensor:
-        """Rows [S, C, B] of the clients in this order."""
-        places = plan.positions[list(order)]
-        for place, client in zip(places, order, strict=True):
-            place[...] = self._rows[client][place]
-        return torch.from_numpy(places.transpose(1, 0, 2).copy()).to(self.x.device)
-
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these rows."""
-        flat = rows.reshape(-1)
-        return self.x.index_select(0, flat), self.y.index_select(0, flat)
-
-
-_resident: dict[tuple[int, str], tuple[object, Tensor]] = {}
-
-
-def on_device(column: np.ndarray, device: torch.device) -> Tensor:
-    """A column as a tensor; on an accelerator it is kept there for the next call."""
-    if device.type == "cpu":
-        return torch.from_numpy(column)
-    key = (id(column), str(device))
-    if key not in _resident:
-        # Holding the column keeps its id from being given to another.
-        _resident[key] = (column, torch.from_numpy(column).to(device))
-    return _resident[key][1]
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Let products of float32 use the device's faster format, if that was asked for."""
+        if self.precision != "tf32":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def train_cohort(
@@ -106,32 +100,44 @@ def train_cohort(
     index = columns.index(plan, order)
     clients = len(order)
     entries = {section: [e for e in layout.entries if e.section == section] for section in SECTIONS}
-    params = Stack(entries["params"], clients, device=device)
     received = torch.as_tensor(model["params"]).to(device)
     if received.ndim == 2:
         received = received[order]
     buffers = _buffers(entries, clients, model, device)
-    rule = rule_for(
-        params, settings.optimizer, _ordered(correction, order), settings.max_norm, lr,
-        single=single, complete=program.complete,
-    )  # fmt: skip
-    seen = plan.counts.sum(1)
-    factors = _factors(program, layout, rule, received, int(seen.max()), lr)
+    correction = _ordered(correction, order)
+    recorded = None
+    if settings.graphs and correction is None and settings.optimizer is None and not buffers:
+        recorded = _recorded(program, settings, entries["params"], columns, plan, lr)
+    if recorded is None:
+        params = Stack(entries["params"], clients, device=device)
+        rule = rule_for(
+            params, settings.optimizer, correction, settings.max_norm, lr,
+            single=single, complete=program.complete,
+        )  # fmt: skip
+    else:
+        params, rule = recorded.params, recorded.rule
+    factors = {} if recorded else _factors(program, layout, rule, received, plan, lr)
     params.load(received, without=factors)
     streams = []
     if program.streams or program.draws:
         streams = [_stream(assignments[c].key.fold("draws"), device) for c in order]
-    results = _Results(order, params, buffers)
+    results = _Results(order, params, buffers, copy=recorded is not None)
     losses = torch.zeros(clients, device=device)
     active = clients
     sorted_steps = [steps[c] for c in order]
     counts = plan.counts[order]
-    with torch.no_grad():
+    full = (counts == plan.positions.shape[2]).all(axis=0)
+    with torch.no_grad(), settings.products():
         for step in range(sorted_steps[0]):
             if sorted_steps[active - 1] <= step:
                 staying = sum(own > step for own in sorted_steps)
                 results.keep(staying, active)
                 active = staying
+            if recorded is not None and full[step]:
+                recorded.rows.copy_(index[step])
+                recorded.replay()
+                losses += recorded.losses
+                continue
             losses[:active] += _step(
                 program, settings, rule, params, buffers, streams[:active], columns,
                 index[step, :active], counts[:active, step], lr, factors,
@@ -141,16 +147,47 @@ def train_cohort(
         results.keep(0, active)
     total = np.empty(clients)
     total[order] = losses.cpu().numpy()
-    taken = np.array(steps)
-    trained = results.params
+    return _local(results, steps, lr, sizes, plan.counts.sum(1), total, single=single)
+
+
+def _local(
+    results: _Results,
+    steps: Sequence[int],
+    lr: float,
+    sizes: Sequence[int],
+    seen: NDArray[np.int64],
+    losses: NDArray[np.float64],
+    *,
+    single: bool,
+) -> Local:
+    """What the training came to; `losses` are sums over the steps."""
+    trained, taken = results.params, np.array(steps)
     statistics = {s: rows.cpu().numpy() for s, rows in results.statistics.items()}
     if single:
         return Local(
-            trained[0], steps[0], steps[0] * lr, sizes[0], int(seen[0]), float(total[0]) / steps[0],
-            {s: rows[0] for s, rows in statistics.items()},
+            trained[0], steps[0], steps[0] * lr, sizes[0], int(seen[0]),
+            float(losses[0]) / steps[0], {s: rows[0] for s, rows in statistics.items()},
         )  # fmt: skip
-    path = torch.tensor([[s * lr] for s in steps], dtype=torch.float32, device=device)
-    return Local(trained, taken, path, np.array(sizes), seen, total / taken, statistics)
+    path = torch.tensor([[s * lr] for s in steps], dtype=torch.float32, device=trained.device)
+    return Local(trained, taken, path, np.array(sizes), seen, losses / taken, statistics)
+
+
+def fold(rows: Tensor, scales: Sequence[float]) -> tuple[np.ndarray, int] | None:
+    """Sum of round(row * scale) over rows [C, P] as int64 [P] and a bound of its magnitude.
+
+    Where the rows are, so that one vector leaves the device and not C. None if a value is not
+    finite or too large for that.
+    """
+    peaks = rows.abs().amax(1).double() * torch.tensor(
+        scales, dtype=torch.float64, device=rows.device
+    )
+    bound = float(peaks.sum()) + len(rows)
+    if not bound < FOLD_LIMIT:
+        return None
+    total = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
+    for row, scale in zip(rows, scales, strict=True):
+        total += row.double().mul_(scale).round_().long()
+    return total.cpu().numpy(), int(bound)
 
 
 def weights_of(layout: Layout, model: Vectors, device: torch.device) -> dict[str, Tensor]:
@@ -215,7 +252,7 @@ def _step(
     held = {name: view for stack in buffers.values() for name, view in stack.first(active).items()}
     tape = Tape(
         active, params.first(active), held, rule=rule, factors=factors, counts=ragged,
-        streams=streams,
+        streams=streams, half=settings.precision == "bfloat16",
     )  # fmt: skip
     outputs = program.run(tape, tape.input(x))
     losses, outputs.grad = cohort_loss(settings.loss, outputs.data, y, active, ragged)
@@ -224,13 +261,50 @@ def _step(
     return losses
 
 
+def _recorded(
+    program: Program,
+    settings: Settings,
+    entries: Sequence[Entry],
+    columns: Columns,
+    plan: Batches,
+    lr: float,
+) -> Workspace | None:
+    """The recorded step of such a cohort; None if its steps are not all alike."""
+    if program.streams or program.draws or program.mixes:
+        return None
+    clients, _, batch = plan.positions.shape
+    key = (threading.get_ident(), clients, batch, lr, columns.x.data_ptr(), columns.y.data_ptr())
+    if key not in settings.workspaces:
+        if len(settings.workspaces) >= WORKSPACES:
+            settings.workspaces.clear()
+        device = settings.device
+        params = Stack(entries, clients, device=device)
+        params.flat.zero_()
+        rule = rule_for(
+            params, None, None, settings.max_norm, lr, single=False, complete=program.complete
+        )
+        rows = torch.zeros(clients, batch, dtype=torch.int64, device=device)
+        losses = torch.zeros(clients, device=device)
+        counts = np.full(clients, batch)
+
+        def step() -> None:
+            losses.copy_(
+                _step(program, settings, rule, params, {}, (), columns, rows, counts, lr, {})
+            )
+
+        with torch.no_grad(), settings.products():
+            replay = record(step, device)
+        settings.workspaces[key] = Workspace(params, rule, rows, losses, replay)
+    return settings.workspaces[key]
+
+
 def _factors(
-    program: Program, layout: Layout, rule: StackRule, received: Tensor, rows: int, lr: float
+    program: Program, layout: Layout, rule: StackRule, received: Tensor, plan: Batches, lr: float
 ) -> dict[str, Factors]:
-    """Dense weights that are better not multiplied out while one client walks over `rows` rows."""
+    """Dense weights that are better not multiplied out: one client's few rows meet many of them."""
     if not (isinstance(rule, Descend) and rule.plain and rule.params.clients == 1):
         return {}
-    base = received.view(-1)
+    base, rows = received.view(-1), int(plan.counts.sum())
     return {
         name: Factors(base[entry.slice].view(entry.shape), rows, lr)
         for name, entry in ((name, layout[name]) for name in sorted(program.linears))
@@ -242,9 +316,14 @@ class _Results:
     """What the clients of a stack came to, in the order in which they were given."""
 
     def __init__(
-        self, order: Sequence[int], params: Stack, buffers: Mapping[Section, Stack]
+        self,
+        order: Sequence[int],
+        params: Stack,
+        buffers: Mapping[Section, Stack],
+        *,
+        copy: bool,
     ) -> None:
-        self._order = list(order)
+        self._order, self._copy = list(order), copy
         self._stacks = {"params": params, **{str(name): b for name, b in buffers.items()}}
         self._rows: dict[str, Tensor] = {}
 
@@ -262,7 +341,7 @@ class _Results:
         for name, stack in self._stacks.items():
             rows = stack.rows(start, stop)
             if clients == list(range(len(self._order))):
-                self._rows[name] = rows
+                self._rows[name] = rows.clone() if self._copy else rows
                 continue
             if name not in self._rows:
                 self._rows[name] = rows.new_empty(len(self._order), stack.size)

@@ -20,6 +20,8 @@ def linear(tape: Tape, x: Value, weight: str, bias: str | None) -> Value:
     clients, width = w.shape[:2]
     b = None if bias is None else tape.weights[bias]
     inputs = x.data.reshape(clients, -1, w.shape[2])
+    if tape.half:
+        return _linear_in_half(tape, x, inputs, weight, bias)
     factors = tape.factors.get(weight)
     if factors is not None:
         out = _times(inputs[0], factors.base, None if b is None else b[0])
@@ -57,6 +59,30 @@ def linear(tape: Tape, x: Value, weight: str, bias: str | None) -> Value:
     return y
 
 
+def _linear_in_half(tape: Tape, x: Value, inputs: Tensor, weight: str, bias: str | None) -> Value:
+    """The same with factors in bfloat16; weights, sums of products and the rest are float32."""
+    w, rows = tape.weights[weight].bfloat16(), inputs.bfloat16()
+    out = torch.bmm(rows, w.transpose(1, 2)).float()
+    if bias is not None:
+        out += tape.weights[bias].unsqueeze(1)
+    y = Value(out.view(*x.data.shape[:-1], w.shape[1]))
+
+    def backward() -> None:
+        if y.grad is None:
+            return
+        gradient = y.grad.reshape(len(w), -1, w.shape[1])
+        narrow = gradient.bfloat16()
+        assert tape.rule is not None
+        if x.wanted:
+            x.give(torch.bmm(narrow, w).float().view(x.data.shape))
+        tape.rule.add(weight, torch.bmm(narrow.transpose(1, 2), rows).float())
+        if bias is not None:
+            tape.rule.add(bias, gradient.sum(1))
+
+    tape.then(backward, y)
+    return y
+
+
 #: Products with so many weights or more are left to oneDNN, whose kernels are faster on them.
 WIDE = 1 << 19
 _onednn = (
@@ -88,15 +114,18 @@ def convolution(
     b = None if bias is None else tape.weights[bias]
     clients = len(w)
     data = _channels_last(x.data)
+    if tape.half:
+        data, w = data.bfloat16(), w.bfloat16()
+        b = None if b is None else b.bfloat16()
     settings: tuple[Any, ...] = (stride, padding, dilation, False, (0,) * len(stride))
     if clients > 1 and data.is_cuda:
-        return _grouped(tape, x, weight, bias, settings, groups)
+        return _grouped(tape, x, data, (weight, w), (bias, b), settings, groups)
     pieces = data.chunk(clients)
     outs = [
         aten.convolution(piece, w[c], None if b is None else b[c], *settings, groups)
         for c, piece in enumerate(pieces)
     ]
-    y = Value(outs[0] if clients == 1 else torch.cat(outs))
+    y = Value((outs[0] if clients == 1 else torch.cat(outs)).float())
 
     def backward() -> None:
         if y.grad is None:
@@ -104,7 +133,7 @@ def convolution(
         assert tape.rule is not None
         given, channels = [], [w.shape[1]]
         mask = [x.wanted, True, bias is not None]
-        for c, gradient in enumerate(_channels_last(y.grad).chunk(clients)):
+        for c, gradient in enumerate(_channels_last(y.grad).to(data.dtype).chunk(clients)):
             gx, gw, gb = aten.convolution_backward(
                 gradient, pieces[c], w[c], channels, *settings, groups, mask
             )
@@ -113,7 +142,7 @@ def convolution(
             if bias is not None:
                 tape.rule.add_one(bias, c, gb)
         if x.wanted:
-            x.give(given[0] if clients == 1 else torch.cat(given))
+            x.give((given[0] if clients == 1 else torch.cat(given)).float())
 
     tape.then(backward, y)
     return y
@@ -122,14 +151,14 @@ def convolution(
 def _grouped(
     tape: Tape,
     x: Value,
-    weight: str,
-    bias: str | None,
+    data: Tensor,
+    weight: tuple[str, Tensor],
+    bias: tuple[str | None, Tensor | None],
     settings: tuple[Any, ...],
     groups: int,
 ) -> Value:
     """A cohort's convolutions as one of C * groups groups: clients side by side as channels."""
-    w = tape.weights[weight]
-    b = None if bias is None else tape.weights[bias]
+    (name, w), (bias_name, b) = weight, bias
     clients = len(w)
 
     def beside(rows: Tensor) -> Tensor:
@@ -140,25 +169,24 @@ def _grouped(
         parts = channels.reshape(len(channels), clients, -1, *channels.shape[2:])
         return parts.transpose(0, 1).flatten(0, 1)
 
-    data, kernel = beside(x.data), w.flatten(0, 1)
+    rows, kernel = beside(data), w.flatten(0, 1)
     flat_bias = None if b is None else b.flatten()
     total = clients * groups
-    y = Value(below(aten.convolution(data, kernel, flat_bias, *settings, total)))
+    y = Value(below(aten.convolution(rows, kernel, flat_bias, *settings, total)).float())
 
     def backward() -> None:
         if y.grad is None:
             return
         assert tape.rule is not None
         gx, gw, gb = aten.convolution_backward(
-            beside(y.grad), data, kernel, [len(kernel)], *settings, total,
+            beside(y.grad).to(rows.dtype), rows, kernel, [len(kernel)], *settings, total,
             [x.wanted, True, b is not None],
         )  # fmt: skip
-        tape.rule.add(weight, gw.view(w.shape))
-        if b is not None:
-            assert bias is not None
-            tape.rule.add(bias, gb.view(b.shape))
+        tape.rule.add(name, gw.view(w.shape))
+        if b is not None and bias_name is not None:
+            tape.rule.add(bias_name, gb.view(b.shape))
         if x.wanted:
-            x.give(below(gx))
+            x.give(below(gx).float())
 
     tape.then(backward, y)
     return y

@@ -28,7 +28,14 @@ from atoll.learners.metrics import (
     token_sums,
 )
 from atoll.learners.torch.checking import checked
-from atoll.learners.torch.cohort import Settings, gradient_of, train_cohort, weights_of
+from atoll.learners.torch.cohort import (
+    Precision,
+    Settings,
+    fold,
+    gradient_of,
+    train_cohort,
+    weights_of,
+)
 from atoll.learners.torch.losses import LOSSES, Loss
 from atoll.learners.torch.lowering import Program
 from atoll.learners.torch.resident import Resident, ResidentDescent, draws_from, redrawn
@@ -60,12 +67,17 @@ class TorchLearner(GradientLearner):
         weights: "seeded" draws the initial parameters anew from the run's seed, through every
             submodule's `reset_parameters`; "given" starts from the module's own, as pretrained
             models must. Modules in eval mode look pretrained: for them it must be said.
+        device: where models are trained and evaluated, e.g. "cuda"; the data go there once.
+        precision: of products: "float32", "tf32" on devices that have it, or "bfloat16", with
+            weights and everything else in float32.
     """
 
     module: nn.Module
     loss: str | Loss = "cross_entropy"
     optimizer: OptimizerFactory | None = None
     weights: Literal["seeded", "given", "auto"] = "auto"
+    device: str = "cpu"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +94,11 @@ class TorchLearner(GradientLearner):
             raise ConfigurationError(
                 f"module must be a torch.nn.Module, not {type(self.module).__name__}"
             )
+        if self.precision not in ("float32", "tf32", "bfloat16"):
+            raise ConfigurationError(
+                f"precision must be float32, tf32 or bfloat16, not {self.precision!r}"
+            )
+        self._check_device()
         if self.weights not in ("seeded", "given", "auto"):
             raise ConfigurationError(f"weights must be seeded or given, not {self.weights!r}")
         if self.weights == "auto" and not self.module.training:
@@ -99,13 +116,26 @@ class TorchLearner(GradientLearner):
         if not any(p.requires_grad for p in self.module.parameters()):
             raise ConfigurationError("the module has no parameter that requires a gradient")
 
+    def _check_device(self) -> None:
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigurationError(
+                f"device {self.device!r} cannot be used here: {reason}"
+            ) from error
+
     @property
     def plain_sgd(self) -> bool:  # type: ignore[override]
         return self.optimizer is None
 
+    @property
+    def tolerance(self) -> float:
+        return 1e-3 if self.precision == "float32" else 0.1
+
     @cached_property
     def _resident(self) -> Resident:
-        return Resident(self.module)
+        return Resident(self.module, torch.device(self.device))
 
     @cached_property
     def _loss(self) -> Loss:
@@ -117,9 +147,11 @@ class TorchLearner(GradientLearner):
 
     @cached_property
     def _settings(self) -> Settings:
+        device = torch.device(self.device)
         return Settings(
-            self._loss, self.lr, self.optimizer, self.max_gradient_norm, torch.device("cpu")
-        )
+            self._loss, self.lr, self.optimizer, self.max_gradient_norm, device, self.precision,
+            graphs=device.type == "cuda",
+        )  # fmt: skip
 
     def lowering(self, examples: Examples) -> Lowering:
         """How the module is run, found out once, on a few of these examples."""
@@ -144,7 +176,8 @@ class TorchLearner(GradientLearner):
 
     def prefers_stacks(self, examples: Examples) -> bool:
         together = self.lowering(examples).together
-        return together is not None and together.dense
+        # Small kernels are what an accelerator waits for, whatever the layers.
+        return together is not None and (together.dense or self.device != "cpu")
 
     def activation_bytes(self, examples: Examples) -> int:
         together = self.lowering(examples).together
@@ -153,7 +186,7 @@ class TorchLearner(GradientLearner):
 
     def threads_safely(self, examples: Examples) -> bool:
         lowering = self.lowering(examples)
-        return lowering.alone is not None and not lowering.alone.draws
+        return lowering.alone is not None and not lowering.alone.draws and self.device == "cpu"
 
     def use_threads(self, count: int) -> int:
         before = torch.get_num_threads()
@@ -355,7 +388,14 @@ class TorchLearner(GradientLearner):
         yield outputs
 
     def asarray(self, vector: NDArray[Any]) -> Array:
-        return torch.from_numpy(vector)
+        return torch.from_numpy(vector).to(self.device)
+
+    def fold(self, rows: Array, scales: Sequence[float]) -> tuple[NDArray[Any], int] | None:
+        return fold(rows, scales) if self._folds else None
+
+    @property
+    def _folds(self) -> bool:
+        return self.device != "cpu"
 
     def asnumpy(self, array: Array) -> NDArray[Any]:
         return array.detach().cpu().numpy()  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from atoll.data.examples import Examples, Rows
 from atoll.errors import ConfigurationError
 from atoll.keys import Key
+from atoll.learners.torch.columns import on_device
 from atoll.learners.torch.losses import Loss
 from atoll.learners.torch.rules import OptimizerFactory, optimizer_over
 from atoll.vectors import Layout, Vectors
@@ -45,8 +46,9 @@ def redrawn(module: nn.Module) -> nn.Module:
 class Resident:
     """A copy of the module whose trainable parameters are views of one flat vector."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = copy.deepcopy(module)
+    def __init__(self, module: nn.Module, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        self.module = copy.deepcopy(module).to(self.device)
         trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         persistent = set(self.module.state_dict(keep_vars=True))
         buffers = dict(self.module.named_buffers())
@@ -56,8 +58,8 @@ class Resident:
             name: b.detach().clone() for name, b in buffers.items() if name not in persistent
         }
         self.layout = Layout.of(trained, self.buffers)
-        self.flat = torch.empty(self.layout.size)
-        self.gradients = torch.zeros(self.layout.size)
+        self.flat = torch.empty(self.layout.size, device=self.device)
+        self.gradients = torch.zeros(self.layout.size, device=self.device)
         for name, parameter in trained.items():
             entry = self.layout[name]
             if parameter.dtype != torch.float32:
@@ -72,7 +74,7 @@ class Resident:
 
     def model(self) -> Vectors:
         """The module's present state, copied."""
-        return {"params": self.flat.numpy().copy(), **self.statistics()}
+        return {"params": self.flat.cpu().numpy().copy(), **self.statistics()}
 
     def statistics(self) -> Vectors:
         """Buffers and counters, copied."""
@@ -109,7 +111,7 @@ class ResidentDescent:
     ) -> None:
         self.params = resident.flat
         self._resident, self._loss = resident, loss
-        self._x, self._y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
+        self._x, self._y = (on_device(each, resident.device) for each in (examples.x, examples.y))
         self._optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
             self._optimizer = optimizer_over(optimizer, resident.flat)
@@ -119,7 +121,7 @@ class ResidentDescent:
         if isinstance(rows, slice):
             self._inputs, self._targets = self._x[rows].clone(), self._y[rows]
         else:
-            index = torch.from_numpy(rows)
+            index = torch.from_numpy(rows).to(self._x.device)
             self._inputs = self._x.index_select(0, index)
             self._targets = self._y.index_select(0, index)
 
@@ -146,10 +148,19 @@ class ResidentDescent:
 def draws_from(key: Key) -> Iterator[None]:
     """Let dropout and initialisers draw from `key`; the caller's own stream is untouched."""
     # Not `torch.manual_seed`: it formats a stack trace for CUDA on every call, a millisecond each.
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(key.integer())
+    generators = [torch.default_generator, *_accelerators()]
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(key.integer())
     try:
         yield
     finally:
-        generator.set_state(state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _accelerators() -> tuple[torch.Generator, ...]:
+    """The generators of CUDA devices, if a program has begun to use them."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return ()
+    return tuple(torch.cuda.default_generators)

@@ -108,7 +108,7 @@ class StackRule(ABC):
 
     def _into(self, target: Tensor, gradient: Tensor, beta: float) -> None:
         if beta == 0:
-            torch.mul(gradient, self.alpha, out=target)
+            target.copy_(gradient).mul_(self.alpha)
         elif beta == 1:
             target.add_(gradient, alpha=self.alpha)
         else:

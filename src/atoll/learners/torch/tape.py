@@ -62,7 +62,7 @@ class Tape:
 
     `factors` hold weights that are not multiplied out; `counts` are the real rows of each client
     where some of the B are padding; `streams` are the clients' generators for dropout; `made` is
-    how many bytes of activations there are.
+    how many bytes of activations there are. With `half`, products are of bfloat16 numbers.
     """
 
     def __init__(
@@ -75,10 +75,12 @@ class Tape:
         factors: Mapping[str, Factors] | None = None,
         counts: Sequence[int] | None = None,
         streams: Sequence[torch.Generator] = (),
+        half: bool = False,
     ) -> None:
         self.clients, self.weights, self.buffers = clients, weights, buffers
         self.rule, self.counts, self.streams = rule, counts, streams
         self.factors = factors or {}
+        self.half = half
         self.rows = self.made = 0
         self._backward: list[Callable[[], None]] = []
 

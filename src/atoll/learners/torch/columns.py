@@ -1,0 +1,51 @@
+"""Columns: the examples of a cohort as tensors, on the device that trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atoll.data.examples import Examples, joined
+from atoll.learners.batches import Batches
+
+
+class Columns:
+    """The examples of a cohort as tensors: rows of shared columns, or of joined ones."""
+
+    def __init__(self, examples: Sequence[Examples], device: torch.device) -> None:
+        whole = joined(examples)
+        self.x, self.y = on_device(whole.x, device), on_device(whole.y, device)
+        starts = np.cumsum([0, *(len(each) for each in examples[:-1])])
+        rows = np.arange(len(whole)) if whole.rows is None else whole.rows
+        self._rows = [rows[s : s + len(e)] for s, e in zip(starts, examples, strict=True)]
+
+    def index(self, plan: Batches, order: Sequence[int]) -> Tensor:
+        """Rows [S, C, B] of the clients in this order."""
+        places = plan.positions[list(order)]
+        for place, client in zip(places, order, strict=True):
+            place[...] = self._rows[client][place]
+        return torch.from_numpy(places.transpose(1, 0, 2).copy()).to(self.x.device)
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these rows."""
+        flat = rows.reshape(-1)
+        return self.x.index_select(0, flat), self.y.index_select(0, flat)
+
+
+_resident: dict[tuple[int, str], tuple[object, Tensor]] = {}
+
+
+def on_device(column: NDArray[Any], device: torch.device) -> Tensor:
+    """A column as a tensor; on an accelerator it is kept there for the next call."""
+    if device.type == "cpu":
+        return torch.from_numpy(column)
+    key = (id(column), str(device))
+    if key not in _resident:
+        # Holding the column keeps its id from being given to another.
+        _resident[key] = (column, torch.from_numpy(column).to(device))
+    return _resident[key][1]

@@ -1,0 +1,140 @@
+"""The code for accelerators, run on a CPU: recorded steps, folded sums, bfloat16."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+
+from atoll import Federation, algorithms, data, schedules
+from atoll.aggregation.fixed import FixedSum, unit_scale
+from atoll.data import Examples
+from atoll.errors import ConfigurationError
+from atoll.keys import Key
+from atoll.learners import Assignment, TorchLearner
+from atoll.learners.torch.cohort import fold
+from atoll.simulation import Stacked
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 4)
+    )
+
+
+@functools.cache
+def problem(size=120):
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((size, 1, 8, 8), dtype=np.float32), rng.integers(0, 4, size)
+
+
+def cohort(learner, sizes=(12, 12, 9, 12)):
+    x, y = problem()
+    parts, at = [], 0
+    for size in sizes:
+        parts.append(Examples(x, y, np.arange(at, at + size)))
+        at += size
+    tasks = [Assignment(1, Key(1).fold(c)) for c in range(len(sizes))]
+    model = learner.init(Key(0))
+    return learner.train_cohort(model, parts, tasks), model
+
+
+def test_recorded_steps_are_the_steps_themselves():
+    plain = TorchLearner(cnn(), lr=0.1, batch_size=4, epochs=2)
+    recording = TorchLearner(plain.module, lr=0.1, batch_size=4, epochs=2)
+    recording.__dict__["_settings"] = replace(plain._settings, graphs=True, workspaces={})
+    expected, _ = cohort(plain)
+    for _ in range(2):  # recorded, and then replayed from the start
+        found, _ = cohort(recording)
+        np.testing.assert_array_equal(found.params, expected.params)
+        np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-6)
+    assert len(recording._settings.workspaces) == 1
+    kept = found.params.clone()
+    cohort(recording)
+    assert torch.equal(kept, found.params)  # results do not share the recorded step's memory
+
+
+def test_steps_that_are_not_alike_are_not_recorded():
+    module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 4))
+    learner = TorchLearner(module, batch_size=4)
+    learner.__dict__["_settings"] = replace(learner._settings, graphs=True, workspaces={})
+    cohort(learner)
+    assert not learner._settings.workspaces
+
+
+def test_sums_on_the_device_are_the_exact_sums():
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(7, 1000, generator=rng) * 0.1
+    weights = [1.0, 3.0, 50.5, 2.0, 0.25, 7.0, 1e-3]
+    one, other = FixedSum(1000), FixedSum(1000)
+    for row, weight in zip(rows.numpy(), weights, strict=True):
+        one.add(row, weight)
+    other.add_units(*fold(rows, [unit_scale(weight) for weight in weights]))
+    np.testing.assert_allclose(one.value(), other.value(), rtol=0, atol=7 * 2.0**-40)
+    for bad in (float("nan"), float("inf"), 1e9):
+        broken = rows.clone()
+        broken[3, 5] = bad
+        assert fold(broken, [unit_scale(weight) for weight in weights]) is None
+
+
+def test_a_run_with_folded_sums_is_the_same(monkeypatch):
+    x, y = problem(200)
+    clients = data.from_arrays(x, y, classes=4).iid(clients=10)
+    plan = Federation(
+        learner=TorchLearner(cnn(), lr=0.1, batch_size=4),
+        algorithm=algorithms.Scaffold(),
+        schedule=schedules.Synchronous(rounds=3, cohort=6),
+    )
+    engine = Stacked(block=3, workers=1, threads=1)
+    expected = plan.simulate(clients, engine=engine)
+    monkeypatch.setattr(TorchLearner, "_folds", property(lambda self: True))
+    found = plan.simulate(clients, engine=engine)
+    assert found.model["params"].tobytes() == expected.model["params"].tobytes()
+    assert found.history == expected.history
+
+
+def test_bfloat16_products_are_close_and_weights_stay_float32():
+    exact, model = cohort(TorchLearner(cnn(), lr=0.1, batch_size=4))
+    learner = TorchLearner(cnn(), lr=0.1, batch_size=4, precision="bfloat16")
+    learner.__dict__["init"] = lambda key: model
+    half, _ = cohort(learner)
+    assert half.params.dtype == torch.float32
+    moved = torch.linalg.vector_norm(exact.params - torch.tensor(model["params"]))
+    error = torch.linalg.vector_norm(half.params - exact.params) / moved
+    assert 1e-6 < float(error) < 0.05
+
+
+def test_settings_that_do_not_exist_are_refused():
+    with pytest.raises(ConfigurationError, match="precision must be float32, tf32 or bfloat16"):
+        TorchLearner(cnn(), precision="int8")
+    with pytest.raises(ConfigurationError, match="device 'warp' cannot be used here"):
+        TorchLearner(cnn(), device="warp")
+
+
+@CUDA
+@pytest.mark.parametrize("sizes", [(12, 12, 12), (12, 9, 4)])
+def test_a_gpu_trains_as_a_cpu_does(sizes):
+    expected, model = cohort(TorchLearner(cnn(), lr=0.1, batch_size=4), sizes)
+    learner = TorchLearner(cnn(), lr=0.1, batch_size=4, device="cuda")
+    learner.__dict__["init"] = lambda key: model
+    found, _ = cohort(learner, sizes)
+    np.testing.assert_allclose(found.params.cpu(), expected.params, rtol=1e-3, atol=1e-5)
+
+
+@CUDA
+def test_a_gpu_run_is_repeatable():
+    x, y = problem(200)
+    clients = data.from_arrays(x, y, classes=4).iid(clients=10)
+    plan = Federation(
+        learner=TorchLearner(cnn(), lr=0.1, batch_size=4, device="cuda"),
+        algorithm=algorithms.FedAvg(),
+        schedule=schedules.Synchronous(rounds=3, cohort=6),
+    )
+    runs = [plan.simulate(clients) for _ in range(2)]
+    np.testing.assert_allclose(runs[0].model["params"], runs[1].model["params"], rtol=1e-5)
