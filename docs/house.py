@@ -16,9 +16,9 @@ FLOORS = [
     [("algorithms", "one file per algorithm")],
     [("rounds", "plan, selection, coordinator: no clock, no I/O")],
     [("tracking", "run folders, progress, plots, loggers")],
-    [("simulation", "virtual clock, devices, engines"), ("service", "to come: real sites")],
+    [("simulation", "virtual clock, devices, engines, crews"), ("service", "to come: real sites")],
     [("federation", "Federation and its verbs")],
-    [("cli", "atoll demo | simulate | runs | show | compare | data")],
+    [("cli", "atoll demo | simulate | explain | runs | show | compare | data")],
 ]
 WIDTH, HEIGHT, GAP = 720, 46, 8
 

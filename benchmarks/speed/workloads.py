@@ -192,7 +192,7 @@ def probe_loss(model: Any, name: str) -> float:
     """Mean loss of a torch module on the probe, in slices that do not set the peak of memory."""
     import torch
 
-    x, y = Data(name).probe()
+    x, y = Data(name, load=False).probe()
     with torch.no_grad():
         total = sum(
             float(loss_of(model(torch.from_numpy(x[i : i + 50])), torch.from_numpy(y[i : i + 50])))
