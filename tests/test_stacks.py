@@ -384,6 +384,28 @@ class Noting:
         self.seen.setdefault(name, torch.zeros(3, *gradient.shape))[client] = gradient
 
 
+def test_wide_layers_over_every_word_are_not_factored():
+    """A dense layer inside a sequence meets many rows for each example."""
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.wide = nn.Embedding(CLASSES, 8), nn.Linear(8, WIDE // 8)
+            self.head = nn.Linear(WIDE // 8, CLASSES)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.wide(self.words(x))))
+
+    text = np.random.default_rng(0).integers(0, CLASSES, (60, 4))
+    learner = TorchLearner(Words(), lr=0.05, batch_size=1)
+    check(learner, text[:, :-1].copy(), text[:, 1:].copy(), [2])
+    dense = nn.Sequential(nn.Linear(8, WIDE // 8), nn.Tanh(), nn.Linear(WIDE // 8, CLASSES))
+    x, y = drawn((8,))
+    program = TorchLearner(dense).lowering(Examples(x, y)).alone
+    assert program.linears == {"0.weight", "2.weight"}
+    assert TorchLearner(Words()).lowering(Examples(text, text)).alone.linears == set()
+
+
 def test_grouped_convolutions_are_the_clients_own():
     """The form for accelerators, run here on a CPU."""
     from atoll.learners.torch import layers

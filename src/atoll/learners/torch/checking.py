@@ -58,7 +58,7 @@ def _passing(
     reasons: list[str],
 ) -> Program | None:
     try:
-        size = _check(program, module, layout, loss, examples, counts)
+        tape = _check(program, module, layout, loss, examples, counts)
     except Refused as refusal:
         reasons.append(str(refusal))
         return None
@@ -66,7 +66,12 @@ def _passing(
         text = str(error).strip().splitlines()
         reasons.append(f"{type(error).__name__}: {text[0][:200] if text else ''}")
         return None
-    return replace(program, bytes_per_row=size)
+    rows = len(counts) * max(counts)
+    return replace(
+        program,
+        bytes_per_row=tape.made // rows,
+        linears=program.linears & tape.matrices,
+    )
 
 
 def _check(
@@ -76,10 +81,10 @@ def _check(
     loss: Loss,
     examples: Examples,
     counts: tuple[int, ...],
-) -> int:
+) -> Tape:
     """Raise `Refused` unless gradients, statistics and outputs agree, client by client.
 
-    Returns about how many bytes of activations each row makes.
+    Returns the tape of the step in training.
     """
     clients, longest = len(counts), max(counts)
     generator = torch.Generator().manual_seed(7)
@@ -129,7 +134,7 @@ def _check(
         for name, buffer in each.named_buffers():
             if name in held:
                 _compare(name, held[name][c].float(), buffer.float())
-    return tape.made // len(x)
+    return tape
 
 
 def _reference(

@@ -20,6 +20,8 @@ def linear(tape: Tape, x: Value, weight: str, bias: str | None) -> Value:
     clients, width = w.shape[:2]
     b = None if bias is None else tape.weights[bias]
     inputs = x.data.reshape(clients, -1, w.shape[2])
+    if x.data.ndim == 2 and inputs.shape[1] == tape.rows:
+        tape.matrices.add(weight)
     if tape.half:
         return _linear_in_half(tape, x, inputs, weight, bias)
     factors = tape.factors.get(weight)

@@ -62,7 +62,8 @@ class Tape:
 
     `factors` hold weights that are not multiplied out; `counts` are the real rows of each client
     where some of the B are padding; `streams` are the clients' generators for dropout; `made` is
-    how many bytes of activations there are. With `half`, products are of bfloat16 numbers.
+    how many bytes of activations there are and `matrices` names the weights that were multiplied
+    with exactly one row for each example. With `half`, products are of bfloat16 numbers.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Tape:
         self.rule, self.counts, self.streams = rule, counts, streams
         self.factors = factors or {}
         self.half = half
+        self.matrices: set[str] = set()
         self.rows = self.made = 0
         self._backward: list[Callable[[], None]] = []
 
