@@ -408,7 +408,7 @@ def test_wide_layers_over_every_word_are_not_factored():
 
 def test_grouped_convolutions_are_the_clients_own():
     """The form for accelerators, run here on a CPU."""
-    from atoll.learners.torch import layers
+    from atoll.learners.torch.layers.convolution import _grouped
 
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 4, 1, 3, 3, generator=rng)
@@ -425,7 +425,7 @@ def test_grouped_convolutions_are_the_clients_own():
         if kind == "each":
             out = convolution(tape, entered, "w", "b", *settings, 2)
         else:
-            out = layers._grouped(
+            out = _grouped(
                 tape, entered, x, ("w", weight), ("b", bias), (*settings, False, (0, 0)), 2
             )
         out.grad = torch.ones_like(out.data).cumsum(0)

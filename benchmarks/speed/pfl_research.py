@@ -18,6 +18,7 @@ from pfl.internal.ops.pytorch_ops import to_tensor
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from workloads import (
+    TOKENS,
     WORKLOADS,
     Data,
     Report,
@@ -46,14 +47,19 @@ elif given.variant == "adam":
     rate, local = 0.001, torch.optim.Adam
 
 
+def inputs_of(x):
+    """Tokens as whole numbers again, which pfl has made floats."""
+    return x.long() if given.workload in TOKENS else x
+
+
 def loss(self, x, y, eval=False):
     self.eval() if eval else self.train()
-    return loss_of(self(x), y.long())
+    return loss_of(self(inputs_of(x)), y.long())
 
 
 @torch.no_grad()
 def metrics(self, x, y, eval=True):
-    return {"loss": Weighted(float(loss_of(self(x), y.long())) * len(y), len(y))}
+    return {"loss": Weighted(float(loss_of(self(inputs_of(x)), y.long())) * len(y), len(y))}
 
 
 net.loss, net.metrics = types.MethodType(loss, net), types.MethodType(metrics, net)

@@ -24,6 +24,7 @@ from atoll.aggregation import mean
 from atoll.learners import TorchLearner
 from atoll.learners.torch import cohort as training
 from atoll.learners.torch import layers, learner, tape
+from atoll.learners.torch.layers import convolution
 from atoll.rounds import cohort as turns
 from atoll.rounds import coordinator, server
 from atoll.simulation import simulator, work
@@ -49,7 +50,7 @@ PARTS = {
     "W1": [
         ("train the clients", learner, "train_cohort"),
         ("> convolutions, forward", layers, "convolution"),
-        ("> convolutions, backward", layers.aten, "convolution_backward"),
+        ("> convolutions, backward", convolution.aten, "convolution_backward"),
         ("> pooling, forward", layers, "max_pool"),
         ("> dense, forward", layers, "linear"),
         ("> loss", training, "cohort_loss"),

@@ -64,7 +64,7 @@ def side_by_side(given: argparse.Namespace, workload: str) -> list[dict[str, Any
     chosen = contenders(given, workload)
     for number in range(given.passes):
         for name, python, runner, more in chosen:
-            few = ["--rounds", "6"] if name == "Flower" else []
+            few = ["--rounds", "5"] if name == "Flower" else []
             figures = measure(python, runner, [workload, *more, *few])
             runs.append({"contender": name, **figures, "pass": number, "arguments": more})
             print(f"  {name:<14} {' '.join(more):<18} {_said(figures)}", flush=True)

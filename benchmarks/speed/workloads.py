@@ -25,9 +25,9 @@ DATA = Path(os.environ.get("ATOLL_BENCH_DATA", Path(__file__).parent / "data"))
 #: clients, examples each, input shape, classes, cohort, epochs, batch, rate, rounds.
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": {"model": "cnn28", "clients": 200, "examples": "lognormal", "shape": (1, 28, 28),
-           "classes": 62, "cohort": 10, "epochs": 1, "batch": 20, "rate": 0.1, "rounds": 20},
+           "classes": 62, "cohort": 10, "epochs": 1, "batch": 20, "rate": 0.1, "rounds": 14},
     "W2": {"model": "mlp", "clients": 100, "examples": 600, "shape": (784,),
-           "classes": 10, "cohort": 10, "epochs": 5, "batch": 10, "rate": 0.1, "rounds": 12},
+           "classes": 10, "cohort": 10, "epochs": 5, "batch": 10, "rate": 0.1, "rounds": 10},
     "W3": {"model": "logistic", "clients": 1000, "examples": 50, "shape": (784,),
            "classes": 10, "cohort": 100, "epochs": 1, "batch": 10, "rate": 0.1, "rounds": 60},
     "W4": {"model": "cnn32", "clients": 1000, "examples": 50, "shape": (3, 32, 32),

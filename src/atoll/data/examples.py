@@ -50,8 +50,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
     if len(parts) == 1:
         return first
     if all(part.x is first.x and part.y is first.y for part in parts):
-        everything = np.arange(len(first.x))
-        rows = [everything if part.rows is None else part.rows for part in parts]
+        rows = [np.arange(len(first.x)) if p.rows is None else p.rows for p in parts]
         return Examples(first.x, first.y, np.concatenate(rows))
     columns = [part.all() for part in parts]
     return Examples(

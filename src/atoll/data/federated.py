@@ -155,7 +155,7 @@ class FederatedData:
             f"({s['smallest_client']} to {s['largest_client']}, median {s['median_client']:g}); "
             f"{s['test_examples']} test examples",
         ]
-        if self.task == "classification" and len(self) <= 20:
+        if self.task == "classification" and len(self) <= 20 and len(self.y):
             counts = self.label_distribution()
             width = max(len(name) for name in self.names)
             lines += [

@@ -6,7 +6,7 @@ Nothing here holds an object per client: a million clients cost the array of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, overload
 
@@ -86,9 +86,11 @@ class GeneratedData(FederatedData):
 
     make: Make
     key: Key = field(default_factory=lambda: Key(0))
+    members: NDArray[np.int64] | None = None
 
     def train(self, client: int) -> Examples:
-        x, y = self.make(client, self.key.fold("client", client).generator())
+        own = client if self.members is None else int(self.members[client])
+        x, y = self.make(own, self.key.fold("client", own).generator())
         if len(x) != self.size(client) or len(y) != len(x) or x.shape[1:] != self.x.shape[1:]:
             raise DataError(
                 f"{self.name}: client {client} was promised {self.size(client)} inputs of shape "
@@ -100,6 +102,16 @@ class GeneratedData(FederatedData):
 
     def test(self, client: int) -> Examples:
         return Examples(self.x, self.y)
+
+    def subset(self, clients: Sequence[int]) -> FederatedData:
+        chosen = np.array(clients, np.int64)
+        return replace(
+            self,
+            names=tuple(self.names[client] for client in clients),
+            train_rows=Ranges(np.concatenate([[0], np.cumsum(self.sizes()[chosen])])),
+            test_rows=Ranges(np.zeros(len(chosen) + 1, np.int64)),
+            members=chosen if self.members is None else self.members[chosen],
+        )
 
     def all_train(self) -> Examples:
         raise DataError(

@@ -97,6 +97,11 @@ class Learner(ABC):
     plain_sgd: bool = False
 
     @property
+    def forks_safely(self) -> bool:
+        """Whether it can be used in a forked process."""
+        return True
+
+    @property
     def tolerance(self) -> float:
         """How far a stack of clients may lie from each alone, relatively, by rounding."""
         return 1e-3

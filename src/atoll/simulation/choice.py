@@ -23,8 +23,8 @@ STACK_BYTES = 16 << 20
 STACK_LIMIT = 128
 #: What a stack's activations may come to, which grow with it too.
 ACTIVATION_BYTES = 32 << 20
-#: Local steps of one measurement, and seconds after which no further one is begun.
-TRIAL_STEPS, BUDGET = 3, 1.0
+#: Local steps of a short and a longer measurement, and seconds after which no further one is begun.
+TRIAL_STEPS, BUDGET = (2, 6), 1.0
 FORM = re.compile(r"(sequential|stacked)\((.*)\)")
 
 
@@ -173,14 +173,13 @@ def measure(
         if best is not None and time.perf_counter() - started > BUDGET:
             figures.append(f"{engine} was not tried: measuring had taken long enough")
             continue
-        few = [_short(plan, data, turn) for turn in turns[: engine.block * engine.workers]]
+        few = turns[: engine.block * engine.workers]
         try:
-            seconds = _time(engine, plan, data, key, received, few)
+            each = _seconds_per_step(engine, plan, data, key, received, few)
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             figures.append(f"{engine} does not work here ({line})")
             continue
-        each = seconds / sum(expected_work(plan, data, turn) for turn in few)
         figures.append(f"{engine}: {each * 1e6:.0f} us for each local step")
         if best is None or each < best[0]:
             best = (each, engine)
@@ -189,7 +188,7 @@ def measure(
     return best[1], figures
 
 
-def _time(
+def _seconds_per_step(
     engine: Local,
     plan: Plan,
     data: FederatedData,
@@ -197,23 +196,25 @@ def _time(
     received: Vectors,
     turns: Sequence[Turn],
 ) -> float:
-    """Seconds for these turns, when everything is warm."""
+    """Seconds for each step of these turns: from short ones, what whole ones would take."""
+    whole = sum(expected_work(plan, data, turn) for turn in turns)
+    work, times = [], []
     with engine.open(plan, data, key) as crew:
-        for _ in range(2):
-            sums = plan.stages.open(plan.schema)
+        for limit in (1, *TRIAL_STEPS):  # the first is to warm up
+            short = [_short(plan, data, turn, limit) for turn in turns]
             started = time.perf_counter()
-            for _ in crew.run(received, turns, sums):
+            for _ in crew.run(received, short, plan.stages.open(plan.schema)):
                 pass
-            seconds = time.perf_counter() - started
-    return seconds
+            times.append(time.perf_counter() - started)
+            work.append(sum(expected_work(plan, data, turn) for turn in short))
+    more = work[2] - work[1]
+    slope = max(times[2] - times[1], 0.0) / more if more else 0.0
+    return (times[2] + slope * (whole - work[2])) / whole
 
 
-def _planned(plan: Plan, data: FederatedData, turn: Turn) -> int:
-    return plan.learner.planned_steps(data.size(turn.member))
-
-
-def _short(plan: Plan, data: FederatedData, turn: Turn) -> Turn:
-    share = min(1.0, TRIAL_STEPS / _planned(plan, data, turn)) * turn.assignment.fraction
+def _short(plan: Plan, data: FederatedData, turn: Turn, steps: int) -> Turn:
+    planned = plan.learner.planned_steps(data.size(turn.member))
+    share = min(1.0, steps / planned) * turn.assignment.fraction
     return replace(turn, assignment=replace(turn.assignment, fraction=share))
 
 

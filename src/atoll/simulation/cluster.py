@@ -18,7 +18,7 @@ from typing import Any
 
 from atoll.aggregation.stage import Accumulator
 from atoll.data.federated import FederatedData
-from atoll.errors import RunError, require
+from atoll.errors import ConfigurationError, RunError, require
 from atoll.keys import Key
 from atoll.rounds.cohort import Delivery, Turn
 from atoll.rounds.plan import Plan
@@ -31,10 +31,9 @@ from atoll.simulation.engine import (
     Local,
     Method,
     Result,
-    blocks,
     step_aside,
 )
-from atoll.simulation.work import checked, expected_work, run_block
+from atoll.simulation.work import checked, grouped, run_block
 from atoll.vectors import Vectors
 
 
@@ -120,8 +119,15 @@ class _Actors(Crew, Team):
             )  # fmt: skip
         resources = ray.cluster_resources()
         everything = resources.get("GPU" if cluster.gpus else "CPU", 1.0)
-        share = cluster.gpus or cluster.cores
-        self._count = cluster.actors or max(1, int(everything // share))
+        fitting = int(everything // (cluster.gpus or cluster.cores))
+        self._count = cluster.actors or fitting
+        if not 1 <= self._count <= fitting:
+            if self._started:
+                ray.shutdown()
+            raise ConfigurationError(
+                f"the cluster has room for {fitting} actors of {cluster.cores} cores and "
+                f"{cluster.gpus:g} GPUs, but {self._count or 1} are asked for"
+            )
         _carry_own_code(ray, plan, data)
         # Put once: every node fetches them once, whatever the number of its actors.
         self._federation = ray.put(_plain(plan)), ray.put(data)
@@ -140,8 +146,7 @@ class _Actors(Crew, Team):
         if not self._checked:
             self.engine = checked(self.engine, self._plan, self._data, received, turns, self.notes)
             self._checked = True
-        work = [expected_work(self._plan, self._data, turn) for turn in turns]
-        groups = blocks(turns, work, self.engine.block)
+        groups = grouped(self.engine, self._plan, self._data, turns)
         self._received, self._running = self._ray.put(received), {}
         count = min(self._count, len(groups))
         while len(self._actors) < count:

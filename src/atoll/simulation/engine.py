@@ -123,6 +123,15 @@ def step_aside(engine: Local, plan: Plan, data: FederatedData) -> tuple[Local, l
     if engine.processes and not hasattr(os, "fork"):
         notes.append("threads instead of processes: this platform cannot fork")
         engine = replace(engine, processes=False)
+    if engine.processes and not learner.forks_safely:
+        notes.append("threads instead of processes: an accelerator cannot be used after a fork")
+        engine = replace(engine, processes=False)
+    if engine.processes and engine.threads > 1:
+        notes.append(
+            "one thread in each process: the thread pools of numerical libraries do not survive a "
+            "fork"
+        )
+        engine = replace(engine, threads=1)
     if engine.workers > 1 and not engine.processes and not learner.threads_safely(examples):
         notes.append(
             "one worker instead of several threads: the learner keeps its model, or draws random "
@@ -132,7 +141,7 @@ def step_aside(engine: Local, plan: Plan, data: FederatedData) -> tuple[Local, l
     return engine, notes
 
 
-def blocks(turns: Sequence[Turn], work: Sequence[int], size: int) -> list[list[int]]:
-    """Places of turns in blocks of `size`, longest first; clients of like work share a block."""
-    order = sorted(range(len(turns)), key=lambda place: (-work[place], place))
+def blocks(work: Sequence[int], size: int) -> list[list[int]]:
+    """Places in blocks of `size`, longest first; clients of like work share a block."""
+    order = sorted(range(len(work)), key=lambda place: (-work[place], place))
     return [order[start : start + size] for start in range(0, len(order), size)]

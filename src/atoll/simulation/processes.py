@@ -7,6 +7,7 @@ keeps one partial sum, and hands it over at the end. If it dies, another takes i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import mmap
 import os
@@ -25,9 +26,12 @@ from atoll.rounds.cohort import Delivery, Turn
 from atoll.rounds.plan import Plan
 from atoll.rounds.turn import assignment_for
 from atoll.simulation.dispatch import Team, dispatch
-from atoll.simulation.engine import Crew, Local, Result, blocks
-from atoll.simulation.work import checked, expected_work, run_block
+from atoll.simulation.engine import Crew, Local, Result
+from atoll.simulation.work import checked, grouped, run_block
 from atoll.vectors import Vectors, part, prefixed
+
+#: From linux/prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 class Processes(Crew, Team):
@@ -56,8 +60,7 @@ class Processes(Crew, Team):
             self.engine = checked(self.engine, self._plan, self._data, received, turns, self.notes)
             self._checked = True
         self._share(received)
-        work = [expected_work(self._plan, self._data, turn) for turn in turns]
-        groups = blocks(turns, work, self.engine.block)
+        groups = grouped(self.engine, self._plan, self._data, turns)
         count = min(self.engine.workers, len(groups))
         while len(self._workers) < count:
             self._workers.append(_Worker(self))
@@ -134,6 +137,7 @@ class Processes(Crew, Team):
 
     def serve(self, pipe: Connection) -> NoReturn:
         """The life of a worker: blocks in, results out, until the pipe is closed."""
+        _die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = 0
@@ -172,10 +176,21 @@ class Processes(Crew, Team):
             found = run_block(self.engine.method, self._plan, self._data, received, turns, sums)
         except AtollError as error:
             return {"why": str(error)}, {}
+        except Exception as error:
+            # The program's own mistake: another worker would make it again.
+            traceback.print_exc()
+            return {"why": f"a worker failed: {type(error).__name__}: {error}"}, {}
         kept: Vectors = {}
         for place, delivery in enumerate(found):
             kept |= prefixed(f"{place}/", delivery.memory)
         return {"deliveries": [[delivery.fault, delivery.size] for delivery in found]}, kept
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that comes about."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Worker:

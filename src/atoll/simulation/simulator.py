@@ -158,8 +158,6 @@ class Simulator:
                 )
             self.clock = self._next_attempt(len(parts))
         measurements = self.server.close(round, len(self.data))
-        for member, memory in learned.items():
-            self.memories[member] = (round, memory)
         self.run.model = self.server.model()
         self.run.engine, self.run.engine_notes = str(self.crew.engine), self.crew.notes
         metrics = self._evaluate(round)
@@ -174,9 +172,12 @@ class Simulator:
             sum(part.down for part in participants),
             self.clock,
         )
-        self.run.history.append(record)
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
+        # Together, so that whatever stops the run finds all of a round or nothing of it.
+        self.run.history.append(record)
+        for member, memory in learned.items():
+            self.memories[member] = (round, memory)
         self._closed = self._snapshot()
         end = RoundEnd(record, participants, self._closed, seconds)
         for observer in self.observers:

@@ -14,8 +14,8 @@ from atoll.data.federated import FederatedData
 from atoll.keys import Key
 from atoll.rounds.cohort import Turn
 from atoll.rounds.plan import Plan
-from atoll.simulation.engine import Crew, Local, Result, blocks
-from atoll.simulation.work import checked, expected_work, run_block
+from atoll.simulation.engine import Crew, Local, Result
+from atoll.simulation.work import checked, grouped, run_block
 from atoll.updates import Update
 from atoll.vectors import Vectors
 
@@ -43,8 +43,7 @@ class Threads(Crew):
             self._plan.learner.use_threads(self.engine.threads)
             if self.engine.workers > 1:
                 self._pool = ThreadPoolExecutor(self.engine.workers, "atoll")
-        work = [expected_work(self._plan, self._data, turn) for turn in turns]
-        groups = blocks(turns, work, self.engine.block)
+        groups = grouped(self.engine, self._plan, self._data, turns)
         if self._pool is None or len(groups) == 1:
             for group in groups:
                 yield self._block(received, turns, group, sums)

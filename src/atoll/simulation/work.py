@@ -12,9 +12,9 @@ from atoll.data.federated import FederatedData
 from atoll.errors import AtollError
 from atoll.rounds.cohort import Delivery, Turn, one_by_one, together
 from atoll.rounds.plan import Plan
-from atoll.simulation.engine import Local, Method, step_aside
+from atoll.simulation.engine import Local, Method, blocks, step_aside
 from atoll.updates import Aggregate
-from atoll.vectors import Vectors
+from atoll.vectors import STATISTICS, Vector, Vectors
 
 #: Steps of the comparison between a stack and its clients alone, and how many of them.
 CHECKED_STEPS, CHECKED_CLIENTS = 3, 2
@@ -32,6 +32,13 @@ def run_block(
     if method == "stacked":
         return together(plan, data, received, turns, sums)
     return one_by_one(plan, data, received, turns, sums)
+
+
+def grouped(
+    engine: Local, plan: Plan, data: FederatedData, turns: Sequence[Turn]
+) -> list[list[int]]:
+    """Places of the turns in the engine's blocks, longest first."""
+    return blocks([expected_work(plan, data, turn) for turn in turns], engine.block)
 
 
 def expected_work(plan: Plan, data: FederatedData, turn: Turn) -> int:
@@ -65,10 +72,15 @@ def objection(plan: Plan, data: FederatedData, received: Vectors, turns: Sequenc
     branch on a number) is found here, and not in the results.
     """
     few = []
-    for turn in turns[:CHECKED_CLIENTS]:
+    for place, turn in enumerate(turns[:CHECKED_CLIENTS]):
         planned = plan.learner.planned_steps(data.size(turn.member))
         share = min(1.0, CHECKED_STEPS / planned) * turn.assignment.fraction
-        few.append(replace(turn, assignment=replace(turn.assignment, fraction=share)))
+        assignment = replace(turn.assignment, fraction=share)
+        memory = _disturbed(turn.memory, received["params"], place + 1)
+        few.append(replace(turn, assignment=assignment, memory=memory))
+    # What is zero at first would hide how a rule treats it.
+    others = {n: v for n, v in received.items() if n != "params" and n not in STATISTICS}
+    received = {**received, **_disturbed(others, received["params"], 0)}
     outcomes = []
     for run in (one_by_one, together):
         sums = plan.stages.open(plan.schema)
@@ -100,6 +112,18 @@ def objection(plan: Plan, data: FederatedData, received: Vectors, turns: Sequenc
         else "the algorithm gives something else for a stack of clients than for each of them; "
         "write its rules with operators only"
     )
+
+
+def _disturbed(vectors: Vectors, params: Vector, place: int) -> Vectors:
+    """The vectors with a little noise, other for each place; whole numbers stay."""
+    rng = np.random.default_rng(place)
+    scale = np.float32(0.01 * float(np.abs(params).mean()) + 1e-4)
+    return {
+        name: vector + scale * rng.standard_normal(vector.shape, dtype=np.float32)
+        if vector.dtype == np.float32
+        else vector
+        for name, vector in vectors.items()
+    }
 
 
 def _alike(a: Aggregate, b: Aggregate, near: float) -> bool:

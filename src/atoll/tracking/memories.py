@@ -9,6 +9,7 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from atoll import wire
+from atoll.errors import CheckpointError
 from atoll.vectors import Vectors
 
 #: The round in which a memory was made, and the memory.
@@ -66,14 +67,20 @@ class Memories(MutableMapping[int, Memory]):
         return {**{member: round for member, (round, _) in self._near.items()}, **self._far}
 
     def _send_away(self, member: int) -> None:
-        round, vectors = self._near.pop(member)
-        self._held -= _size((round, vectors))
+        round, vectors = self._near[member]
         path = self._path(member)
-        path.parent.mkdir(exist_ok=True)
-        with path.open("wb") as file:
-            for piece in wire.encode(vectors):
-                file.write(piece)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                for piece in wire.encode(vectors):
+                    file.write(piece)
+        except OSError as error:
+            raise CheckpointError(
+                f"what clients remember does not fit in memory, and {path.parent} cannot be "
+                f"written: {error.strerror or error}; free some space or set TMPDIR"
+            ) from error
         self._far[member] = round
+        self._held -= _size(self._near.pop(member))
 
     def _path(self, member: int) -> Path:
         if self._folder is None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from atoll.data.examples import Examples
 from atoll.learners.torch.losses import Loss, cohort_loss
-from atoll.learners.torch.lowering import Program, Refused, lower
+from atoll.learners.torch.lowering import lower
+from atoll.learners.torch.program import Program, Refused
 from atoll.learners.torch.rules import Gather
 from atoll.learners.torch.stack import Stack
 from atoll.learners.torch.tape import Tape
@@ -59,6 +60,8 @@ def _passing(
 ) -> Program | None:
     try:
         tape = _check(program, module, layout, loss, examples, counts)
+        if not program.mixes:
+            _check(program, module, layout, loss, examples, (1,) * len(counts))
     except Refused as refusal:
         reasons.append(str(refusal))
         return None

@@ -22,7 +22,7 @@ from atoll.learners.torch import layers
 from atoll.learners.torch.columns import Columns
 from atoll.learners.torch.graphs import Workspace, record
 from atoll.learners.torch.losses import Loss, cohort_loss
-from atoll.learners.torch.lowering import Program
+from atoll.learners.torch.program import Program
 from atoll.learners.torch.rules import (
     Descend,
     Factors,
@@ -116,7 +116,8 @@ def train_cohort(
         )  # fmt: skip
     else:
         params, rule = recorded.params, recorded.rule
-    factors = {} if recorded else _factors(program, layout, rule, received, plan, lr)
+    plain = recorded is None and settings.precision == "float32"
+    factors = _factors(program, layout, rule, received, plan, lr) if plain else {}
     params.load(received, without=factors)
     streams = []
     if program.streams or program.draws:
@@ -192,7 +193,8 @@ def fold(rows: Tensor, scales: Sequence[float]) -> tuple[np.ndarray, int] | None
 
 def weights_of(layout: Layout, model: Vectors, device: torch.device) -> dict[str, Tensor]:
     """A model's arrays by name, for a tape of one client."""
-    vectors = {name: torch.from_numpy(vector).to(device) for name, vector in model.items()}
+    # Copies: some layers write into their weights.
+    vectors = {name: torch.tensor(vector, device=device) for name, vector in model.items()}
     return {name: array.unsqueeze(0) for name, array in layout.unpack(vectors).items()}
 
 
@@ -270,7 +272,7 @@ def _recorded(
     lr: float,
 ) -> Workspace | None:
     """The recorded step of such a cohort; None if its steps are not all alike."""
-    if program.streams or program.draws or program.mixes:
+    if program.streams or program.draws or program.mixes or not columns.shared:
         return None
     clients, _, batch = plan.positions.shape
     key = (threading.get_ident(), clients, batch, lr, columns.x.data_ptr(), columns.y.data_ptr())

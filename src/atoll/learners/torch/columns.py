@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ class Columns:
 
     def __init__(self, examples: Sequence[Examples], device: torch.device) -> None:
         whole = joined(examples)
+        #: Whether these are the population's own columns, which stay where they are.
+        self.shared = whole.x is examples[0].x
         self.x, self.y = on_device(whole.x, device), on_device(whole.y, device)
         starts = np.cumsum([0, *(len(each) for each in examples[:-1])])
         rows = np.arange(len(whole)) if whole.rows is None else whole.rows
@@ -37,15 +40,15 @@ class Columns:
         return self.x.index_select(0, flat), self.y.index_select(0, flat)
 
 
-_resident: dict[tuple[int, str], tuple[object, Tensor]] = {}
+_resident: dict[tuple[int, str], Tensor] = {}
 
 
 def on_device(column: NDArray[Any], device: torch.device) -> Tensor:
-    """A column as a tensor; on an accelerator it is kept there for the next call."""
+    """A column as a tensor; on an accelerator it stays there for as long as the column lives."""
     if device.type == "cpu":
         return torch.from_numpy(column)
     key = (id(column), str(device))
     if key not in _resident:
-        # Holding the column keeps its id from being given to another.
-        _resident[key] = (column, torch.from_numpy(column).to(device))
-    return _resident[key][1]
+        _resident[key] = torch.from_numpy(column).to(device)
+        weakref.finalize(column, _resident.pop, key, None)
+    return _resident[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, Literal
@@ -37,7 +37,7 @@ from atoll.learners.torch.cohort import (
     weights_of,
 )
 from atoll.learners.torch.losses import LOSSES, Loss
-from atoll.learners.torch.lowering import Program
+from atoll.learners.torch.program import Program
 from atoll.learners.torch.resident import Resident, ResidentDescent, draws_from, redrawn
 from atoll.learners.torch.rules import ELEMENTWISE, OptimizerFactory, optimizer_over
 from atoll.learners.torch.tape import Tape
@@ -128,6 +128,14 @@ class TorchLearner(GradientLearner):
     @property
     def plain_sgd(self) -> bool:  # type: ignore[override]
         return self.optimizer is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of; what it has found out or keeps at hand stays here."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def forks_safely(self) -> bool:
+        return self.device == "cpu"
 
     @property
     def tolerance(self) -> float:
@@ -296,6 +304,12 @@ class TorchLearner(GradientLearner):
                 f"the module gives {type(outputs).__name__}, not a tensor; wrap it so that it "
                 "returns its outputs alone"
             )
+        given, tried = outputs.shape[0] if outputs.ndim else 1, min(2, data.size(0))
+        if given != tried:
+            raise DataError(
+                f"the module gives {given} rows of outputs for {tried} examples; it must give one "
+                "for each, e.g. [B, T, V] for tokens and not [B * T, V]"
+            )
         wanted = {1} if self.loss == "binary_cross_entropy" else {data.classes}
         wanted |= {1} if self.loss not in LOSSES and data.classes == 2 else set()
         if data.classes and outputs.shape[-1] not in wanted:
@@ -338,6 +352,8 @@ class TorchLearner(GradientLearner):
     def evaluate_each(
         self, model: Vectors, parts: Sequence[Examples], task: Task, classes: int | None
     ) -> list[Sums]:
+        if len(parts) > 1 and self._mixes_when_evaluated:
+            return [self.evaluate(model, part, task, classes) for part in parts]
         whole = joined(parts)
         ends = np.cumsum([len(part) for part in parts])
         found: list[list[Sums]] = [[] for _ in parts]
@@ -346,6 +362,8 @@ class TorchLearner(GradientLearner):
             for start in range(0, len(whole), size):
                 x, y = whole.take(slice(start, start + size))
                 outputs = outputs_of(x)
+                if outputs.ndim == 0:  # a module that squeezes, on one example
+                    outputs = outputs.unsqueeze(0)
                 # The parts that have examples in this batch, and which of its rows are theirs.
                 first = int(np.searchsorted(ends, start, side="right"))
                 at = 0
@@ -356,6 +374,14 @@ class TorchLearner(GradientLearner):
                     found[first].append(_sums(own.cpu(), targets, loss, task, classes))
                     first, at = first + 1, stop
         return [add(sums) for sums in found]
+
+    @cached_property
+    def _mixes_when_evaluated(self) -> bool:
+        """Whether outputs depend on what else is evaluated: batch statistics without a memory."""
+        norms = (nn.modules.batchnorm._NormBase,)
+        return any(
+            isinstance(part, norms) and part.running_mean is None for part in self.module.modules()
+        )
 
     def _evaluated_at_once(self, task: Task) -> int:
         """Examples in a batch of an evaluation, so that activations stay within the caches."""

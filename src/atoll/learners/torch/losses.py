@@ -55,7 +55,7 @@ def cohort_loss(
     with torch.enable_grad():
         losses = torch.stack(
             [
-                loss(leaf[start : start + real], targets[start : start + real])
+                loss(leaf[start : start + real], targets[start : start + real]).reshape(())
                 for start, real in zip(
                     range(0, len(outputs), each), counts or [each] * clients, strict=True
                 )

@@ -8,9 +8,9 @@ program is checked against autograd on the module itself before it is used.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,75 +18,22 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from atoll.learners.torch import layers
+from atoll.learners.torch.kinds import (
+    ACTIVATIONS,
+    BATCH_NORMS,
+    CHANNEL_DROPOUTS,
+    CONVOLUTIONS,
+    ELEMENTWISE,
+    FUNCTIONS,
+    PLAIN,
+    RECURRENT,
+    RESHAPING,
+)
+from atoll.learners.torch.program import Program, Refused, Row
 from atoll.learners.torch.tape import Tape, Value, local
 
 Names = Mapping[str, str]
 Rule = Callable[..., Any]
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
-CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-ACTIVATIONS = {nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
-#: Layers without weights or draws that treat every row alike.
-PLAIN = (
-    nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh,
-    nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Tanhshrink, nn.Softshrink, nn.GLU,
-    nn.Threshold, nn.Softmax, nn.LogSoftmax, nn.MaxPool1d, nn.MaxPool3d, nn.AvgPool1d,
-    nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.Upsample, nn.ZeroPad2d,
-    nn.PixelShuffle, nn.Unflatten, nn.LocalResponseNorm, nn.Softmax2d,
-)  # fmt: skip
-#: Functions and tensor methods of which the same is true; the check decides in case of doubt.
-FUNCTIONS = {
-    "relu", "gelu", "tanh", "sigmoid", "silu", "elu", "leaky_relu", "softplus", "softmax",
-    "log_softmax", "flatten", "reshape", "view", "transpose", "permute", "unsqueeze", "squeeze",
-    "mean", "sum", "amax", "amin", "cat", "concat", "stack", "add", "iadd", "sub", "isub", "mul",
-    "imul", "truediv", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "abs", "clamp", "matmul",
-    "getitem", "getattr", "arange", "size", "contiguous", "float", "chunk", "split", "unflatten",
-    "max_pool1d", "avg_pool2d", "avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool1d",
-    "scaled_dot_product_attention", "normalize", "hardtanh", "relu6", "square", "sin", "cos", "dim",
-    "mul_", "add_", "floordiv", "expand", "repeat", "hardswish", "mish", "logsigmoid", "triu",
-    "ones", "zeros", "full", "to", "type_as", "log1p", "movedim", "swapaxes", "expand_as",
-}  # fmt: skip
-ELEMENTWISE = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "pow"}
-RESHAPING = {"flatten", "reshape", "view", "unsqueeze", "squeeze", "unflatten", "contiguous"}
-
-
-class Refused(Exception):
-    """Why a module, or a part of it, cannot be lowered."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the explanation: a layer, its kind, and how it is run."""
-
-    layer: str
-    kind: str
-    how: str
-
-
-@dataclass(frozen=True)
-class Program:
-    """A module as rules for a tape; `run` gives the outputs of a batch, rows merged.
-
-    `layered` is False where the module is taken whole. `draws` says that something draws from
-    torch's own generator, so that threads must not share a process; `streams` that dropout needs
-    the clients' streams; `mixes` that a row's output depends on other rows (batch statistics);
-    `complete` that every parameter is used exactly once; `linears` are weights of dense layers;
-    `bytes_per_row` is about what a step makes for each example on its way forward.
-    """
-
-    run: Callable[[Tape, Value], Value]
-    rows: tuple[Row, ...]
-    layered: bool
-    draws: bool
-    streams: bool
-    mixes: bool
-    complete: bool
-    dense: bool
-    linears: frozenset[str] = frozenset()
-    bytes_per_row: int = 0
 
 
 class _Tracer(fx.Tracer):
@@ -108,13 +55,40 @@ def lower(module: nn.Module, trained: Iterable[str], *, whole: bool = False) -> 
     if whole:
         return _whole(module, trained, "it cannot be taken apart")
     try:
-        graph = _Tracer().trace(module)
+        graph = _trace(module)
+    except Refused as refusal:
+        return _whole(module, trained, str(refusal))
     except Exception as error:
         return _whole(module, trained, f"it cannot be traced: {_line(error)}")
     try:
         return _Lowering(module, graph, trained).program()
     except Refused as refusal:
         return _whole(module, trained, str(refusal))
+
+
+def _trace(module: nn.Module) -> fx.Graph:
+    """The graph of the module, which must be the same in training and in evaluation."""
+    if type(module).__module__.startswith("torch.nn") and type(module) is not nn.Sequential:
+        graph = fx.Graph()
+        graph.output(graph.call_module("", (graph.placeholder("x"),)))
+        return graph
+    before = module.training
+    graph, other = (_Tracer().trace(module.train(training)) for training in (True, False))
+    module.train(before)
+    if [(n.op, n.target) for n in graph.nodes] != [(n.op, n.target) for n in other.nodes]:
+        raise Refused("its forward goes another way in training than in evaluation")
+    for ours, theirs in zip(graph.nodes, other.nodes, strict=True):
+        if ours.target is F.dropout:
+            told = [_told(node) for node in (ours, theirs)]
+            if told == [True, True]:
+                raise Refused("it drops out in evaluation too")
+            ours.meta["off"] = told[0] is False
+    return graph
+
+
+def _told(node: fx.Node) -> Any:
+    """What `F.dropout` is told of training; the tracer has put the module's state there."""
+    return node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
 
 
 def _check(module: nn.Module, trained: set[str]) -> None:
@@ -205,7 +179,7 @@ class _Lowering:
     def _names(self, layer: str, part: nn.Module) -> dict[str, str]:
         """Parameters and buffers of a layer: its own name of each -> the module's."""
         names = {
-            inner: f"{layer}.{inner}"
+            inner: f"{layer}.{inner}" if layer else inner
             for inner in [*dict(part.named_parameters()), *dict(part.named_buffers())]
         }
         self.used += [names[inner] for inner, _ in part.named_parameters()]
@@ -257,6 +231,9 @@ class _Lowering:
             return lambda tape, x: layers.max_pool(tape, x, *settings, part.ceil_mode)
         if kind in PLAIN and not getattr(part, "return_indices", False):
             self._say(layer, part, "all rows at once")
+            if getattr(part, "inplace", False):
+                part = copy.copy(part)
+                part.inplace = False
             return lambda tape, x: local(tape, part, [x], {})
         if kind is nn.MultiheadAttention and self._simple(part):
             return self._attention(layer, part, names)
@@ -313,8 +290,9 @@ class _Lowering:
             "vmap over clients" if vectorized else "client by client"
         )  # fmt: skip
         self._say(layer, part, how)
+        apart = layers.Apart(part)
         return lambda tape, *arguments, **options: layers.module_for_each(
-            tape, part, names, list(arguments), options, vectorized=vectorized, draws=draws
+            tape, apart, names, list(arguments), options, vectorized=vectorized, draws=draws
         )
 
     def _simple(self, part: nn.MultiheadAttention) -> bool:
@@ -340,7 +318,7 @@ class _Lowering:
                     "sequence"
                 )
             mask = attn_mask.data if isinstance(attn_mask, Value) else attn_mask
-            out = layers.attention(tape, [query, key, value], part, names, mask, is_causal)
+            out = layers.attention(tape, query, part, names, mask, is_causal)
             return out, None
 
         return attend
@@ -365,7 +343,7 @@ class _Lowering:
                 raise Refused(f"{layer} is given a padding mask")
 
             def attend(y: Value) -> Value:
-                out = layers.attention(tape, [y, y, y], attention, names, src_mask, is_causal)
+                out = layers.attention(tape, y, attention, names, src_mask, is_causal)
                 return layers.dropout(tape, out, part.dropout1.p, time_first=True)
 
             def feed(y: Value) -> Value:
@@ -416,6 +394,8 @@ class _Lowering:
             in_place = self._exclusive(node)
             return lambda tape, x, inplace=False: layers.relu(tape, x, in_place)
         if target is F.dropout:
+            if node.meta["off"]:
+                return lambda tape, x, *rest, **options: x
             self.streams = True
 
             def drop(
@@ -487,10 +467,11 @@ def _whole(module: nn.Module, trained: set[str], why: str) -> Program:
     if draws:
         raise Refused(f"{why}; and it may draw random numbers, which vmap cannot key by client")
     names = {name: name for name in trained}
+    apart = layers.Apart(module)
 
     def run(tape: Tape, x: Value) -> Value:
         return layers.module_for_each(  # type: ignore[no-any-return]
-            tape, module, names, [x], {}, vectorized=True, draws=False
+            tape, apart, names, [x], {}, vectorized=True, draws=False
         )
 
     rows = (Row("", type(module).__name__, f"whole, vmap over clients: {why}"),)

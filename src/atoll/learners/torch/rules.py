@@ -84,7 +84,7 @@ class StackRule(ABC):
     def __init__(self, params: Stack) -> None:
         self.params = params
         self._seen: set[str] = set()
-        self._last = 1.0
+        self._betas: dict[str, float] = {}
 
     def begin(self, active: int) -> None:
         """Before a step of the first `active` clients."""
@@ -102,9 +102,9 @@ class StackRule(ABC):
         self._into(self._views[name], gradient, self._beta(name))
 
     def add_one(self, name: str, client: int, gradient: Tensor) -> None:
-        beta = self._beta(name) if client == 0 else self._last
-        self._into(self._views[name][client], gradient, beta)
-        self._last = beta
+        if client == 0:
+            self._betas[name] = self._beta(name)
+        self._into(self._views[name][client], gradient, self._betas[name])
 
     def _into(self, target: Tensor, gradient: Tensor, beta: float) -> None:
         if beta == 0:

@@ -121,7 +121,10 @@ class Tape:
         if not self.streams:
             yield
             return
-        default, stream = torch.default_generator, self.streams[client]
+        stream = self.streams[client]
+        default = torch.default_generator
+        if stream.device.type == "cuda":
+            default = torch.cuda.default_generators[stream.device.index or 0]
         before = default.get_state()
         default.set_state(stream.get_state())
         try:

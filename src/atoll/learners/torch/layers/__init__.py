@@ -1,0 +1,28 @@
+"""Layers for a cohort: how each kind runs forward, and what it leaves on the tape for later."""
+
+from atoll.learners.torch.layers.attention import attention
+from atoll.learners.torch.layers.convolution import convolution
+from atoll.learners.torch.layers.dense import WIDE, linear
+from atoll.learners.torch.layers.lookup import arithmetic, embedding, parameter
+from atoll.learners.torch.layers.norms import batch_norm, normalize
+from atoll.learners.torch.layers.opaque import Apart, module_for_each
+from atoll.learners.torch.layers.pointwise import activation, dropout, max_pool, relu, reshape
+
+__all__ = [
+    "WIDE",
+    "Apart",
+    "activation",
+    "arithmetic",
+    "attention",
+    "batch_norm",
+    "convolution",
+    "dropout",
+    "embedding",
+    "linear",
+    "max_pool",
+    "module_for_each",
+    "normalize",
+    "parameter",
+    "relu",
+    "reshape",
+]
