@@ -110,6 +110,30 @@ def test_bfloat16_products_are_close_and_weights_stay_float32():
     assert 1e-6 < float(error) < 0.05
 
 
+def test_bfloat16_reaches_wide_layers():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 8192), nn.Tanh(), nn.Linear(8192, 4))
+    moved = []
+    for precision in ("float32", "bfloat16"):
+        learner = TorchLearner(module, lr=0.1, batch_size=4, precision=precision, weights="given")
+        x, y = problem()
+        model = learner.init(Key(0))
+        local = learner.train(model, Examples(x, y, np.arange(8)), Assignment(1, Key(1)))
+        moved.append(local.params.numpy() - model["params"])
+    error = np.linalg.norm(moved[0] - moved[1]) / np.linalg.norm(moved[0])
+    assert 0 < error < 0.05
+
+
+def test_columns_stay_on_a_device_only_while_they_live():
+    from atoll.learners.torch.columns import _resident, on_device
+
+    before = len(_resident)
+    column = np.zeros((3, 2), np.float32)
+    first = on_device(column, torch.device("meta"))
+    assert on_device(column, torch.device("meta")) is first
+    del column
+    assert len(_resident) == before
+
+
 def test_settings_that_do_not_exist_are_refused():
     with pytest.raises(ConfigurationError, match="precision must be float32, tf32 or bfloat16"):
         TorchLearner(cnn(), precision="int8")

@@ -18,7 +18,7 @@ from torch import nn
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.algorithms import FedAvg
-from atoll.errors import RunError
+from atoll.errors import ConfigurationError, RunError
 from atoll.learners import TorchLearner
 from atoll.simulation import RayCluster, Stacked
 
@@ -119,6 +119,11 @@ def test_an_error_in_an_actor_is_the_runs_error(cluster, clients):
     engine = RayCluster(method="sequential", actors=2)
     with pytest.raises(RunError, match="not today"):
         federation(Stern()).simulate(clients, engine=engine)
+
+
+def test_more_actors_than_there_is_room_for_are_refused(cluster, clients):
+    with pytest.raises(ConfigurationError, match="room for 2 actors of 1 cores"):
+        federation().simulate(clients, engine=RayCluster(method="sequential", actors=5))
 
 
 @pytest.mark.slow

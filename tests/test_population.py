@@ -96,6 +96,13 @@ def test_a_maker_that_breaks_its_promise_is_told():
         population().all_train()
 
 
+def test_part_of_a_generated_population_is_the_same_clients():
+    few = population().subset([7, 3]).subset([1, 0])
+    assert few.names == ("3", "7") and few.sizes().tolist() == [5, 5]
+    np.testing.assert_array_equal(few.train(1).x, population().train(7).x)
+    assert "2 clients hold 10 training examples" in str(few)
+
+
 def test_names_are_numbers_and_nothing_else():
     names = population().names
     assert names[-1] == "999" and list(names[2:4]) == ["2", "3"] and "1000" not in names

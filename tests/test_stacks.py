@@ -445,7 +445,7 @@ class Branching(nn.Module):
 
 
 class Centred(nn.Module):
-    """Mixes the rows of a batch, which a stack must not."""
+    """Mixes the rows of a batch, so that clients must not be merged."""
 
     def __init__(self):
         super().__init__()
@@ -477,7 +477,7 @@ class Counting(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("kind", [Branching, Centred, Shared, Counting])
+@pytest.mark.parametrize("kind", [Branching, Shared, Counting])
 def test_what_cannot_be_stacked_steps_aside(kind):
     learner = TorchLearner(kind(), lr=0.05, batch_size=4)
     x, y = drawn((6,))
@@ -490,6 +490,14 @@ def test_what_cannot_be_stacked_steps_aside(kind):
     if kind is not Shared:  # whose state dict names one array twice
         wanted, _, _ = alone(learner, model, held, task, learner.planned_steps(60))
         np.testing.assert_allclose(local.params.numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_what_mixes_a_batch_is_taken_whole():
+    learner = TorchLearner(Centred(), lr=0.05, batch_size=4)
+    x, y = drawn((6,))
+    ((_, _, how),) = learner.explain(Examples(x, y))
+    assert how.startswith("whole, vmap")
+    check(learner, x, y, [9, 4, 13])
 
 
 def test_a_layer_without_a_rule_goes_through_vmap():
@@ -538,3 +546,139 @@ def test_evaluation_is_that_of_each_client():
         loss = F.cross_entropy(outputs, targets, reduction="sum")
         assert float(sums["loss"]) == pytest.approx(float(loss), rel=1e-4)
         assert float(sums["correct"]) == float((outputs.argmax(1) == targets).sum())
+
+
+def test_a_bare_layer_is_a_model():
+    learner = TorchLearner(nn.Linear(6, CLASSES), lr=0.05, batch_size=4)
+    x, y = drawn((6,))
+    ((layer, kind, how),) = learner.explain(Examples(x, y))
+    assert (layer, kind) == ("", "Linear") and "batched product" in how
+    check(learner, x, y, [9, 4, 13])
+
+
+def test_activations_in_place_are_layers_too():
+    module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.SiLU(inplace=True),
+                           nn.ReLU6(inplace=True), nn.Linear(5, CLASSES))  # fmt: skip
+    learner = TorchLearner(module, lr=0.05, batch_size=4)
+    x, y = drawn((6,))
+    assert learner.stacks(Examples(x, y)) == ""
+    check(learner, x, y, [9, 4, 13])
+
+
+class Told(nn.Module):
+    """Says itself whether it drops out."""
+
+    def __init__(self, *told):
+        super().__init__()
+        self.inner, self.told = nn.Linear(6, CLASSES), told
+
+    def forward(self, x):
+        training = self.told[0] if self.told else self.training
+        return self.inner(F.dropout(x, 0.3, training))
+
+
+def test_functional_dropout_listens_to_what_it_is_told():
+    x, y = drawn((6,))
+    for module in (Told(), Told(False)):
+        learner = TorchLearner(module, lr=0.05, batch_size=4)
+        assert learner.stacks(Examples(x, y)) == ""
+        check(learner, x, y, [9, 4, 13])
+    assert TorchLearner(Told(True)).stacks(Examples(x, y))
+
+
+class Clamped(nn.Module):
+    """Depends on the size of the batch, from three rows on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return torch.sinh(self.inner(x)) * (3 / max(3, x.shape[0]))
+
+
+def test_what_counts_rows_never_sees_padding():
+    learner = TorchLearner(Clamped(), lr=0.05, batch_size=6)
+    x, y = drawn((6,))
+    check(learner, x, y, [13, 8, 17])
+
+
+def test_losses_of_one_element_are_losses():
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets).reshape(1)
+
+    learner = TorchLearner(nn.Linear(6, CLASSES), loss=loss, lr=0.05, batch_size=4)
+    x, y = drawn((6,))
+    check(learner, x, y, [9, 4, 13])
+
+
+def test_modules_that_squeeze_train_and_are_evaluated_on_one_example():
+    class Squeezing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 1)
+
+        def forward(self, x):
+            return self.inner(x).squeeze()
+
+    learner = TorchLearner(Squeezing(), loss="binary_cross_entropy", lr=0.05, batch_size=4)
+    x, y = drawn((6,))
+    held = Examples(x, (y > 1).astype(np.int64), np.arange(5))
+    model = learner.init(Key(0))
+    assert learner.train(model, held, Assignment(1, Key(1))).steps == 2
+    one = Examples(held.x, held.y, np.arange(1))
+    assert float(learner.evaluate(model, one, "classification", 2)["count"]) == 1
+
+
+def test_outputs_that_are_not_one_for_each_example_are_refused():
+    from atoll import data
+    from atoll.errors import DataError
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(CLASSES, CLASSES)
+
+        def forward(self, x):
+            return self.words(x).flatten(0, 1)
+
+    text = np.random.default_rng(0).integers(0, CLASSES, (20, 5))
+    clients = data.from_columns(
+        text[:, :-1].copy(), text[:, 1:].copy(), np.array([0, 20]), task="tokens", classes=CLASSES
+    )
+    with pytest.raises(DataError, match=r"8 rows of outputs for 2 examples"):
+        TorchLearner(Flat()).check(clients)
+
+
+def test_batch_statistics_without_a_memory_are_each_clients_own():
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    learner = TorchLearner(nn.Sequential(norm, nn.Linear(6, CLASSES)))
+    x, y = drawn((6,))
+    x[30:] += 5
+    parts = [Examples(x, y, np.arange(0, 30)), Examples(x, y, np.arange(30, 60))]
+    model = learner.init(Key(0))
+    each = learner.evaluate_each(model, parts, "classification", CLASSES)
+    for part, sums in zip(parts, each, strict=True):
+        (own,) = learner.evaluate_each(model, [part], "classification", CLASSES)
+        assert float(own["loss"]) == float(sums["loss"])
+
+
+def test_evaluation_leaves_the_model_alone():
+    module = nn.Sequential(nn.Embedding(CLASSES, 6, max_norm=0.5), nn.Linear(6, CLASSES))
+    learner = TorchLearner(module)
+    text = np.random.default_rng(0).integers(0, CLASSES, (20, 5))
+    model = learner.init(Key(0))
+    before = model["params"].copy()
+    learner.evaluate(model, Examples(text, text), "tokens", CLASSES)
+    np.testing.assert_array_equal(model["params"], before)
+
+
+def test_learners_travel_without_what_they_keep_at_hand():
+    import pickle
+
+    learner = TorchLearner(nn.Linear(6, CLASSES), lr=0.05)
+    fresh = len(pickle.dumps(learner))
+    x, y = drawn((6,))
+    learner.train(learner.init(Key(0)), Examples(x, y), Assignment(1, Key(1)))
+    assert len(pickle.dumps(learner)) == fresh
+    assert pickle.loads(pickle.dumps(learner)).layout.digest == learner.layout.digest

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -17,8 +19,8 @@ from torch import nn
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
 from atoll.algorithms import FedAvg
-from atoll.errors import ConfigurationError, RunError
-from atoll.learners import NumpyLearner, TorchLearner
+from atoll.errors import CheckpointError, ConfigurationError, RunError
+from atoll.learners import Affine, NumpyLearner, TorchLearner
 from atoll.simulation import Local, Sequential, Stacked
 from atoll.simulation.choice import engine_of
 from atoll.simulation.dispatch import LOSSES
@@ -339,3 +341,137 @@ def test_a_run_with_memories_on_disk_is_the_same(clients, monkeypatch, tmp_path)
 
 def test_the_allocator_can_be_told_anywhere():
     keep_freed_memory()
+
+
+class Words(nn.Module):
+    """Layers that run through torch's own modules, of which every thread needs its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(5, 6)
+        self.body = nn.LSTM(6, 6, batch_first=True)
+        self.slope, self.head = nn.PReLU(), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.slope(self.body(self.words(x))[0]))
+
+
+def test_threads_do_not_share_the_layers_that_hold_weights():
+    text = np.random.default_rng(0).integers(0, 5, (400, 13))
+    clients = data.from_columns(
+        text[:, :-1].copy(), text[:, 1:].copy(), np.arange(0, 401, 40), task="tokens", classes=5
+    )
+    plan = federation(
+        learner=TorchLearner(Words(), lr=0.5, batch_size=10, epochs=3), algorithm=FedAvg(),
+        schedule=schedules.Synchronous(rounds=3),
+    )  # fmt: skip
+    engines = [Sequential(workers=1), Sequential(workers=4), Sequential(workers=4),
+               Sequential(workers=2, processes=True)]  # fmt: skip
+    assert len({model(plan, clients, engine) for engine in engines}) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembering(algorithms.Scaffold):
+    """A norm over all clients' control variates, which are zero at first."""
+
+    def correction(self, got, mine):
+        difference = got["control"] - mine["control"]
+        return Affine(constant=difference / (1 + (difference * difference).sum() ** 0.5))
+
+
+def test_rules_that_differ_only_once_clients_remember_are_found_out(clients):
+    plan = federation(algorithm=Remembering())
+    run = plan.simulate(clients, engine=Stacked(block=4, workers=1), seed=3)
+    assert any("something else for a stack" in note for note in run.engine_notes)
+
+
+def test_processes_have_one_thread_each(clients):
+    run = federation().simulate(clients, engine="stacked(block=3, processes=2, threads=2)", seed=3)
+    assert run.engine == "stacked(block=3, processes=2, threads=1)"
+    assert any("do not survive a fork" in note for note in run.engine_notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistaken(FedAvg):
+    def finish(self, client, local, got, mine):
+        return got["no such vector"]
+
+
+def test_a_mistake_in_a_worker_is_told_once(clients, capfd):
+    with pytest.raises(RunError, match="a worker failed: KeyError: 'no such vector'"):
+        federation(algorithm=Mistaken()).simulate(
+            clients, engine=Sequential(workers=1, processes=True)
+        )
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+ORPHANS = """
+import os, sys, time
+import numpy as np
+from atoll import Federation, algorithms, data, schedules
+from atoll.learners import NumpyLearner
+from atoll.simulation import Sequential
+
+class Slow(NumpyLearner):
+    def train(self, *given, **named):
+        time.sleep(60)
+
+rng = np.random.default_rng(0)
+clients = data.from_arrays(
+    rng.normal(size=(60, 4)).astype(np.float32), rng.integers(0, 2, 60), classes=2
+).iid(clients=6)
+print("ready", flush=True)
+Federation(
+    learner=Slow(layers=(4, 2)), algorithm=algorithms.FedAvg(),
+    schedule=schedules.Synchronous(rounds=1),
+).simulate(clients, engine=Sequential(workers=2, processes=True))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")
+def test_workers_die_with_their_parent():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE)
+    try:
+        assert parent.stdout.readline() == b"ready\n"
+        path = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        while len(path.read_text().split()) < 2:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        workers = path.read_text().split()
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+    deadline = time.time() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.time() < deadline, "workers have outlived their parent"
+        time.sleep(0.05)
+
+
+def test_a_run_stopped_in_an_evaluation_keeps_whole_rounds(clients, tmp_path, monkeypatch):
+    from atoll.simulation import simulator
+
+    plan = federation(schedule=schedules.Synchronous(rounds=5, cohort=11))
+    engine = "stacked(block=4, workers=1, threads=1)"
+    whole = model(plan, clients, engine)
+    plain, calls = simulator.evaluate_pooled, []
+
+    def stopping(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(simulator, "evaluate_pooled", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        plan.simulate(clients, seed=3, engine=engine, folder=tmp_path / "run")
+    assert model(plan, clients, None, folder=tmp_path / "run", resume=True) == whole
+
+
+def test_a_memory_that_cannot_be_written_is_not_lost(monkeypatch):
+    memories = Memories(limit=100)
+    memories[1] = (1, {"control": np.zeros(20, np.float32)})
+    monkeypatch.setattr(Memories, "_path", lambda self, member: Path("/proc/none/such"))
+    with pytest.raises(CheckpointError, match="does not fit in memory"):
+        memories[2] = (1, {"control": np.ones(20, np.float32)})
+    assert sorted(memories) == [1, 2] and memories[1][1]["control"].sum() == 0

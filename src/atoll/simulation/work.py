@@ -115,9 +115,9 @@ def objection(plan: Plan, data: FederatedData, received: Vectors, turns: Sequenc
 
 
 def _disturbed(vectors: Vectors, params: Vector, place: int) -> Vectors:
-    """The vectors with a little noise, other for each place; whole numbers stay."""
+    """The vectors with noise as large as weights, other for each place; whole numbers stay."""
     rng = np.random.default_rng(place)
-    scale = np.float32(0.01 * float(np.abs(params).mean()) + 1e-4)
+    scale = np.float32(0.5 * float(np.abs(params).mean()) + 1e-2)
     return {
         name: vector + scale * rng.standard_normal(vector.shape, dtype=np.float32)
         if vector.dtype == np.float32

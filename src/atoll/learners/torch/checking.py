@@ -136,7 +136,7 @@ def _check(
             _compare(f"the gradient of {name}", rule.into.views[name][c], wanted, norm**0.5)
         for name, buffer in each.named_buffers():
             if name in held:
-                _compare(name, held[name][c].float(), buffer.float())
+                _compare(name, held[name][c].float(), buffer.float(), 1.0)
     return tape
 
 

@@ -119,9 +119,8 @@ def train_cohort(
     plain = recorded is None and settings.precision == "float32"
     factors = _factors(program, layout, rule, received, plan, lr) if plain else {}
     params.load(received, without=factors)
-    streams = []
-    if program.streams or program.draws:
-        streams = [_stream(assignments[c].key.fold("draws"), device) for c in order]
+    keys = [assignments[c].key.fold("draws") for c in order]
+    streams = [_stream(key, device) for key in keys if program.streams or program.draws]
     results = _Results(order, params, buffers, copy=recorded is not None)
     losses = torch.zeros(clients, device=device)
     active = clients
