@@ -24,7 +24,6 @@ from atoll.aggregation import mean
 from atoll.learners import TorchLearner
 from atoll.learners.torch import cohort as training
 from atoll.learners.torch import layers, learner, tape
-from atoll.learners.torch.layers import convolution
 from atoll.rounds import cohort as turns
 from atoll.rounds import coordinator, server
 from atoll.simulation import simulator, work
@@ -50,7 +49,11 @@ PARTS = {
     "W1": [
         ("train the clients", learner, "train_cohort"),
         ("> convolutions, forward", layers, "convolution"),
-        ("> convolutions, backward", convolution.aten, "convolution_backward"),
+        (
+            "> convolutions, backward",
+            sys.modules["atoll.learners.torch.layers.convolution"].aten,
+            "convolution_backward",
+        ),
         ("> pooling, forward", layers, "max_pool"),
         ("> dense, forward", layers, "linear"),
         ("> loss", training, "cohort_loss"),

@@ -213,7 +213,9 @@ def main() -> None:
     for workload in workloads:
         print(workload, flush=True)
         runs[workload] = (overheads if given.overheads else side_by_side)(given, workload)
-        out.write_text(json.dumps({"machine": about, "runs": runs}, indent=1) + "\n")
+        # What was measured of other workloads before stays: a suite may be run in parts.
+        known = json.loads(out.read_text())["runs"] if out.exists() else {}
+        out.write_text(json.dumps({"machine": about, "runs": known | runs}, indent=1) + "\n")
     if not given.overheads:
         for workload in workloads:
             print("\n".join(["", *table(runs[workload], about["peak_gflops"])]))
