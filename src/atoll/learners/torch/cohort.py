@@ -119,8 +119,8 @@ def train_cohort(
     plain = recorded is None and settings.precision == "float32"
     factors = _factors(program, layout, rule, received, plan, lr) if plain else {}
     params.load(received, without=factors)
-    keys = [assignments[c].key.fold("draws") for c in order]
-    streams = [_stream(key, device) for key in keys if program.streams or program.draws]
+    drawing = order if program.streams or program.draws else ()
+    streams = [_stream(assignments[c].key.fold("draws"), device) for c in drawing]
     results = _Results(order, params, buffers, copy=recorded is not None)
     losses = torch.zeros(clients, device=device)
     active = clients
