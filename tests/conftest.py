@@ -17,8 +17,10 @@ from atoll.data import FederatedData
 from atoll.learners import NumpyLearner
 from atoll.simulation import Crew, Engine, Sequential
 
-settings.register_profile("default", deadline=None, max_examples=60)
-settings.load_profile("default")
+# The suite draws the same examples every time; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=60)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from atoll.vectors import SECTIONS, Layout
 
 #: Clients of the check have this many examples; different ones, so that padding is checked too.
 COUNTS = (3, 2)
-TOLERANCE = 2e-3
+#: Batch statistics of two rows magnify float32's rounding a thousandfold, so float64 where it runs.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
 
 
 def checked(
@@ -58,23 +59,28 @@ def _passing(
     counts: tuple[int, ...],
     reasons: list[str],
 ) -> Program | None:
-    try:
-        tape = _check(program, module, layout, loss, examples, counts)
-        if not program.mixes:
-            _check(program, module, layout, loss, examples, (1,) * len(counts))
-    except Refused as refusal:
-        reasons.append(str(refusal))
-        return None
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        reasons.append(f"{type(error).__name__}: {text[0][:200] if text else ''}")
-        return None
-    rows = len(counts) * max(counts)
-    return replace(
-        program,
-        bytes_per_row=tape.made // rows,
-        linears=program.linears & tape.matrices,
-    )
+    for dtype in (torch.float64, torch.float32):
+        try:
+            tape = _check(program, module, layout, loss, examples, counts, dtype)
+            if not program.mixes:
+                _check(program, module, layout, loss, examples, (1,) * len(counts), dtype)
+        except Refused as refusal:
+            reasons.append(str(refusal))
+            return None
+        except Exception as error:
+            # A module with float32 tensors of its own may run in nothing else.
+            if dtype is torch.float64:
+                continue
+            text = str(error).strip().splitlines()
+            reasons.append(f"{type(error).__name__}: {text[0][:200] if text else ''}")
+            return None
+        rows = len(counts) * max(counts) * (dtype.itemsize // 4)
+        return replace(
+            program,
+            bytes_per_row=tape.made // rows,
+            linears=program.linears & tape.matrices,
+        )
+    return None
 
 
 def _check(
@@ -84,6 +90,7 @@ def _check(
     loss: Loss,
     examples: Examples,
     counts: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> Tape:
     """Raise `Refused` unless gradients, statistics and outputs agree, client by client.
 
@@ -95,11 +102,13 @@ def _check(
     batches = [examples.take(rows[c]) for c in range(clients)]
     x = torch.cat([torch.from_numpy(x) for x, _ in batches])
     y = torch.cat([torch.from_numpy(y) for _, y in batches])
-    copies = [_disturbed(module, generator) for _ in counts]
+    x = x.to(dtype) if x.is_floating_point() else x
+    y = y.to(dtype) if y.is_floating_point() else y
+    copies = [_disturbed(module, generator).to(dtype) for _ in counts]
     sections = {s: [e for e in layout.entries if e.section == s] for s in SECTIONS}
-    params = Stack(sections["params"], clients)
+    params = Stack(sections["params"], clients, dtype=dtype)
     statistics = [
-        Stack(sections["buffers"], clients),
+        Stack(sections["buffers"], clients, dtype=dtype),
         Stack(sections["counters"], clients, dtype=torch.int64),
     ]
     for stack in (params, *statistics):
@@ -136,7 +145,7 @@ def _check(
             _compare(f"the gradient of {name}", rule.into.views[name][c], wanted, norm**0.5)
         for name, buffer in each.named_buffers():
             if name in held:
-                _compare(name, held[name][c].float(), buffer.float(), 1.0)
+                _compare(name, held[name][c].to(dtype), buffer.to(dtype), 1.0)
     return tape
 
 
@@ -174,5 +183,5 @@ def _compare(what: str, got: Tensor, wanted: Tensor, scale: float = 0.0) -> None
         raise Refused(f"{what} came out as {list(got.shape)}, not {list(wanted.shape)}")
     error = float((got - wanted).abs().max()) if got.numel() else 0.0
     size = max(float(wanted.abs().max()) if got.numel() else 0.0, scale * 1e-2, 1e-6)
-    if not error <= TOLERANCE * size:
+    if not error <= TOLERANCE[got.dtype] * size:
         raise Refused(f"{what} came out otherwise than by autograd")

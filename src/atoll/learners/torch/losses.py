@@ -21,7 +21,9 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Labels 0 and 1 [B] for one logit each, [B] or [B, 1]."""
-    return F.binary_cross_entropy_with_logits(outputs.flatten(), targets.flatten().float())
+    return F.binary_cross_entropy_with_logits(
+        outputs.flatten(), targets.flatten().to(outputs.dtype)
+    )
 
 
 def _mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def convolution(
         aten.convolution(piece, w[c], None if b is None else b[c], *settings, groups)
         for c, piece in enumerate(pieces)
     ]
-    y = Value((outs[0] if clients == 1 else torch.cat(outs)).float())
+    y = Value((outs[0] if clients == 1 else torch.cat(outs)).to(x.data.dtype))
 
     def backward() -> None:
         if y.grad is None:
@@ -56,7 +56,7 @@ def convolution(
             if bias is not None:
                 tape.rule.add_one(bias, c, gb)
         if x.wanted:
-            x.give((given[0] if clients == 1 else torch.cat(given)).float())
+            x.give((given[0] if clients == 1 else torch.cat(given)).to(x.data.dtype))
 
     tape.then(backward, y)
     return y
@@ -86,7 +86,7 @@ def _grouped(
     rows, kernel = beside(data), w.flatten(0, 1)
     flat_bias = None if b is None else b.flatten()
     total = clients * groups
-    y = Value(below(aten.convolution(rows, kernel, flat_bias, *settings, total)).float())
+    y = Value(below(aten.convolution(rows, kernel, flat_bias, *settings, total)).to(x.data.dtype))
 
     def backward() -> None:
         if y.grad is None:
@@ -100,7 +100,7 @@ def _grouped(
         if b is not None and bias_name is not None:
             tape.rule.add(bias_name, gb.view(b.shape))
         if x.wanted:
-            x.give(below(gx).float())
+            x.give(below(gx).to(x.data.dtype))
 
     tape.then(backward, y)
     return y
