@@ -22,6 +22,7 @@ from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
 from atoll.errors import RunError, UpdateRefused
 from atoll.learners.base import Assignment, Correction, Local
+from atoll.rounds.message import message_size, metadata
 from atoll.rounds.plan import Plan
 from atoll.rounds.server import STAGE
 from atoll.rounds.turn import MEMORY, take_turn
@@ -196,17 +197,6 @@ def _deliveries(
         Delivery(fault, size, {name: rows[c].copy() for name, rows in memories.items()})
         for c, (fault, size) in enumerate(zip(faults, sizes, strict=True))
     ]
-
-
-def message_size(message: Update) -> int:
-    """Bytes of an update on the wire: its arrays and, as metadata, its weight and metrics."""
-    about = metadata(message.weight, message.metrics)
-    return wire.size({**message.vectors, **message.statistics}, about)
-
-
-def metadata(weight: float, metrics: Any) -> dict[str, str]:
-    """An update's weight and metrics as they travel."""
-    return {"weight": repr(weight), **{name: repr(value) for name, value in metrics.items()}}
 
 
 def _hand_in(plan: Plan, message: Update, memory: Vectors, sums: Sink) -> Delivery:

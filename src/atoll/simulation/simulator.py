@@ -16,8 +16,9 @@ from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, ConfigurationError, DataError, RunError
 from atoll.keys import Key
 from atoll.learners.base import steps_of
-from atoll.rounds.cohort import Delivery, Turn, message_size
+from atoll.rounds.cohort import Delivery, Turn
 from atoll.rounds.coordinator import Coordinator, Invitation, Phase, Verdict
+from atoll.rounds.message import message_size
 from atoll.rounds.plan import Plan
 from atoll.rounds.roster import Roster
 from atoll.rounds.server import Server

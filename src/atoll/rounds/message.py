@@ -1,0 +1,51 @@
+"""Messages: an update as named arrays with its weight and metrics beside them, and as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from atoll import wire
+from atoll.aggregation.stage import Schema
+from atoll.errors import UpdateRefused
+from atoll.updates import Update
+from atoll.vectors import STATISTICS
+
+WEIGHT = "weight"
+
+
+def metadata(weight: float, metrics: Mapping[str, float]) -> dict[str, str]:
+    """An update's weight and metrics as they travel."""
+    return {WEIGHT: repr(weight), **{n: repr(v) for n, v in metrics.items() if n != WEIGHT}}
+
+
+def message_size(message: Update) -> int:
+    """Bytes of an update on the wire: its arrays and, as metadata, its weight and metrics."""
+    about = metadata(message.weight, message.metrics)
+    return wire.size({**message.vectors, **message.statistics}, about)
+
+
+def pack(message: Update) -> list[bytes | memoryview]:
+    """Pieces to write one after the other; the arrays are views, not copies."""
+    about = metadata(message.weight, message.metrics)
+    return wire.encode({**message.vectors, **message.statistics}, about)
+
+
+def unpack(data: bytes | memoryview) -> Update:
+    """The update that `pack` wrote; raises `UpdateRefused` for bytes that are no message."""
+    try:
+        arrays, about = wire.decode(data)
+        figures = {name: float(text) for name, text in about.items()}
+        weight = figures.pop(WEIGHT)
+    except wire.WireError as error:
+        raise UpdateRefused(f"it is not a message: {error}") from error
+    except (ValueError, KeyError):
+        raise UpdateRefused("its weight or a metric is missing or not a number") from None
+    statistics = {str(name): array for name, array in arrays.items() if name in STATISTICS}
+    vectors = {name: array for name, array in arrays.items() if name not in statistics}
+    return Update(vectors, weight, statistics, figures)
+
+
+def largest(schema: Schema) -> int:
+    """Bytes that no honest message exceeds: every array at eight bytes a value, and a header."""
+    values = sum(schema.vectors.values()) + sum(schema.statistics.values())
+    return 8 * values + wire.HEADER_LIMIT

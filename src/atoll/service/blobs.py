@@ -1,0 +1,192 @@
+"""Blobs: bytes by their SHA-256, in a folder or in a bucket; durable before they are spoken of."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from atoll.errors import AtollError, CheckpointError, require
+from atoll.tracking.checkpoints import write_atomically
+
+CHUNK = 1 << 20
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class BlobMissing(AtollError):
+    """There is no blob of this digest."""
+
+
+class Blobs(ABC):
+    """Content-addressed storage."""
+
+    @abstractmethod
+    def take(self, path: Path, digest: str) -> None:
+        """Keep the contents of a finished, synced file; the file itself is used up."""
+
+    @abstractmethod
+    def size(self, digest: str) -> int:
+        """Bytes of a blob; raises `BlobMissing`."""
+
+    @abstractmethod
+    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The bytes from `start` to `stop` in pieces of at most 1 MiB."""
+
+    @abstractmethod
+    def local(self, digest: str, scratch: Path) -> Path:
+        """A file with the contents, to be mapped; a copy in `scratch` where the blob is remote."""
+
+    @abstractmethod
+    def remove(self, digest: str) -> None:
+        """Forget a blob, if it is there."""
+
+    @abstractmethod
+    def all(self) -> set[str]:
+        """Digests of all blobs."""
+
+    def put(self, pieces: Iterable[bytes | memoryview], scratch: Path) -> str:
+        """Keep new contents; returns their digest once they are durable."""
+        body, kept = sha256(), list(pieces)
+        for piece in kept:
+            body.update(piece)
+        digest = body.hexdigest()
+        partial = scratch / f"put-{digest}"
+        write_atomically(partial, kept)
+        self.take(partial, digest)
+        return digest
+
+
+class Folder(Blobs):
+    """Blobs as files of a folder, spread over 256 folders within."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def take(self, path: Path, digest: str) -> None:
+        target = self._path(digest)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+        for folder in (target.parent, self.path):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def size(self, digest: str) -> int:
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError:
+            raise BlobMissing(f"there is no blob {digest}") from None
+
+    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        left = (self.size(digest) if stop is None else stop) - start
+        with self._path(digest).open("rb") as file:
+            file.seek(start)
+            while left > 0 and (piece := file.read(min(CHUNK, left))):
+                left -= len(piece)
+                yield piece
+
+    def local(self, digest: str, scratch: Path) -> Path:
+        self.size(digest)
+        return self._path(digest)
+
+    def remove(self, digest: str) -> None:
+        self._path(digest).unlink(missing_ok=True)
+
+    def all(self) -> set[str]:
+        names = (path.name for path in self.path.glob("??/*"))
+        return {name for name in names if DIGEST.fullmatch(name)}
+
+    def _path(self, digest: str) -> Path:
+        if not DIGEST.fullmatch(digest):
+            raise BlobMissing(f"{digest!r} is not a SHA-256")
+        return self.path / digest[:2] / digest
+
+
+class Bucket(Blobs):
+    """Blobs in S3, Google Cloud Storage or Azure, by URL, e.g. "s3://bucket/prefix".
+
+    Credentials come from the environment, as the provider's own tools take them.
+    """
+
+    def __init__(self, url: str) -> None:
+        obstore = require("obstore", "atoll[s3]", "blobs in a bucket")
+        stores = require("obstore.store", "atoll[s3]", "blobs in a bucket")
+        self._obstore: Any = obstore
+        try:
+            self._store = stores.from_url(url)
+        except Exception as error:
+            raise CheckpointError(f"the bucket {url} cannot be used: {error}") from error
+
+    def take(self, path: Path, digest: str) -> None:
+        with path.open("rb") as file:
+            self._obstore.put(self._store, _key(digest), file)
+        path.unlink()
+
+    def size(self, digest: str) -> int:
+        try:
+            return int(self._obstore.head(self._store, _key(digest))["size"])
+        except FileNotFoundError:
+            raise BlobMissing(f"there is no blob {digest}") from None
+
+    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        end = self.size(digest) if stop is None else stop
+        for at in range(start, end, CHUNK):
+            piece = self._obstore.get_range(
+                self._store, _key(digest), start=at, end=min(at + CHUNK, end)
+            )
+            yield bytes(piece)
+
+    def local(self, digest: str, scratch: Path) -> Path:
+        path = scratch / f"fetched-{digest}"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                for piece in self.read(digest):
+                    file.write(piece)
+            os.replace(partial, path)
+        return path
+
+    def remove(self, digest: str) -> None:
+        try:
+            self._obstore.delete(self._store, _key(digest))
+        except FileNotFoundError:
+            return
+
+    def all(self) -> set[str]:
+        found = set()
+        for batch in self._obstore.list(self._store):
+            found |= {item["path"].rpartition("/")[2] for item in batch}
+        return {name for name in found if DIGEST.fullmatch(name)}
+
+
+def blobs_at(place: str) -> Blobs:
+    """Blobs in a folder, or in a bucket by its URL."""
+    return Bucket(place) if "://" in place else Folder(Path(place))
+
+
+def copy(source: Blobs, digest: str, target: Path) -> None:
+    """Write a blob's contents to a file."""
+    with target.open("wb") as file:
+        shutil.copyfileobj(_Reader(source.read(digest)), file, CHUNK)
+
+
+class _Reader:
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def read(self, size: int) -> bytes:
+        return next(self._pieces, b"")
+
+
+def _key(digest: str) -> str:
+    if not DIGEST.fullmatch(digest):
+        raise BlobMissing(f"{digest!r} is not a SHA-256")
+    return f"{digest[:2]}/{digest}"
