@@ -9,6 +9,8 @@ from pathlib import Path
 from atoll.data.federated import FederatedData
 from atoll.errors import CheckpointError
 from atoll.rounds.plan import Plan
+from atoll.rounds.schedules import Buffered
+from atoll.simulation.asynchronous import AsynchronousSimulator
 from atoll.simulation.baselines import Baselines, train_baselines
 from atoll.simulation.choice import engine_of
 from atoll.simulation.devices import Devices
@@ -66,7 +68,8 @@ class Federation(Plan):
         )
         if resume and keeper is not None and (engine is None or engine == "auto"):
             engine = read_engine(keeper.path) or engine
-        simulator = Simulator(
+        kind = AsynchronousSimulator if isinstance(self.schedule, Buffered) else Simulator
+        simulator = kind(
             self,
             data,
             run,

@@ -7,7 +7,7 @@ vectors [P] and a cohort's [C, P].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,23 +21,43 @@ from atoll.algorithms.client import Client
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
 from atoll.errors import RunError, UpdateRefused
+from atoll.keys import Key
 from atoll.learners.base import Assignment, Correction, Local
 from atoll.rounds.message import message_size, metadata
 from atoll.rounds.plan import Plan
 from atoll.rounds.server import STAGE
-from atoll.rounds.turn import MEMORY, take_turn
+from atoll.rounds.turn import MEMORY, assignment_for, take_turn
 from atoll.updates import Update
 from atoll.vectors import STATISTICS, Array, Vectors, part, prefixed
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One client's turn to be run: a member of the population, its memory and its assignment."""
+    """One client's turn to be run: a member of the population, its memory and its assignment.
+
+    `number` is what its draws are keyed by; its update is multiplied by `discount`.
+    """
 
     member: int
     client: str
     assignment: Assignment
     memory: Vectors
+    number: int = 0
+    discount: float = 1.0
+
+    def row(self) -> list[Any]:
+        """The turn without its memory, ready for JSON, for `read` elsewhere."""
+        about = self.assignment
+        return [
+            self.member, self.client, about.round, self.number, about.fraction, self.discount
+        ]  # fmt: skip
+
+    @staticmethod
+    def read(row: Sequence[Any], key: Key, memory: Vectors) -> Turn:
+        """The turn that `row` tells, in a run with this key."""
+        member, client, round, number, fraction, discount = row
+        assignment = assignment_for(key, client, round, number, fraction)
+        return Turn(member, client, assignment, memory, number, discount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +115,7 @@ def one_by_one(
     for turn in turns:
         examples = data.train(turn.member)
         message, memory = take_turn(plan, received, turn.memory, examples, turn.assignment)
-        deliveries.append(_hand_in(plan, message, memory, sums))
+        deliveries.append(_hand_in(plan, message, memory, sums, turn.discount))
     return deliveries
 
 
@@ -124,6 +144,10 @@ def together(
         assignments=[turn.assignment for turn in turns],
     )
     update, kept = plan.algorithm.work(cohort, got, mine)
+    discounts = np.array([[turn.discount] for turn in turns], np.float32)
+    if plan.stages.transparent and (discounts != 1).any():
+        factors = learner.asarray(discounts)
+        update = replace(update, vectors={n: factors * v for n, v in update.vectors.items()})
     weights = _numbers(update.weight, clients)
     memories = {MEMORY + n: _rows(learner.asnumpy(v), clients, n) for n, v in kept.items()}
     statistics: Vectors = {
@@ -161,7 +185,7 @@ def together(
             own, told, part(STAGE, turn.memory), turn.assignment.key.fold("encode")
         )
         memory = {name: rows[c].copy() for name, rows in memories.items()} | prefixed(STAGE, stages)
-        deliveries.append(_hand_in(plan, message, memory, sums))
+        deliveries.append(_hand_in(plan, message, memory, sums, turn.discount))
     return deliveries
 
 
@@ -199,7 +223,15 @@ def _deliveries(
     ]
 
 
-def _hand_in(plan: Plan, message: Update, memory: Vectors, sums: Sink) -> Delivery:
+def discounted(update: Update, discount: float) -> Update:
+    """The update with its vectors multiplied by the discount of a stale one."""
+    if discount == 1:
+        return update
+    factor = np.float32(discount)
+    return replace(update, vectors={n: factor * vector for n, vector in update.vectors.items()})
+
+
+def _hand_in(plan: Plan, message: Update, memory: Vectors, sums: Sink, discount: float) -> Delivery:
     """Take a message into the sum, or say why it is refused."""
     size = message_size(message)
     try:
@@ -207,7 +239,7 @@ def _hand_in(plan: Plan, message: Update, memory: Vectors, sums: Sink) -> Delive
         admit(update, plan.schema)
     except UpdateRefused as refusal:
         return Delivery(str(refusal), size, memory)
-    sums.add(update)
+    sums.add(discounted(update, discount))
     return Delivery("", size, memory)
 
 

@@ -37,11 +37,16 @@ class Verdict(StrEnum):
     NOT_NEEDED = "no longer needed"
     UNKNOWN = "unknown"
     MALFORMED = "malformed"
+    STALE = "too stale"
 
 
 @dataclass(frozen=True, slots=True)
 class Invitation:
-    """One member's part in one round; its `id` is what a delivery must quote."""
+    """One member's part in one round; its `id` is what a delivery must quote.
+
+    It begins from the model after `round` - 1 rounds. `turn` is what its random draws are keyed
+    by: a retried round repeats them, and a second turn in the same round does not.
+    """
 
     id: str
     member: int
@@ -49,14 +54,19 @@ class Invitation:
     round: int
     attempt: int
     fraction: float
+    turn: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The verdict on a delivery, and why, in words."""
+    """The verdict on a delivery, and why, in words.
+
+    `staleness` is by how many versions the model has moved on since the member began.
+    """
 
     verdict: Verdict
     reason: str = ""
+    staleness: int = 0
 
     @property
     def accepted(self) -> bool:
@@ -95,6 +105,11 @@ class Coordinator:
         self._faults: list[str] = []
 
     @property
+    def ready(self) -> bool:
+        """Whether `open` may be called."""
+        return self.phase is Phase.IDLE
+
+    @property
     def missing(self) -> int:
         """Updates that the open round still waits for."""
         return self._needed - len(self._accepted)
@@ -126,6 +141,7 @@ class Coordinator:
                 round,
                 attempt,
                 self._fraction(roster, member),
+                round,
             )
             for member in drawn.tolist()
         )

@@ -11,7 +11,7 @@ from atoll.aggregation.stage import Schema, Stage
 from atoll.algorithms.algorithm import Algorithm
 from atoll.errors import ConfigurationError
 from atoll.learners.base import Learner
-from atoll.rounds.schedules import Synchronous
+from atoll.rounds.schedules import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Plan:
 
     learner: Learner
     algorithm: Algorithm
-    schedule: Synchronous
+    schedule: Schedule
     pipeline: Stage | Pipeline = field(default_factory=Mean)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
@@ -50,7 +50,7 @@ class Plan:
         for name, kind in (
             ("learner", Learner),
             ("algorithm", Algorithm),
-            ("schedule", Synchronous),
+            ("schedule", Schedule),
             ("pipeline", Stage | Pipeline),
             ("evaluation", Evaluation),
         ):
@@ -60,6 +60,8 @@ class Plan:
                 raise ConfigurationError(
                     f"{name} must be one of atoll's {name}s, not {given!r}{hint}"
                 )
+        if getattr(self.schedule, "pull", False) and "delta" not in self.algorithm.reports:
+            raise ConfigurationError("pull=True needs an algorithm that reports a delta")
         self.algorithm.check(self.learner)
         self.stages.check(self.algorithm.reports, self.algorithm.weighted)
 

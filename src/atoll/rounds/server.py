@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from atoll.aggregation.stage import Accumulator
 from atoll.errors import CheckpointError, RunError
 from atoll.keys import Key
 from atoll.rounds.plan import Plan
-from atoll.vectors import Vectors, describe_names, part, prefixed
+from atoll.vectors import Vector, Vectors, describe_names, part, prefixed
 
 STAGE = "stage/"
 
@@ -60,10 +60,21 @@ class Server:
         assert self._accumulator is not None, "the round is not open"
         return self._accumulator
 
-    def close(self, round: int, population: int) -> dict[str, float]:
-        """Step to the next model; returns the round's measurements."""
+    def close(
+        self, round: int, population: int, pulled: tuple[float, Vector] | None = None
+    ) -> dict[str, float]:
+        """Step to the next model; returns the round's measurements.
+
+        `pulled` is the discount of a single update and the parameters that it began from: the
+        model is then moved towards the client's own (see `schedules.Buffered.pull`).
+        """
         aggregate = self.sums.close(population)
         self._accumulator = None
+        if pulled is not None:
+            discount, began = pulled
+            drift = np.float32(discount) * (began - self.state["params"])
+            vectors = {**aggregate.vectors, "delta": aggregate["delta"] + drift}
+            aggregate = replace(aggregate, vectors=vectors)
         aggregate, self.stages = self.plan.stages.release(
             aggregate, self.stages, self.key.fold("release", round)
         )

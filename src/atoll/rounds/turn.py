@@ -21,9 +21,11 @@ from atoll.vectors import STATISTICS, Vectors, part, prefixed
 MEMORY = "algorithm/"
 
 
-def assignment_for(seed_key: Key, client: str, round: int, fraction: float) -> Assignment:
-    """The assignment of a client in a round; a retried round repeats the same draws."""
-    return Assignment(round, seed_key.fold("work", round, client), fraction)
+def assignment_for(
+    seed_key: Key, client: str, round: int, turn: int, fraction: float
+) -> Assignment:
+    """The assignment of a client in a round; its draws are those of its turn."""
+    return Assignment(round, seed_key.fold("work", turn, client), fraction)
 
 
 def first_memory(plan: Plan, received: Vectors) -> Vectors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
@@ -170,20 +169,6 @@ class Bucket(Blobs):
 def blobs_at(place: str) -> Blobs:
     """Blobs in a folder, or in a bucket by its URL."""
     return Bucket(place) if "://" in place else Folder(Path(place))
-
-
-def copy(source: Blobs, digest: str, target: Path) -> None:
-    """Write a blob's contents to a file."""
-    with target.open("wb") as file:
-        shutil.copyfileobj(_Reader(source.read(digest)), file, CHUNK)
-
-
-class _Reader:
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-
-    def read(self, size: int) -> bytes:
-        return next(self._pieces, b"")
 
 
 def _key(digest: str) -> str:

@@ -157,7 +157,7 @@ class Change:
 
     def run(self, statement: sa.Executable) -> int:
         """Execute; how many rows it touched."""
-        return int(self.connection.execute(statement).rowcount)  # type: ignore[attr-defined]
+        return int(self.connection.execute(statement).rowcount)
 
     def set(self, name: str, value: Any) -> None:
         """Keep a single value."""

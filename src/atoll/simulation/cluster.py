@@ -22,7 +22,6 @@ from atoll.errors import ConfigurationError, RunError, require
 from atoll.keys import Key
 from atoll.rounds.cohort import Delivery, Turn
 from atoll.rounds.plan import Plan
-from atoll.rounds.turn import assignment_for
 from atoll.simulation.choice import Chosen, engine_of
 from atoll.simulation.dispatch import Team, dispatch
 from atoll.simulation.engine import (
@@ -80,8 +79,7 @@ class _Desk:
         self, method: Method, received: Vectors, rows: list[Any], memories: list[Vectors]
     ) -> list[tuple[str, int, Vectors]]:
         turns = [
-            Turn(member, client, assignment_for(self._key, client, round, fraction), memory)
-            for (member, client, round, fraction), memory in zip(rows, memories, strict=True)
+            Turn.read(row, self._key, memory) for row, memory in zip(rows, memories, strict=True)
         ]
         found = run_block(method, self._plan, self._data, received, turns, self._sums)
         return [(each.fault, each.size, each.memory) for each in found]
@@ -161,10 +159,7 @@ class _Actors(Crew, Team):
             self._ray.shutdown()
 
     def send(self, worker: int, turns: Sequence[Turn]) -> None:
-        rows = [
-            (turn.member, turn.client, turn.assignment.round, turn.assignment.fraction)
-            for turn in turns
-        ]
+        rows = [turn.row() for turn in turns]
         answer = self._actors[worker].run.remote(
             self.engine.method, self._received, rows, [turn.memory for turn in turns]
         )

@@ -24,7 +24,6 @@ from atoll.errors import AtollError, RunError
 from atoll.keys import Key
 from atoll.rounds.cohort import Delivery, Turn
 from atoll.rounds.plan import Plan
-from atoll.rounds.turn import assignment_for
 from atoll.simulation.dispatch import Team, dispatch
 from atoll.simulation.engine import Crew, Local, Result
 from atoll.simulation.work import checked, grouped, run_block
@@ -73,10 +72,7 @@ class Processes(Crew, Team):
         self._plan.learner.use_threads(self._before)
 
     def send(self, worker: int, turns: Sequence[Turn]) -> None:
-        rows = [
-            [turn.member, turn.client, turn.assignment.round, turn.assignment.fraction]
-            for turn in turns
-        ]
+        rows = [turn.row() for turn in turns]
         memories: Vectors = {}
         for place, turn in enumerate(turns):
             memories |= prefixed(f"{place}/", turn.memory)
@@ -166,12 +162,8 @@ class Processes(Crew, Team):
         assert self._shared is not None
         received, _ = wire.decode(memoryview(self._shared))
         turns = [
-            Turn(
-                member, client, assignment_for(self._key, client, round, fraction),
-                part(f"{place}/", memories),
-            )
-            for place, (member, client, round, fraction) in enumerate(rows)
-        ]  # fmt: skip
+            Turn.read(row, self._key, part(f"{place}/", memories)) for place, row in enumerate(rows)
+        ]
         try:
             found = run_block(self.engine.method, self._plan, self._data, received, turns, sums)
         except AtollError as error:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,13 +16,14 @@ from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, ConfigurationError, DataError, RunError
 from atoll.keys import Key
 from atoll.learners.base import steps_of
+from atoll.rounds.buffered import coordinator_for
 from atoll.rounds.cohort import Delivery, Turn
-from atoll.rounds.coordinator import Coordinator, Invitation, Phase, Verdict
+from atoll.rounds.coordinator import Invitation, Phase, Verdict
 from atoll.rounds.message import message_size
 from atoll.rounds.plan import Plan
 from atoll.rounds.roster import Roster
 from atoll.rounds.server import Server
-from atoll.rounds.turn import assignment_for, first_memory
+from atoll.rounds.turn import first_memory
 from atoll.simulation.devices import Conditions, Devices, TracedDevices, device_key
 from atoll.simulation.engine import Crew, Engine, cores
 from atoll.simulation.evaluate import (
@@ -36,7 +37,7 @@ from atoll.tracking.memories import Memories
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.run import Participant, Record, Run
 from atoll.updates import Update
-from atoll.vectors import Vectors
+from atoll.vectors import Vector, Vectors
 
 REFUSALS_KEPT = 1000
 IDEAL = Conditions()
@@ -52,6 +53,19 @@ class _Arrival:
     lost: bool
     #: Decides between arrivals of the same instant, fairly: no client is always the first.
     tie: bytes
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What a round's clients did: memories of the accepted, everyone's part, and how it went."""
+
+    learned: dict[int, Vectors]
+    participants: list[Participant]
+    invited: int
+    accepted: int
+    attempts: int
+    pulled: tuple[float, Vector] | None = None
+    measurements: dict[str, float] = field(default_factory=dict)
 
 
 class Simulator:
@@ -87,7 +101,7 @@ class Simulator:
         self.devices, self.engine, self.observers = devices, engine, observers
         self.key = Key(run.seed)
         self.server = Server(plan, self.key)
-        self.coordinator = Coordinator(plan.schedule, self.key)
+        self.coordinator = coordinator_for(plan.schedule, self.key)
         self.crew: Crew
         self.memories = Memories()
         self.clock = 0.0
@@ -115,7 +129,7 @@ class Simulator:
                 Interruption() as interruption,
                 self.engine.open(self.plan, self.data, self.key) as self.crew,
             ):
-                while self.coordinator.phase is Phase.IDLE:
+                while self.coordinator.phase not in (Phase.DONE, Phase.FAILED):
                     self._round(interruption)
             for observer in self.observers:
                 observer.end(self.run)
@@ -131,20 +145,51 @@ class Simulator:
         return self.run
 
     def _round(self, interruption: Interruption) -> None:
-        """Attempts until the round closes, then the step, the evaluation and the report."""
+        """What clients do until the round closes, then the step, the evaluation, the report."""
         started = time.perf_counter()
         round = self.coordinator.round
+        gathered = self._gather(round, interruption)
+        participants = gathered.participants
+        measurements = self.server.close(round, len(self.data), gathered.pulled)
+        self.run.model = self.server.model()
+        self.run.engine, self.run.engine_notes = str(self.crew.engine), self.crew.notes
+        metrics = self._evaluate(round)
+        record = Record(
+            round,
+            metrics,
+            measurements | gathered.measurements,
+            gathered.invited,
+            gathered.accepted,
+            gathered.attempts,
+            sum(part.up for part in participants),
+            sum(part.down for part in participants),
+            self.clock,
+        )
+        seconds = time.perf_counter() - started
+        self.run.seconds += seconds
+        # Together, so that whatever stops the run finds all of a round or nothing of it.
+        self.run.history.append(record)
+        for member, memory in gathered.learned.items():
+            self.memories[member] = (round, memory)
+        self._closed = self._snapshot()
+        end = RoundEnd(record, participants, self._closed, seconds)
+        for observer in self.observers:
+            observer.round(self.run, end)
+        if interruption.requested:
+            raise Interrupted(round)
+
+    def _gather(self, round: int, interruption: Interruption) -> _Gathered:
+        """Attempts at the round until one closes."""
         participants: list[Participant] = []
-        invited = accepted = attempts = 0
-        while self.coordinator.round == round:
+        attempts = 0
+        while True:
             learned, parts = self._attempt(interruption)
             participants += parts
             attempts += 1
             outcome = self.coordinator.outcome
             assert outcome is not None
             if outcome.closed:
-                invited, accepted = len(parts), len(outcome.accepted)
-                continue
+                return _Gathered(learned, participants, len(parts), len(outcome.accepted), attempts)
             self._note(f"round {round}, attempt {attempts} was abandoned: {outcome.reason}")
             if self.coordinator.phase is Phase.FAILED:
                 refused = any(part.outcome == Verdict.MALFORMED for part in parts)
@@ -158,33 +203,6 @@ class Simulator:
                     )
                 )
             self.clock = self._next_attempt(len(parts))
-        measurements = self.server.close(round, len(self.data))
-        self.run.model = self.server.model()
-        self.run.engine, self.run.engine_notes = str(self.crew.engine), self.crew.notes
-        metrics = self._evaluate(round)
-        record = Record(
-            round,
-            metrics,
-            measurements,
-            invited,
-            accepted,
-            attempts,
-            sum(part.up for part in participants),
-            sum(part.down for part in participants),
-            self.clock,
-        )
-        seconds = time.perf_counter() - started
-        self.run.seconds += seconds
-        # Together, so that whatever stops the run finds all of a round or nothing of it.
-        self.run.history.append(record)
-        for member, memory in learned.items():
-            self.memories[member] = (round, memory)
-        self._closed = self._snapshot()
-        end = RoundEnd(record, participants, self._closed, seconds)
-        for observer in self.observers:
-            observer.round(self.run, end)
-        if interruption.requested:
-            raise Interrupted(round)
 
     def _next_attempt(self, invited: int) -> float:
         """When to try again: after the pause or, if too few were there, when others may be."""
@@ -261,13 +279,14 @@ class Simulator:
                     raise Interrupted(len(self.run.history))
         return found
 
-    def _turn(self, invitation: Invitation) -> Turn:
+    def _turn(self, invitation: Invitation, discount: float = 1.0) -> Turn:
         member = invitation.member
         memory = self.memories[member][1] if member in self.memories else self._blank
-        assignment = assignment_for(
-            self.key, invitation.client, invitation.round, invitation.fraction
-        )
-        return Turn(member, invitation.client, assignment, memory)
+        row = (
+            member, invitation.client, invitation.round, invitation.turn, invitation.fraction,
+            discount,
+        )  # fmt: skip
+        return Turn.read(row, self.key, memory)
 
     def _arrivals(self, invitations: Sequence[Invitation], down: int) -> list[_Arrival]:
         """Everyone's delivery in the order of time."""

@@ -1,0 +1,159 @@
+"""Messages: the closed schemas of what is said in JSON, in both directions.
+
+Anything that is not exactly of its schema is refused: unknown fields, wrong types, long strings.
+The OpenAPI description is derived from these classes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from atoll.errors import AtollError
+
+BODY_LIMIT = 1 << 16
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$")]
+Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Hex64 = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
+AssignmentId = Annotated[str, Meta(pattern=r"^[0-9]{1,12}\.[0-9]{1,12}\.[0-9]{1,12}$")]
+Text = Annotated[str, Meta(max_length=1000)]
+Count = Annotated[int, Meta(ge=0, le=1 << 48)]
+
+
+class MessageError(AtollError):
+    """A message that is not of its schema."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages: no field more and none less."""
+
+
+class Enrol(Message, frozen=True):
+    """A site presents its token and its key; `signature` is over "atoll enrol " and the secret."""
+
+    secret: Hex32
+    key: Hex32
+    signature: Hex64
+
+
+class Enrolled(Message, frozen=True):
+    """What a site is called, and in which project."""
+
+    site: Name
+    role: Literal["site", "analyst", "admin"]
+    project: Text
+
+
+class Challenge(Message, frozen=True):
+    """A site that wants a session, or the number it is to sign for one."""
+
+    site: Name
+    nonce: Hex32 | None = None
+
+
+class OpenSession(Message, frozen=True):
+    """The answer to a challenge; `signature` is over "atoll session " and the number."""
+
+    site: Name
+    nonce: Hex32
+    signature: Hex64
+
+
+class SessionOpened(Message, frozen=True):
+    """A session: its name, its key (hex) for seals, and for how many seconds it is good."""
+
+    session: Text
+    key: Hex32
+    seconds: float
+
+
+class CheckIn(Message, frozen=True):
+    """A site is there, and what it wants to say of itself.
+
+    `busy` names the assignment it is at work on, and asks for nothing but whether it still counts.
+    `plan` and `layout` are the digests of its own copy of the federation.
+    """
+
+    plan: Hex32
+    layout: Hex32
+    examples: Count = 0
+    busy: AssignmentId | None = None
+    farewell: bool = False
+    about: dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=256)]] = {}
+
+
+class Order(Message, frozen=True):
+    """What a site is to do: train, wait (between so many seconds), go on, drop it, or stop.
+
+    For "train": the model's blob and size, the random numbers' seed, and `memory`, the assignment
+    whose memory counts (None: it begins anew). For "stop": the final model, if there is one.
+    """
+
+    kind: Literal["train", "wait", "go on", "drop", "stop"]
+    assignment: AssignmentId | None = None
+    round: Count = 0
+    rounds: Count = 0
+    turn: Count = 0
+    fraction: float = 1.0
+    seed: int = 0
+    model: Hex32 | None = None
+    size: Count = 0
+    memory: AssignmentId | None = None
+    wait: tuple[float, float] = (0.0, 0.0)
+    reason: Text = ""
+
+
+class Offer(Message, frozen=True):
+    """An upload that is about to come: for which assignment, how long, and its SHA-256."""
+
+    assignment: AssignmentId
+    size: Annotated[int, Meta(ge=1, le=1 << 48)]
+    sha256: Hex32
+
+
+class Verdict(Message, frozen=True):
+    """What became of an update."""
+
+    verdict: Text
+    reason: Text = ""
+
+
+class Failure(Message, frozen=True):
+    """Why a site cannot do what it was asked to, in words."""
+
+    reason: Text
+
+
+class Problem(Message, frozen=True):
+    """Why a request was refused, and what to do about it."""
+
+    error: Text
+    detail: dict[str, str] = {}
+
+
+M = TypeVar("M", bound=Message)
+
+
+def read(kind: type[M], body: bytes) -> M:
+    """A message of this schema; raises `MessageError` saying what does not fit."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise MessageError(f"the body is no {kind.__name__} message: {error}") from None
+
+
+def write(message: Message) -> bytes:
+    """The message as JSON."""
+    return msgspec.json.encode(message)
+
+
+def schemas() -> dict[str, Any]:
+    """JSON schemas of all messages, by name."""
+    kinds = sorted(Message.__subclasses__(), key=lambda kind: kind.__name__)
+    _, components = msgspec.json.schema_components(
+        kinds, ref_template="#/components/schemas/{name}"
+    )
+    return dict(components)

@@ -1,0 +1,239 @@
+"""Asynchronous schedules: the papers' rules, in the state machine and in the simulator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atoll import Federation, algorithms, schedules
+from atoll.errors import ConfigurationError, RunError
+from atoll.keys import Key
+from atoll.learners import NumpyLearner
+from atoll.rounds import Phase, Roster, Verdict
+from atoll.rounds.buffered import BufferedCoordinator
+from atoll.rounds.schedules import Buffered, Constant, Hinge, Polynomial, fedasync
+from atoll.simulation import LogNormal, RandomDevices
+from atoll.tracking import RunFolder
+
+
+def roster(size):
+    return Roster([f"c{n}" for n in range(size)], np.ones(size, np.int64))
+
+
+def test_discounts_are_the_papers():
+    """FedAsync, section 5.2; FedBuff, section 5: 1 / sqrt(1 + t)."""
+    assert [Constant().discount(t) for t in (0, 9)] == [1, 1]
+    assert Polynomial(0.5).discount(0) == 1
+    assert Polynomial(0.5).discount(3) == pytest.approx(1 / 2)
+    assert Hinge(10, 4).discount(4) == 1
+    assert Hinge(10, 4).discount(5) == pytest.approx(1 / 11)
+
+
+def test_a_step_every_k_updates_and_staleness_is_counted():
+    """By hand: buffer of two, three at work; c0's second update began one version ago."""
+    machine = BufferedCoordinator(Buffered(rounds=3, concurrency=3, buffer=2), Key(0))
+    first = machine.open(roster(3), 0.0)
+    assert len(first) == 3
+    assert not machine.ready
+    a, b, c = first
+    assert machine.deliver(a.id, a.client, 1.0).staleness == 0
+    assert machine.outcome is None
+    assert machine.deliver(b.id, b.client, 2.0).accepted
+    assert machine.outcome.accepted == (a.id, b.id)
+    assert machine.round == 2
+    second = machine.open(roster(3), 2.0)
+    assert {i.client for i in second} == {a.client, b.client}
+    answer = machine.deliver(c.id, c.client, 3.0)
+    assert answer.accepted
+    assert answer.staleness == 1
+    assert machine.deliver(c.id, c.client, 3.0).verdict is Verdict.DUPLICATE
+    assert machine.deliver(c.id, a.client, 3.0).verdict is Verdict.UNKNOWN
+
+
+def test_too_stale_updates_are_refused_and_make_room():
+    machine = BufferedCoordinator(Buffered(rounds=9, concurrency=2, buffer=1, limit=1), Key(0))
+    slow, quick = machine.open(roster(2), 0.0)
+    for now in range(2):
+        assert machine.deliver(quick.id, quick.client, now).accepted
+        (quick,) = machine.open(roster(2), now)
+    answer = machine.deliver(slow.id, slow.client, 9.0)
+    assert answer.verdict is Verdict.STALE
+    assert "2 versions old, and 1 are accepted" in answer.reason
+    assert machine.ready
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["deliver", "fault", "lost", "restart"]), st.integers(0, 9)),
+        max_size=60,
+    )
+)
+def test_any_history_keeps_the_invariants(events):
+    """Never more at work than allowed, one turn per client, every update in exactly one step."""
+    schedule = Buffered(rounds=5, concurrency=4, buffer=3)
+    machine, members = BufferedCoordinator(schedule, Key(1)), roster(7)
+    out, counted = {}, []
+    for now, (event, which) in enumerate(events):
+        while machine.ready and (new := machine.open(members, now)):
+            out |= {i.id: i.client for i in new}
+        assert len(out) == len(set(out.values())) <= 4
+        if machine.phase is Phase.DONE or not out:
+            break
+        if event == "restart":
+            again = BufferedCoordinator(schedule, Key(1))
+            again.restore(machine.state())
+            assert again.state() == machine.state()
+            machine = again
+            continue
+        id = sorted(out)[which % len(out)]
+        client = out.pop(id)
+        if event == "lost":
+            machine.lost(id, now)
+            assert not machine.deliver(id, client, now).accepted
+        else:
+            answer = machine.deliver(id, client, now, "NaN" if event == "fault" else "")
+            assert answer.accepted == (event == "deliver")
+        if machine.outcome is not None:
+            assert len(machine.outcome.accepted) == 3
+            counted += machine.outcome.accepted
+    assert len(counted) == len(set(counted))
+    assert machine.round == 1 + len(counted) // 3
+
+
+@pytest.fixture
+def slow_and_quick():
+    return RandomDevices(steps_per_second=LogNormal(median=10, sigma=1.0), latency=0.1)
+
+
+def federation(schedule, **given):
+    return Federation(
+        learner=NumpyLearner(layers=(2, 3), lr=0.1, batch_size=10),
+        algorithm=given.pop("algorithm", algorithms.FedAvg(weighting="uniform")),
+        schedule=schedule,
+        **given,
+    )
+
+
+def test_it_learns(blobs, slow_and_quick):
+    run = federation(Buffered(rounds=20, concurrency=6, buffer=3)).simulate(
+        blobs, devices=slow_and_quick
+    )
+    assert all(r.accepted == 3 for r in run.history)
+    assert run.metrics["accuracy"] > 0.8
+
+
+def test_fedbuff_by_an_independent_loop(blobs, slow_and_quick):
+    """The same federation by a plain event loop over floats: FedBuff's algorithm 1."""
+    plan = federation(Buffered(rounds=12, concurrency=5, buffer=3))
+    run = plan.simulate(blobs, seed=3, devices=slow_and_quick, engine="sequential")
+    assert max(r.measurements["most_stale"] for r in run.history) >= 1
+    np.testing.assert_allclose(
+        run.model["params"], by_hand(plan, blobs, slow_and_quick, 3), rtol=2e-5, atol=1e-6
+    )
+
+
+def test_fedasync_by_an_independent_loop(blobs, slow_and_quick):
+    """w <- (1 - a s) w + a s w_client (FedAsync, algorithm 1), a = 0.6."""
+    plan = federation(
+        fedasync(rounds=20, concurrency=4, staleness=Hinge(10, 1)),
+        algorithm=algorithms.FedProx(mu=0.005, weighting="uniform", server_lr=0.6),
+    )
+    run = plan.simulate(blobs, seed=1, devices=slow_and_quick, engine="sequential")
+    np.testing.assert_allclose(
+        run.model["params"], by_hand(plan, blobs, slow_and_quick, 1), rtol=2e-5, atol=1e-6
+    )
+
+
+def by_hand(plan, data, devices, seed):
+    """Asynchronous training in float64 with a sorted list of who is at work."""
+    from atoll.rounds.turn import assignment_for, take_turn
+    from atoll.simulation.devices import device_key
+
+    schedule, key = plan.schedule, Key(seed)
+    machine = BufferedCoordinator(schedule, key)  # for who is drawn only
+    w = plan.learner.init(key.fold("init"))["params"].astype(np.float64)
+    members = Roster(data.names, data.sizes())
+    versions, at_work, now, buffer = {}, [], 0.0, []
+    lr = plan.algorithm.server_lr
+    size = 4 * w.size  # latency only: bytes cost nothing here
+    assert size
+    while True:
+        while machine.ready and (new := machine.open(members, now)):
+            versions[machine.round - 1] = w.astype(np.float32)
+            for i in new:
+                own = device_key(key, i.client)
+                planned = plan.learner.planned_steps(data.size(i.member))
+                today = own.fold(i.round, i.attempt)
+                c = devices.conditions(i.client, planned, own, today)
+                at_work.append((now + 0.2 + planned * c.seconds_per_step, i))
+        at_work.sort(key=lambda item: item[0])
+        now, i = at_work.pop(0)
+        began = versions[i.round - 1]
+        task = assignment_for(key, i.client, i.round, i.turn, 1.0)
+        update, _ = take_turn(plan, {"params": began}, {}, data.train(i.member), task)
+        answer = machine.deliver(i.id, i.client, now)
+        s = schedule.staleness.discount(answer.staleness)
+        delta = update.vectors["delta"].astype(np.float64)
+        buffer.append(s * (began + delta - w) if schedule.pull else s * delta)
+        if machine.outcome is not None:
+            w = w + lr * np.mean(buffer, axis=0)
+            buffer = []
+            if machine.phase is Phase.DONE:
+                return w
+
+
+def test_same_bytes_on_every_engine_and_after_a_restart(blobs, slow_and_quick, tmp_path):
+    plan = federation(Buffered(rounds=8, concurrency=5, buffer=3), algorithm=algorithms.Scaffold())
+    given = {"seed": 5, "devices": slow_and_quick}
+    whole = plan.simulate(blobs, engine="sequential(workers=1)", **given)
+    for engine in ("sequential(workers=4)", "sequential(processes=2)"):
+        assert same(plan.simulate(blobs, engine=engine, **given), whole)
+    from dataclasses import replace
+
+    half = replace(plan, schedule=replace(plan.schedule, rounds=4))
+    half.simulate(blobs, engine="sequential", folder=RunFolder(tmp_path / "run", every=2), **given)
+    rest = plan.simulate(blobs, folder=tmp_path / "run", resume=True, **given)
+    assert same(rest, whole)
+    assert [r.clock for r in rest.history] == [r.clock for r in whole.history]
+
+
+def same(a, b):
+    return a.model["params"].tobytes() == b.model["params"].tobytes()
+
+
+def test_faulty_updates_are_refused_and_others_take_their_place(blobs, slow_and_quick):
+    class Sometimes(algorithms.FedAvg):
+        def finish(self, client, local, got, mine):
+            update, kept = super().finish(client, local, got, mine)
+            if client.count % 2:
+                update.vectors["delta"] = update.vectors["delta"] * np.nan
+            return update, kept
+
+    plan = federation(Buffered(rounds=4, concurrency=5, buffer=2), algorithm=Sometimes())
+    run = plan.simulate(blobs, devices=slow_and_quick, engine="sequential")
+    assert len(run.history) == 4
+    assert np.isfinite(run.model["params"]).all()
+    assert any("NaN" in reason for reason in run.refusals)
+
+
+def test_a_run_that_only_diverges_ends_with_a_sentence(blobs):
+    class Never(algorithms.FedAvg):
+        def finish(self, client, local, got, mine):
+            update, kept = super().finish(client, local, got, mine)
+            update.vectors["delta"] = update.vectors["delta"] * np.nan
+            return update, kept
+
+    plan = federation(Buffered(rounds=4, concurrency=5, buffer=2), algorithm=Never())
+    with pytest.raises(RunError, match="training diverges"):
+        plan.simulate(blobs, engine="sequential")
+
+
+def test_settings_that_cannot_work_are_refused(blobs):
+    with pytest.raises(ConfigurationError, match="buffer=1"):
+        Buffered(rounds=1, concurrency=2, buffer=2, pull=True)
+    with pytest.raises(ConfigurationError, match="Poisson"):
+        Buffered(rounds=1, concurrency=2, selection=schedules.Poisson())
+    with pytest.raises(ConfigurationError, match="larger than the population"):
+        federation(Buffered(rounds=1, concurrency=9)).simulate(blobs)
