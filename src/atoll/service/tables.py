@@ -61,7 +61,7 @@ assignments = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("site", sa.Text, nullable=False, index=True),
     sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("turn", sa.Integer, nullable=False),
     sa.Column("fraction", sa.Float, nullable=False),
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("state", sa.Text, nullable=False),

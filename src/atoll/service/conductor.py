@@ -1,0 +1,670 @@
+"""The conductor: drives the coordinator with the real clock and makes what it decides durable.
+
+Everything here happens on one event loop; only arithmetic and large files go to one other thread.
+The order that loses nothing: bytes on disk, then the decision in a transaction, then the answer;
+a model version on disk, then its transaction, then an invitation that names it. The sum of a round
+is a cache: after a crash it is made again from the accepted updates, to the same bits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import mmap
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import sqlalchemy as sa
+
+from atoll import wire
+from atoll.aggregation.door import admit
+from atoll.errors import CheckpointError, UpdateRefused
+from atoll.keys import Key
+from atoll.rounds.buffered import coordinator_for
+from atoll.rounds.cohort import discounted
+from atoll.rounds.coordinator import Answer, Invitation, Phase, Verdict
+from atoll.rounds.message import largest, unpack
+from atoll.rounds.plan import Plan
+from atoll.rounds.roster import Roster
+from atoll.rounds.schedules import Buffered
+from atoll.rounds.server import Server
+from atoll.service.blobs import Blobs
+from atoll.service.store import Change, Row, Store
+from atoll.service.tables import assignments, rounds, sites, tokens, uploads, versions
+from atoll.tracking.describe import describe, digest
+from atoll.vectors import Vectors
+
+logger = logging.getLogger("atoll.service")
+T = TypeVar("T")
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 (hex) of what clients must agree on: learner, algorithm and pipeline."""
+    return digest([describe(part) for part in (plan.learner, plan.algorithm, plan.pipeline)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """How a federation is served.
+
+    Args:
+        seed: of every draw.
+        sites: how many must have joined before the first round; None is the schedule's cohort or,
+            without one, everyone who was invited.
+        lease: seconds after which an invited site that was not heard of is given up as lost.
+        presence: seconds for which a site that was heard of counts as there.
+        kept: how many past model versions stay on disk, besides those still needed.
+    """
+
+    seed: int = 0
+    sites: int | None = None
+    lease: float = 900.0
+    presence: float = 900.0
+    kept: int = 3
+
+
+class Conductor:
+    """One federation, being run.
+
+    Args:
+        plan: what all parties agree on.
+        service: how it is served.
+        store, blobs: where it is kept.
+        scratch: a folder on the blobs' disk for files in the making.
+        evaluate: gives the metrics of a model after each round; None evaluates nothing.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        service: Service,
+        store: Store,
+        blobs: Blobs,
+        scratch: Path,
+        *,
+        evaluate: Callable[[Vectors], Mapping[str, float]] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.plan, self.service, self.store, self.blobs = plan, service, store, blobs
+        self.scratch = scratch
+        self.plan_digest, self.layout_digest = plan_digest(plan), plan.learner.layout.digest
+        self.largest = largest(plan.schema)
+        self.clock = clock
+        self.changed = asyncio.Event()
+        self.seen: dict[str, float] = {}
+        self.told: set[str] = set()
+        self.stopping = False
+        self.failed: BaseException | None = None
+        self.server = Server(plan, Key(service.seed))
+        self.coordinator = coordinator_for(plan.schedule, Key(service.seed))
+        self.version: Row = {}
+        self.open: dict[str, Row] = {}
+        self._evaluate = evaluate
+        self._thread = ThreadPoolExecutor(1, "atoll-sums")
+        self._work: asyncio.Queue[Callable[[], None] | tuple[int, tuple[str, ...]]]
+        self._worker: asyncio.Task[None] | None = None
+        self._stepping = False
+        self._patient_until = 0.0
+        self._flushed: dict[str, float] = {}
+        self._retry_at = 0.0
+
+    async def start(self) -> None:
+        """Take up where the store left off."""
+        self._check_identity()
+        latest = self.store.version()
+        if latest is None:
+            await self._first_version()
+        else:
+            self.version = latest
+            vectors = await self._in_thread(lambda: self._vectors(latest["state"]))
+            self.server.restore(vectors)
+        state = self.store.setting("coordinator")
+        if state is not None:
+            self.coordinator.restore(state)
+        now = self.clock()
+        # Whoever has joined may come back after our own absence.
+        self.seen = {s["name"]: now for s in self.store.sites() if s["status"] == "active"}
+        self._patient_until = now + self.service.presence
+        still = assignments.c.state == "open"
+        self.open = {r["site"]: r for r in self.store.rows(sa.select(assignments).where(still))}
+        self._work = asyncio.Queue()
+        self.server.open()
+        await self._refold()
+        self._worker = asyncio.create_task(self._work_off(), name="atoll-sums")
+        self._sweep()
+
+    async def close(self) -> None:
+        """Finish what is in hand, and let go."""
+        if self._worker is not None:
+            await self._work.join()
+            self._worker.cancel()
+        self._thread.shutdown()
+        self._flush()
+
+    @property
+    def done(self) -> bool:
+        """Whether there will be no more rounds."""
+        return self.stopping or (
+            self.coordinator.phase in (Phase.DONE, Phase.FAILED) and not self._busy
+        )
+
+    @property
+    def _busy(self) -> bool:
+        return self._stepping or self.version["version"] < self.coordinator.round - 1
+
+    @property
+    def active(self) -> list[str]:
+        """Sites that have joined and were not revoked, by name."""
+        query = sa.select(sites.c.name).where(sites.c.status == "active", sites.c.role == "site")
+        return [row["name"] for row in self.store.rows(query.order_by(sites.c.name))]
+
+    def saw(self, site: str, examples: int | None = None, about: str | None = None) -> None:
+        """A site was heard of; what it says of itself is kept where it is new."""
+        self.seen[site] = self.clock()
+        if examples is None:
+            return
+        row = self.store.site(site)
+        if row is not None and (row["examples"] != examples or row["about"] != about):
+            with self.store.change() as change:
+                new = {"examples": examples, "about": about or "{}"}
+                change.run(sites.update().where(sites.c.name == site).values(**new))
+
+    def memory_of(self, site: str) -> str | None:
+        """The last assignment of a site whose update is in a model, so that its memory counts."""
+        query = (
+            sa.select(assignments.c.id)
+            .where(assignments.c.site == site, assignments.c.state == "accepted")
+            .order_by(assignments.c.counted.desc(), assignments.c.delivered.desc())
+            .limit(1)
+        )
+        if not isinstance(self.plan.schedule, Buffered):
+            query = query.where(assignments.c.counted <= self.version["version"])
+        found = self.store.rows(query)
+        return found[0]["id"] if found else None
+
+    def offer(self, site: str, assignment: str, size: int, sha256: str) -> Row | Answer:
+        """Open an upload, or say that none is needed; the same offer opens the same upload."""
+        row = self.store.assignment(assignment)
+        if row is None or row["site"] != site:
+            return Answer(Verdict.UNKNOWN, f"{assignment!r} is not {site}'s assignment")
+        if row["state"] == "accepted":
+            return Answer(Verdict.DUPLICATE, f"the update of {site} was accepted before")
+        if row["state"] != "open" or site not in self.open:
+            reason = row["reason"] or f"assignment {assignment} is {row['state']}"
+            return Answer(Verdict.NOT_NEEDED, reason)
+        query = sa.select(uploads).where(uploads.c.assignment == assignment)
+        found = self.store.rows(query)
+        if found and (found[0]["size"], found[0]["digest"]) == (size, sha256):
+            return found[0]
+        values = {
+            "id": secrets.token_hex(16), "assignment": assignment, "site": site, "size": size,
+            "digest": sha256, "opened": self.clock(),
+        }  # fmt: skip
+        with self.store.change() as change:
+            change.run(uploads.delete().where(uploads.c.assignment == assignment))
+            change.run(uploads.insert().values(**values))
+        for old in found:
+            self.part(old["id"]).unlink(missing_ok=True)
+        return values
+
+    def part(self, upload: str) -> Path:
+        """The file that an upload grows in."""
+        return self.scratch / f"{upload}.part"
+
+    async def deliver(self, upload: Row) -> Answer:
+        """An upload is complete, on disk and of its declared digest: decide about the update."""
+        path, site, id = self.part(upload["id"]), upload["site"], upload["assignment"]
+        fault = await self._in_thread(lambda: self._fault(path))
+        if not fault:
+            # Durable before anyone decides; a blob that nobody names is swept away.
+            await self._in_thread(lambda: self.blobs.take(path, upload["digest"]))
+        if self.store.upload(upload["id"]) is None:
+            row = self.store.assignment(id)
+            accepted = row is not None and row["state"] == "accepted"
+            verdict = Verdict.DUPLICATE if accepted else Verdict.NOT_NEEDED
+            return Answer(verdict, f"the update of {site} was decided upon before")
+        now = self.clock()
+        began = self.coordinator.round
+        answer = self.coordinator.deliver(id, site, now, fault)
+        with self._deciding() as change:
+            state = "accepted" if answer.accepted else "refused"
+            change.run(
+                assignments.update()
+                .where(assignments.c.id == id)
+                .values(
+                    state=state, delivered=now, digest=upload["digest"], size=upload["size"],
+                    staleness=answer.staleness, counted=began if answer.accepted else None,
+                    reason=answer.reason,
+                )
+            )  # fmt: skip
+            change.run(uploads.delete().where(uploads.c.id == upload["id"]))
+            change.audit(
+                site, f"update {answer.verdict}", assignment=id, sha256=upload["digest"],
+                size=upload["size"], reason=answer.reason,
+            )  # fmt: skip
+            self._record_outcome(change, now)
+        self.open.pop(site, None)
+        path.unlink(missing_ok=True)
+        if answer.accepted:
+            row = self.store.assignment(id)
+            assert row is not None
+            self._work.put_nowait(lambda: self._fold(row))
+        self._after_outcome()
+        return answer
+
+    def give_up(self, site: str, assignment: str, reason: str) -> bool:
+        """A site says that it cannot deliver, or is given up; False if it owed nothing."""
+        row = self.open.get(site)
+        if row is None or row["id"] != assignment:
+            return False
+        now = self.clock()
+        self.coordinator.lost(assignment, now)
+        with self._deciding() as change:
+            change.run(
+                assignments.update()
+                .where(assignments.c.id == assignment)
+                .values(state="lost", reason=reason)
+            )
+            change.run(uploads.delete().where(uploads.c.assignment == assignment))
+            change.audit(site, "lost", assignment=assignment, reason=reason)
+            self._record_outcome(change, now)
+        del self.open[site]
+        self._after_outcome()
+        return True
+
+    def tick(self) -> None:
+        """What time alone brings about: leases, deadlines, the next round."""
+        now = self.clock()
+        self._flush()
+        if self.store.setting("stop") and not self.stopping:
+            self.stop("the operator")
+        for site, row in list(self.open.items()):
+            last = max(self.seen.get(site, 0.0), row["opened"])
+            if now - last > self.service.lease:
+                self.give_up(site, row["id"], f"not heard of for {now - last:.0f} s")
+        if self.coordinator.deadline is not None and now >= self.coordinator.deadline:
+            self.coordinator.tick(now)
+            with self._deciding() as change:
+                self._record_outcome(change, now)
+            self._after_outcome()
+        self._invite(now)
+
+    def stop(self, who: str) -> None:
+        """No more rounds; sites are told to stop when they next ask."""
+        with self.store.change() as change:
+            change.audit(who, "stop")
+        self.stopping = True
+        self.notify()
+
+    def revoked(self, site: str) -> None:
+        """A site is no longer part of this: what it owes is given up."""
+        if site in self.open:
+            self.give_up(site, self.open[site]["id"], "the site was revoked")
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake whoever waits for news."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def _invite(self, now: float) -> None:
+        """Open a round, or fill free places, when enough sites are there."""
+        schedule = self.plan.schedule
+        if self.stopping or self._busy or not self.coordinator.ready or now < self._retry_at:
+            return
+        active = self.active
+        if not self._may_begin(active):
+            return
+        present = [
+            m for m, name in enumerate(active)
+            if now - self.seen.get(name, 0.0) <= self.service.presence and name not in self.open
+        ]  # fmt: skip
+        population = len(active)
+        if isinstance(schedule, Buffered):
+            if not present or population < schedule.concurrency:
+                return
+        else:
+            enough = present and len(present) >= schedule.fewest(population)
+            patient = len(present) < schedule.invited(population) and now < self._patient_until
+            if not enough or patient:
+                return
+        examples = {s["name"]: s["examples"] for s in self.store.sites()}
+        roster = Roster(
+            active,
+            np.array([examples[name] for name in active], np.int64),
+            np.array(present, np.int64),
+        )
+        invitations = self.coordinator.open(roster, now)
+        if not invitations and isinstance(schedule, Buffered):
+            return
+        with self._deciding() as change:
+            round = self.coordinator.round
+            rows = [self._assigned(change, each, now) for each in invitations]
+            known = change.run(
+                rounds.update()
+                .where(rounds.c.round == round, rounds.c.attempt == self.coordinator.attempt)
+                .values(population=population)
+            )
+            if not known:
+                change.run(
+                    rounds.insert().values(
+                        round=round, attempt=self.coordinator.attempt, state="open", opened=now,
+                        population=population,
+                    )
+                )  # fmt: skip
+            change.audit(
+                "server", "invited", round=round, sites=[row["site"] for row in rows],
+                model=self.version["broadcast"],
+            )  # fmt: skip
+            self._record_outcome(change, now)
+        self.open |= {row["site"]: row for row in rows}
+        self._after_outcome()
+        self.notify()
+
+    def _may_begin(self, active: Sequence[str]) -> bool:
+        """Whether those who are to be there from the beginning have joined."""
+        if self.coordinator.round > 1 or self.coordinator.phase is not Phase.IDLE:
+            return bool(active)
+        schedule, wanted = self.plan.schedule, self.service.sites
+        if wanted is None:
+            if isinstance(schedule, Buffered):
+                wanted = schedule.concurrency
+            elif schedule.cohort is not None:
+                wanted = schedule.invite or schedule.cohort
+        if wanted is not None:
+            return len(active) >= wanted
+        waiting = sa.select(tokens).where(
+            tokens.c.used.is_(None), tokens.c.expires > self.clock(), tokens.c.role == "site"
+        )
+        return bool(active) and not self.store.rows(waiting)
+
+    def _assigned(self, change: Change, invitation: Invitation, now: float) -> Row:
+        row = {
+            "id": invitation.id, "site": invitation.client, "round": invitation.round,
+            "turn": invitation.turn, "fraction": invitation.fraction,
+            "version": invitation.round - 1, "state": "open", "opened": now,
+        }  # fmt: skip
+        change.run(assignments.insert().values(**row))
+        return row
+
+    def _record_outcome(self, change: Change, now: float) -> None:
+        """Keep the coordinator's state and, where an attempt has ended, how."""
+        change.set("coordinator", self.coordinator.state())
+        outcome = self.coordinator.outcome
+        if outcome is None:
+            return
+        this = (rounds.c.round == outcome.round) & (rounds.c.attempt == outcome.attempt)
+        state = "stepping" if outcome.closed else "abandoned"
+        known = change.run(
+            rounds.update().where(this).values(state=state, ended=now, reason=outcome.reason)
+        )
+        if not known:
+            change.run(
+                rounds.insert().values(
+                    round=outcome.round, attempt=outcome.attempt, state=state, opened=now,
+                    ended=now, population=len(self.active), reason=outcome.reason,
+                )
+            )  # fmt: skip
+        if isinstance(self.plan.schedule, Buffered):
+            return
+        # Whoever is still at work for this attempt is no longer needed.
+        mine = (assignments.c.round == outcome.round) & (
+            assignments.c.id.like(f"{outcome.round}.{outcome.attempt}.%")
+        )
+        change.run(
+            assignments.update()
+            .where(mine, assignments.c.state == "open")
+            .values(state="spared", reason=f"round {outcome.round} is over")
+        )
+        if not outcome.closed:
+            change.run(
+                assignments.update()
+                .where(mine, assignments.c.state == "accepted")
+                .values(state="spared", counted=None, reason=outcome.reason)
+            )
+            change.audit("server", "round abandoned", round=outcome.round, reason=outcome.reason)
+
+    def _after_outcome(self) -> None:
+        """Let the step follow, or another attempt."""
+        outcome = self.coordinator.outcome
+        if outcome is None:
+            return
+        self.coordinator.outcome = None
+        if not isinstance(self.plan.schedule, Buffered):
+            self.open = {
+                s: r for s, r in self.open.items() if r["round"] > outcome.round
+            }  # fmt: skip
+        if outcome.closed:
+            self._stepping = True
+            self._work.put_nowait((outcome.round, outcome.accepted))
+            return
+        logger.warning("round %d was abandoned: %s", outcome.round, outcome.reason)
+        self._retry_at = self.clock() + self.plan.schedule.pause
+        self._work.put_nowait(self.server.open)
+        if self.coordinator.phase is Phase.FAILED:
+            logger.error("round %d was abandoned too often; there is no next try", outcome.round)
+        self.notify()
+
+    async def _work_off(self) -> None:
+        """Sums and steps, one after the other."""
+        while True:
+            job = await self._work.get()
+            try:
+                if isinstance(job, tuple):
+                    await self._step(*job)
+                else:
+                    await self._in_thread(job)
+            except Exception as error:
+                logger.exception("the round's sum could not be made")
+                self.failed = error
+                self.notify()
+            finally:
+                self._work.task_done()
+
+    async def _step(self, round: int, accepted: Sequence[str]) -> None:
+        """Make the next version, keep it, and only then let it be known."""
+        started = time.perf_counter()
+        key = (rounds.c.round == round) & (rounds.c.state == "stepping")
+        row = self.store.rows(sa.select(rounds).where(key))[0]
+        pulled = await self._pulled(accepted)
+        measurements = await self._in_thread(
+            lambda: self.server.close(round, row["population"], pulled)
+        )
+        made = await self._in_thread(self._keep)
+        metrics = {}
+        if self._evaluate is not None:
+            evaluate, model = self._evaluate, self.server.model()
+            metrics = dict(await self._in_thread(lambda: evaluate(model)))
+        parts = [self.store.assignment(id) for id in accepted]
+        record = {
+            "metrics": metrics,
+            "measurements": measurements,
+            "accepted": sorted(part["site"] for part in parts if part),
+            "bytes_up": sum(part["size"] for part in parts if part),
+            "seconds": time.perf_counter() - started,
+        }
+        now = self.clock()
+        with self._deciding() as change:
+            change.run(versions.insert().values(version=round, made=now, **made))
+            change.run(
+                rounds.update().where(key).values(state="closed", ended=now, record=_json(record))
+            )
+            change.audit("server", "round closed", round=round, sites=record["accepted"], **made)
+        self.version = {"version": round, "made": now, **made}
+        self.server.open()
+        self._stepping = False
+        shown = ", ".join(f"{n} {v:.4g}" for n, v in (metrics or measurements).items())
+        logger.info("round %d closed with %d updates: %s", round, len(accepted), shown)
+        self._sweep()
+        self._invite(now)
+        self.notify()
+
+    async def _pulled(self, accepted: Sequence[str]) -> tuple[float, Any] | None:
+        schedule = self.plan.schedule
+        if not (isinstance(schedule, Buffered) and schedule.pull):
+            return None
+        row = self.store.assignment(accepted[0])
+        assert row is not None
+        began = self.store.version(row["version"])
+        assert began is not None
+        vectors = await self._in_thread(lambda: self._vectors(began["state"]))
+        return schedule.staleness.discount(row["staleness"]), vectors["state/params"]
+
+    async def _first_version(self) -> None:
+        made = await self._in_thread(self._keep)
+        now = self.clock()
+        with self._deciding() as change:
+            change.run(versions.insert().values(version=0, made=now, **made))
+            change.audit("server", "federation begun", plan=self.plan_digest, **made)
+        self.version = {"version": 0, "made": now, **made}
+
+    async def _refold(self) -> None:
+        """After a restart: sum what was accepted, and take the steps that were due."""
+        while True:
+            round = self.version["version"] + 1
+            query = sa.select(assignments).where(assignments.c.counted == round)
+            rows = self.store.rows(query.order_by(assignments.c.delivered))
+            for row in rows:
+                await self._in_thread(lambda row=row: self._fold(row))  # type: ignore[misc]
+            due = sa.select(rounds).where(rounds.c.round == round, rounds.c.state == "stepping")
+            if not self.store.rows(due):
+                return
+            await self._step(round, [row["id"] for row in rows])
+
+    def _fold(self, row: Row) -> None:
+        """Take an accepted update into the sum."""
+        path = self.blobs.local(row["digest"], self.scratch)
+        update = self.plan.stages.decode(unpack(_mapped(path)), self.plan.schema)
+        if isinstance(self.plan.schedule, Buffered):
+            factor = self.plan.schedule.staleness.discount(row["staleness"])
+            update = discounted(update, factor)
+        self.server.sums.add(update)
+        if path.parent == self.scratch:
+            path.unlink()
+
+    def _fault(self, path: Path) -> str:
+        """What is wrong with the update in a file, or nothing."""
+        try:
+            update = self.plan.stages.decode(unpack(_mapped(path)), self.plan.schema)
+            admit(update, self.plan.schema)
+        except UpdateRefused as refusal:
+            return str(refusal)
+        return ""
+
+    def _keep(self) -> dict[str, str]:
+        """Put the server's vectors, what sites receive and the model into blobs."""
+        return {
+            "state": self.blobs.put(wire.encode(self.server.vectors()), self.scratch),
+            "broadcast": self.blobs.put(wire.encode(self.server.broadcast()), self.scratch),
+            "model": self.blobs.put(wire.encode(self.server.model()), self.scratch),
+        }
+
+    def _vectors(self, digest: str) -> Vectors:
+        data = b"".join(self.blobs.read(digest))
+        vectors, _ = wire.decode(data)
+        return {name: np.array(vector) for name, vector in vectors.items()}
+
+    def _sweep(self) -> None:
+        """Remove blobs and parts that nothing refers to."""
+        newest = self.version["version"]
+        needed = {row["version"] for row in self.open.values()}
+        names: set[str] = set()
+        for row in self.store.rows(sa.select(versions)):
+            if row["version"] > newest - self.service.kept or row["version"] in needed:
+                names |= {row["state"], row["broadcast"], row["model"]}
+        waiting = sa.select(assignments.c.digest).where(assignments.c.counted > newest)
+        names |= {row["digest"] for row in self.store.rows(waiting)}
+        coming = self.store.rows(sa.select(uploads))
+        names |= {row["digest"] for row in coming}
+        for digest_ in self.blobs.all() - names:
+            self.blobs.remove(digest_)
+        parts = {f"{row['id']}.part" for row in coming}
+        for path in self.scratch.glob("*.part"):
+            if path.name not in parts:
+                path.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        """Write down when sites were last heard of, all in one transaction."""
+        new = {s: at for s, at in self.seen.items() if self._flushed.get(s) != at}
+        if not new:
+            return
+        with self.store.change() as change:
+            for site in sorted(new):
+                change.run(sites.update().where(sites.c.name == site).values(seen=new[site]))
+        self._flushed |= new
+
+    def _check_identity(self) -> None:
+        """Keep what makes this federation itself, or see that it is the same one."""
+        mine = {
+            "plan": self.plan_digest, "seed": self.service.seed,
+            "schedule": type(self.plan.schedule).__name__,
+        }  # fmt: skip
+        known = self.store.setting("identity")
+        if known is not None and known != mine:
+            raise CheckpointError(
+                f"this state folder is of another federation: it was begun with {known}, and the "
+                f"file now says {mine}; serve the file that it was begun with, or use a new folder"
+            )
+        if known is None:
+            with self.store.change() as change:
+                change.set("identity", mine)
+        with self.store.change() as change:
+            change.set("stop", False)
+            change.set("plan", describe(self.plan))
+
+    def _deciding(self) -> Any:
+        """A transaction whose failure ends this process: memory must not be ahead of the disk."""
+        return _Deciding(self)
+
+    async def _in_thread(self, job: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, job)
+
+
+class _Deciding:
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+        self._change = conductor.store.change()
+
+    def __enter__(self) -> Change:
+        try:
+            return self._change.__enter__()
+        except BaseException as error:
+            self._conductor.failed = error
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._change.__exit__(*error)
+        except BaseException as reason:
+            self._conductor.failed = reason
+            raise
+        if error[1] is not None:
+            self._conductor.failed = error[1]
+
+
+def _mapped(path: Path) -> memoryview:
+    """A file's bytes, read where they are needed; unmapped with the last view of them."""
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+
+
+def _json(value: Any) -> str:
+    """Strict JSON, in which a figure that is not defined is null."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {name: plain(each) for name, each in item.items()}
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        return item
+
+    return json.dumps(plain(value), separators=(",", ":"))
