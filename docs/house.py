@@ -16,9 +16,9 @@ FLOORS = [
     [("algorithms", "one file per algorithm")],
     [("rounds", "plan, selection, coordinator: no clock, no I/O")],
     [("tracking", "run folders, progress, plots, loggers")],
-    [("simulation", "virtual clock, devices, engines, crews"), ("service", "to come: real sites")],
+    [("simulation", "virtual clock, devices, engines, crews"), ("service", "server, site agent, store, identity")],
     [("federation", "Federation and its verbs")],
-    [("cli", "atoll demo | simulate | explain | runs | show | compare | data")],
+    [("cli", "atoll simulate | show | compare | serve | join | status ...")],
 ]
 WIDTH, HEIGHT, GAP = 720, 46, 8
 

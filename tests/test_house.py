@@ -19,7 +19,7 @@ FLOORS = [
     {"algorithms"},
     {"rounds"},
     {"tracking"},
-    {"simulation"},
+    {"simulation", "service"},
     {"federation"},
     {"cli"},
     {"__init__", "__main__"},
@@ -30,6 +30,12 @@ FRAMEWORKS = {
     "torch": {"learners/torch/"},
     "sklearn": {"learners/sklearn.py"},
     "matplotlib": {"pictures.py", "data/picture.py"},
+    "cryptography": {"service/"},
+    "sqlalchemy": {"service/", "cli/state.py"},
+    "starlette": {"service/"},
+    "urllib3": {"service/"},
+    "uvicorn": {"service/"},
+    "msgspec": {"service/messages.py"},
     "rich": {"tracking/progress.py", "cli/tables.py"},
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `atoll demo | simulate | explain | runs | show | compare | data`.
+"""The command line: simulate, look at runs, serve a federation, join one, look after it.
 
 Commands are imported when they are called, so that `atoll --help` is instant. Exit codes: 0 done,
 1 a problem that is said in a sentence, 2 a command line that makes no sense, 130 stopped by Ctrl-C.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from atoll import __version__
+from atoll.cli.grammar import add_serving, positive
 from atoll.errors import AtollError
 
 RUNS = "runs"
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     """The grammar of all commands."""
     top = argparse.ArgumentParser(
         prog="atoll",
-        description="Federated learning: describe a federation, simulate it, compare.",
+        description="Federated learning: describe a federation, simulate it, compare, serve it.",
     )
     top.add_argument("--version", action="version", version=f"atoll {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders go")
     simulate.add_argument("--name", help="name of the run folder (the file's name and a number)")
     simulate.add_argument(
-        "--checkpoint-every", type=_positive, default=10, metavar="ROUNDS", help="default: 10"
+        "--checkpoint-every", type=positive, default=10, metavar="ROUNDS", help="default: 10"
     )
     simulate.add_argument(
         "--baselines", action="store_true", help="train centrally and locally too, and compare"
@@ -108,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="list data sets, or show what one holds")
     data.add_argument("name", nargs="?", help="a data set to load and describe")
     data.set_defaults(module="data")
+    add_serving(commands)
     return top
 
 
@@ -116,10 +118,3 @@ def _drawing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--metric", help="what to draw; default: accuracy, or the loss")
     command.add_argument("--against", default="round", choices=("round", "bytes", "seconds"))
     command.add_argument("--plot", metavar="FILE", help="draw into this image file")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value

@@ -8,11 +8,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from atoll.data.federated import FederatedData
+import numpy as np
+
+from atoll.data.dataset import Dataset
+from atoll.data.federated import FederatedData, assemble
 from atoll.errors import AtollError, CheckpointError, ConfigurationError
 from atoll.federation import Federation
 from atoll.simulation.devices import Devices
 
+SITE = "data = atoll.data.from_arrays(x, y, classes=10)"
 EXAMPLE = "federation = Federation(...) and clients = data.load(...).dirichlet(...)"
 
 
@@ -21,25 +25,10 @@ def read_federation(name: str) -> tuple[Federation, FederatedData, Devices | Non
 
     It is run as a module, not as a script; any of the three may be a function that gives it.
     """
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigurationError(f"there is no file {name}")
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        found = runpy.run_path(str(path), run_name="federation")
-        federation, clients = (_called(found, part, name) for part in ("federation", "clients"))
-        devices = _called(found, "devices", name) if "devices" in found else None
-    except AtollError:
-        raise
-    except SystemExit as error:
-        raise ConfigurationError(f"{name} ended by sys.exit({error.code!r})") from error
-    except Exception as error:
-        line = _line_of(error, path)
-        raise ConfigurationError(f"{name} raised {type(error).__name__}{line}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    if not isinstance(federation, Federation):
-        raise ConfigurationError(f"`federation` in {name} is not a Federation but {federation!r}")
+    found = _run(name)
+    federation = _federation(found, name)
+    clients = _called(found, "clients", name)
+    devices = _called(found, "devices", name) if "devices" in found else None
     if not isinstance(clients, FederatedData):
         raise ConfigurationError(
             f"`clients` in {name} is a {type(clients).__name__}, not FederatedData; partition "
@@ -50,6 +39,64 @@ def read_federation(name: str) -> tuple[Federation, FederatedData, Devices | Non
     return federation, clients, devices
 
 
+def read_plan(name: str) -> Federation:
+    """`federation` of a Python file, which may have `clients` for simulation too."""
+    return _federation(_run(name), name)
+
+
+def read_data(name: str) -> FederatedData:
+    """One client's data from a Python file that defines `data`.
+
+    That is a Dataset, a population of one, or a population of which `client` names one.
+    """
+    found = _run(name)
+    data = _called(found, "data", name, SITE)
+    if isinstance(data, Dataset):
+        return assemble(data, ["site"], [np.arange(len(data.x))], 0.0, 0)
+    if not isinstance(data, FederatedData):
+        raise ConfigurationError(
+            f"`data` in {name} is a {type(data).__name__}; it must be a Dataset, e.g. {SITE}"
+        )
+    if "client" in found:
+        return data.subset([data.index(str(found["client"]))])
+    if len(data) != 1:
+        raise ConfigurationError(
+            f"`data` in {name} has {len(data)} clients; say which one this site is: client = "
+            f"{data.names[0]!r}"
+        )
+    return data
+
+
+def _run(name: str) -> dict[str, Any]:
+    """What a Python file defines."""
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigurationError(f"there is no file {name}")
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        return runpy.run_path(str(path), run_name="federation")
+    except AtollError:
+        raise
+    except SystemExit as error:
+        raise ConfigurationError(f"{name} ended by sys.exit({error.code!r})") from error
+    except Exception as error:
+        raise _raised(error, path) from error
+    finally:
+        sys.path.pop(0)
+
+
+def _raised(error: Exception, path: Path) -> ConfigurationError:
+    line = _line_of(error, path)
+    return ConfigurationError(f"{path} raised {type(error).__name__}{line}: {error}")
+
+
+def _federation(found: dict[str, Any], name: str) -> Federation:
+    federation = _called(found, "federation", name)
+    if not isinstance(federation, Federation):
+        raise ConfigurationError(f"`federation` in {name} is not a Federation but {federation!r}")
+    return federation
+
+
 def find_run(name: str, root: str) -> Path:
     """A run folder by path, or by name below the folder of runs."""
     for path in (Path(name), Path(root) / name):
@@ -58,14 +105,22 @@ def find_run(name: str, root: str) -> Path:
     raise CheckpointError(f"there is no run {name!r}, neither here nor in {root}; see `atoll runs`")
 
 
-def _called(found: dict[str, Any], name: str, file: str) -> Any:
+def _called(found: dict[str, Any], name: str, file: str, example: str = EXAMPLE) -> Any:
     if name not in found:
-        raise ConfigurationError(f"{file} does not define `{name}`; it must have {EXAMPLE}")
+        raise ConfigurationError(f"{file} does not define `{name}`; it must have {example}")
     value = found[name]
-    is_function = callable(value) and not isinstance(
-        value, Federation | FederatedData | Devices | type
-    )
-    return value() if is_function else value
+    known = Federation | FederatedData | Dataset | Devices | type
+    if not callable(value) or isinstance(value, known):
+        return value
+    sys.path.insert(0, str(Path(file).parent.resolve()))
+    try:
+        return value()
+    except AtollError:
+        raise
+    except Exception as error:
+        raise _raised(error, Path(file)) from error
+    finally:
+        sys.path.pop(0)
 
 
 def _line_of(error: Exception, path: Path) -> str:

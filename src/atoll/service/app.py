@@ -54,6 +54,7 @@ BODY_PATIENCE = 30.0
 LONGEST_WAIT = 60.0
 #: Long polls that are parked at the same time; others are told when to come again.
 PARKED = 20_000
+SHOWN = ("name", "role", "status", "joined", "examples")
 STATUS = {
     Verdict.ACCEPTED: 200,
     Verdict.DUPLICATE: 200,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -17,7 +17,7 @@ class Measures:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        given = {"registry": self.registry, "namespace": "atoll"}
+        given: Any = {"registry": self.registry, "namespace": "atoll"}
         self._requests = Histogram(
             "request_seconds", "Time to answer", ("method", "path", "status"), buckets=BUCKETS,
             **given,

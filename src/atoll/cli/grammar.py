@@ -1,0 +1,125 @@
+"""The grammar of the commands that serve a federation."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def add_serving(commands: Any) -> None:
+    """The commands of a federation that is served."""
+
+    _server(commands)
+    _site(commands)
+    _operations(commands)
+
+
+def _state(
+    commands: Any, name: str, help: str, what: str = "a state folder"
+) -> argparse.ArgumentParser:
+    """A command about a state folder."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help)
+    command.add_argument("state", metavar="STATE", help=what)
+    command.set_defaults(module="state", action=name)
+    return command
+
+
+def _server(commands: Any) -> None:
+    init = _state(commands, "init", "make the state folder of a federation", "a new folder")
+    init.add_argument("--project", help="the project's name; default: the folder's")
+    init.add_argument(
+        "--host", action="append", help="a name or address that sites reach the server by; several"
+        " may be given; default: localhost",
+    )  # fmt: skip
+
+    serve = commands.add_parser("serve", help="serve a federation to real sites")
+    serve.add_argument("file", help="a file that defines `federation`")
+    serve.add_argument("--state", required=True, metavar="FOLDER", help="made by atoll init")
+    serve.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    serve.add_argument("--seed", type=int, default=0)
+    serve.add_argument("--host", default="0.0.0.0", help="address to listen on; default: all")
+    serve.add_argument("--port", type=int, default=8443)
+    serve.add_argument("--database", metavar="URL", help="postgresql://...; default: in the folder")
+    serve.add_argument("--blobs", metavar="PLACE", help="s3://...; default: in the folder")
+    serve.add_argument(
+        "--sites", type=positive, help="how many must have joined before the first round; "
+        "default: the cohort or, without one, everyone who was invited",
+    )  # fmt: skip
+    serve.add_argument(
+        "--lease", type=float, default=900.0, metavar="SECONDS",
+        help="a site that is not heard of for so long is given up for the round; default: 900",
+    )  # fmt: skip
+    serve.add_argument(
+        "--linger", type=float, default=600.0, metavar="SECONDS",
+        help="how long to answer after the end, for sites to fetch the model; default: 600",
+    )  # fmt: skip
+    serve.add_argument("--test", metavar="FILE", help="a file whose `data` each model is tested on")
+    serve.add_argument("--log", choices=("text", "json"), default="text")
+    serve.set_defaults(module="serve")
+
+    invite = _state(commands, "invite", "make a one-time token for a site")
+    invite.add_argument("name", help="what the site will be called, e.g. hospital-a")
+    invite.add_argument("--role", choices=("site", "analyst", "admin"), default="site")
+    invite.add_argument("--hours", type=float, default=72.0, help="it is good for; default: 72")
+
+
+def _site(commands: Any) -> None:
+    join = commands.add_parser("join", help="run a site's agent, beside its data")
+    join.add_argument("url", help="https://HOST:PORT of the server")
+    join.add_argument("file", help="the site's own copy of the federation's file")
+    join.add_argument("--data", required=True, metavar="FILE", help="a file that defines `data`")
+    join.add_argument("--token", help="the one-time token, or - for standard input; the variable "
+                      "ATOLL_TOKEN is safer, needed only once")  # fmt: skip
+    join.add_argument("--token-file", metavar="FILE", help="a file that holds the token")
+    join.add_argument("--folder", default="site", help="where the agent keeps its things")
+    join.add_argument("--ask", action="store_true", help="wait for `atoll approve` before training")
+    join.add_argument(
+        "--undeclared",
+        action="store_true",
+        help="do not tell the server how many examples are here",
+    )
+    join.add_argument(
+        "--public-ca", action="store_true", help="trust the system's authorities: the server is "
+        "behind a proxy with a public certificate",
+    )  # fmt: skip
+    join.add_argument("--threads", type=positive, help="threads for training")
+    join.add_argument("--log", choices=("text", "json"), default="text")
+    join.set_defaults(module="join")
+
+    approve = commands.add_parser("approve", help="agree to the terms a site was offered")
+    approve.add_argument("folder", help="the agent's folder")
+    approve.add_argument("--refuse", action="store_true", help="refuse them")
+    approve.set_defaults(module="state", action="approve")
+
+    enrol = commands.add_parser("enrol", help="make an analyst's or admin's identity")
+    enrol.add_argument("url", help="https://HOST:PORT of the server")
+    enrol.add_argument("--token", required=True)
+    enrol.add_argument("--folder", required=True, help="where to keep the identity")
+    enrol.set_defaults(module="state", action="enrol")
+
+
+def _operations(commands: Any) -> None:
+    either = "a state folder, or the folder of an identity made by atoll enrol"
+    _state(commands, "status", "how a federation stands", either)
+    _state(commands, "rounds", "a federation's rounds", either).add_argument(
+        "--json", action="store_true"
+    )
+    _state(commands, "sites", "who has joined a federation", either)
+    _state(commands, "revoke", "refuse a site from now on", either).add_argument("name")
+    _state(commands, "stop", "end a federation; it can be served again", either)
+    audit = commands.add_parser("audit", help="check or show the audit log")
+    audit.add_argument("what", choices=("verify", "show"))
+    audit.add_argument("state", metavar="STATE", help="a state folder")
+    audit.add_argument("--expect", metavar="DIGEST", help="the last digest, as noted before")
+    audit.set_defaults(module="state", action="audit")
+    _state(commands, "backup", "write a state folder into an archive").add_argument("file")
+    restore = _state(commands, "restore", "make a state folder from an archive", "a new folder")
+    restore.add_argument("file", help="an archive that atoll backup wrote")

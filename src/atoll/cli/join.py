@@ -1,0 +1,50 @@
+"""`atoll join URL FILE.py --data SITE.py`: the agent of one site."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from atoll.cli.files import read_data, read_plan
+from atoll.cli.logs import log_to
+from atoll.errors import ConfigurationError
+from atoll.service.agent import Site, Terms
+from atoll.service.identity import Token
+
+
+def run(options: argparse.Namespace) -> int:
+    """Join, and work until the federation is over."""
+    federation = read_plan(options.file)
+    data = read_data(options.data)
+    if options.threads:
+        federation.learner.use_threads(options.threads)
+    log_to(options.log)
+    terms = Terms.of(federation, Path(options.file)) if options.ask else None
+    site = Site(
+        Path(options.folder), federation, data, terms, declare=not options.undeclared,
+        report=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: site.stop())
+    site.join(options.url, _token(options), options.public_ca)
+    model = site.run()
+    if model is None:
+        return 130
+    print(f"model: {model}")
+    return 0
+
+
+def _token(options: argparse.Namespace) -> Token | None:
+    """The token from where secrets are safest: a file or the environment, else the command."""
+    if options.token_file:
+        try:
+            return Token.read(Path(options.token_file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigurationError(f"{options.token_file}: {error.strerror}") from None
+    text = options.token or os.environ.get("ATOLL_TOKEN", "")
+    if text == "-":
+        text = sys.stdin.readline()
+    return Token.read(text) if text else None

@@ -1,0 +1,46 @@
+"""`atoll serve FILE.py --state FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from atoll.cli.files import read_data, read_plan
+from atoll.cli.logs import log_to
+from atoll.cli.overrides import override
+from atoll.data.federated import FederatedData
+from atoll.federation import Federation
+from atoll.service.conductor import Service
+from atoll.service.folder import StateFolder
+from atoll.service.serve import Listening, serve
+from atoll.simulation.evaluate import evaluate_pooled
+from atoll.vectors import Vectors
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve a federation until it is done or told to stop."""
+    federation = override(read_plan(options.file), options.set)
+    folder = StateFolder.open(Path(options.state))
+    if options.database:
+        folder.use_database(options.database)
+    log_to(options.log)
+    service = Service(
+        seed=options.seed, sites=options.sites, lease=options.lease, presence=options.lease
+    )
+    listening = Listening(
+        host=options.host, port=options.port, blobs=options.blobs, linger=options.linger
+    )
+    evaluate = None if options.test is None else _on(federation, read_data(options.test))
+    serve(federation, folder, service, listening, evaluate)
+    return 0
+
+
+def _on(federation: Federation, data: FederatedData) -> Callable[[Vectors], Mapping[str, float]]:
+    tested = data if len(data.test_part) else replace(data, test_part=data.all_train())
+
+    def evaluate(model: Vectors) -> Mapping[str, float]:
+        return evaluate_pooled(federation.learner, model, tested)
+
+    return evaluate

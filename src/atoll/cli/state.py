@@ -1,0 +1,234 @@
+"""Commands about a federation that is served, on its state folder or with an identity."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from atoll.cli.tables import figure, print_table
+from atoll.errors import ConfigurationError
+from atoll.service.agent import approve
+from atoll.service.audit import lines, verify
+from atoll.service.folder import StateFolder, check_name
+from atoll.service.identity import Token, make_key
+from atoll.service.link import Link, find_authority
+from atoll.service.tables import assignments, rounds, sites
+from atoll.tracking.checkpoints import write_atomically, write_json
+from atoll.tracking.run import human_bytes
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the command says."""
+    return int(globals()[f"_{options.action}"](options))
+
+
+def _init(options: argparse.Namespace) -> int:
+    path = Path(options.state)
+    project = check_name(options.project or path.resolve().name.lower())
+    hosts = options.host or ["localhost", "127.0.0.1"]
+    StateFolder.make(path, project, hosts)
+    print(
+        f"made {path}: the authority and the server's certificate of {project}\n"
+        f"keep {path / 'ca-key.pem'} safe: whoever has it can pretend to be the server\n\n"
+        f"next:\n  atoll invite {path} hospital-a      a one-time token for each site\n"
+        f"  atoll serve federation.py --state {path}\n"
+        f"  atoll join https://{hosts[0]}:8443 federation.py --data site.py --token ..."
+    )
+    return 0
+
+
+def _invite(options: argparse.Namespace) -> int:
+    folder = StateFolder.open(Path(options.state))
+    token = folder.invite(check_name(options.name), options.role, options.hours)
+    print(token)
+    return 0
+
+
+def _enrol(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    token = Token.read(options.token)
+    pem = find_authority(options.url, token)
+    write_atomically(folder / "ca.pem", [pem])
+    link = Link(options.url, pem, make_key(folder / "key.pem"))
+    enrolled = link.enrol(token)
+    about = {"url": link.url, "site": enrolled.site, "project": enrolled.project}
+    write_json(folder / "site.json", about)
+    print(f"{enrolled.site} is {enrolled.role} of {enrolled.project}")
+    return 0
+
+
+def _approve(options: argparse.Namespace) -> int:
+    terms = approve(Path(options.folder), refuse=options.refuse)
+    print(json.dumps(terms, indent=2))
+    print("refused" if options.refuse else "approved")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    place = Path(options.state)
+    if (place / "site.json").exists():
+        found = _ask(place, "GET", "/v1/status")
+    else:
+        found = _local_status(StateFolder.open(place))
+    rows = [(name.replace("_", " "), _shown(value)) for name, value in found.items()]
+    print_table(("", ""), rows)
+    return 0
+
+
+def _local_status(folder: StateFolder) -> dict[str, Any]:
+    with closing(folder.store()) as store:
+        version, plan = store.version(), store.setting("plan") or {}
+        state = store.setting("coordinator") or {}
+        everyone = store.sites()
+        open_ = store.rows(sa.select(assignments).where(assignments.c.state == "open"))
+        with store.reading() as connection:
+            led = connection.execute(sa.text("SELECT until FROM lease")).scalar()
+        return {
+            "project": folder.project,
+            "server": "running" if led and led > time.time() else "not running",
+            "round": version["version"] if version else 0,
+            "rounds": plan.get("schedule", {}).get("rounds", "not served yet"),
+            "phase": state.get("phase", "not begun"),
+            "sites": sum(row["status"] == "active" and row["role"] == "site" for row in everyone),
+            "at_work": sorted(row["site"] for row in open_),
+            "model": version["model"] if version else "",
+        }
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    place = Path(options.state)
+    if (place / "site.json").exists():
+        found = list(reversed(_ask(place, "GET", "/v1/rounds")))
+    else:
+        with closing(StateFolder.open(place).store()) as store:
+            query = sa.select(rounds).order_by(rounds.c.round, rounds.c.attempt)
+            found = [{**row, "record": json.loads(row["record"])} for row in store.rows(query)]
+    if options.json:
+        for row in found:
+            print(json.dumps(row))
+        return 0
+    table = []
+    for row in found:
+        record = row["record"]
+        figures = record.get("metrics") or record.get("measurements") or {}
+        shown = ", ".join(f"{name} {figure(value)}" for name, value in figures.items())
+        took = f"{row['ended'] - row['opened']:.1f} s" if row["ended"] else ""
+        table.append(
+            (
+                str(row["round"]), row["state"], str(len(record.get("accepted", []))) or "",
+                human_bytes(record.get("bytes_up", 0)), took, shown or row["reason"],
+            )
+        )  # fmt: skip
+    print_table(("round", "state", "updates", "received", "took", "figures"), table)
+    return 0
+
+
+def _sites(options: argparse.Namespace) -> int:
+    place = Path(options.state)
+    if (place / "site.json").exists():
+        found = _ask(place, "GET", "/v1/sites")
+    else:
+        with closing(StateFolder.open(place).store()) as store:
+            found = store.sites()
+    print_table(
+        ("site", "role", "status", "examples", "last seen"),
+        [
+            (row["name"], row["role"], row["status"], str(row["examples"]), _ago(row["seen"]))
+            for row in found
+        ],
+    )
+    return 0
+
+
+def _revoke(options: argparse.Namespace) -> int:
+    place = Path(options.state)
+    if (place / "site.json").exists():
+        _ask(place, "POST", f"/v1/sites/{check_name(options.name)}/revoke")
+    else:
+        with (
+            closing(StateFolder.open(place).store()) as store,
+            store.change(leading=False) as change,
+        ):
+            mine = sites.c.name == options.name
+            if not change.run(sites.update().where(mine).values(status="revoked")):
+                raise ConfigurationError(f"there is no site {options.name!r}")
+            change.audit(f"operator {getpass.getuser()}", "revoked", site=options.name)
+    print(f"{options.name} is revoked; its next request will be refused")
+    return 0
+
+
+def _stop(options: argparse.Namespace) -> int:
+    place = Path(options.state)
+    if (place / "site.json").exists():
+        _ask(place, "POST", "/v1/stop")
+    else:
+        with (
+            closing(StateFolder.open(place).store()) as store,
+            store.change(leading=False) as change,
+        ):
+            change.set("stop", True)
+    print("stopping: sites are told when they next ask; `atoll serve` goes on from here")
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    folder = StateFolder.open(Path(options.state))
+    with closing(folder.store()) as store, store.reading() as connection:
+        if options.what == "show":
+            for line in lines(connection):
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line.time))
+                print(f"{line.number} {when} {line.actor}: {line.event} {line.detail}")
+            return 0
+        count, last, problem = verify(connection)
+    if problem:
+        print(f"the audit log does not hold: {problem}; the {count} lines before it do")
+        return 1
+    print(f"the audit log holds: {count} lines, the last of digest {last}")
+    if options.expect and options.expect != last:
+        print(f"but it should end with {options.expect}: lines were cut off or added since")
+        return 1
+    return 0
+
+
+def _backup(options: argparse.Namespace) -> int:
+    size = StateFolder.open(Path(options.state)).backup(Path(options.file))
+    print(f"{options.file}: {human_bytes(size)}; it holds the authority's key, keep it safe")
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    StateFolder.restore(Path(options.file), Path(options.state))
+    print(f"restored into {options.state}; go on with: atoll serve FILE.py --state {options.state}")
+    return 0
+
+
+def _ask(folder: Path, method: str, target: str) -> Any:
+    known = json.loads((folder / "site.json").read_text(encoding="utf-8"))
+    pem = (folder / "ca.pem").read_bytes()
+    link = Link(known["url"], pem, make_key(folder / "key.pem"), known["site"])
+    try:
+        data = link.ask(method, target)
+    finally:
+        link.close()
+    return json.loads(data) if data else None
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) or "nobody" if isinstance(value, list) else str(value)
+
+
+def _ago(when: float) -> str:
+    seconds = max(time.time() - when, 0)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

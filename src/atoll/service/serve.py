@@ -1,0 +1,174 @@
+"""Serving: one process that leads a federation, or waits to, and answers over TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from atoll.errors import AtollError, ConfigurationError, RunError, require
+from atoll.rounds.coordinator import Phase
+from atoll.rounds.plan import Plan
+from atoll.service.app import App
+from atoll.service.blobs import blobs_at
+from atoll.service.certificates import renew_server, server_context
+from atoll.service.conductor import Conductor, Service
+from atoll.service.folder import StateFolder
+from atoll.service.store import NotLeading, Store
+from atoll.vectors import Vectors
+
+logger = logging.getLogger("atoll.service")
+TICK = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening:
+    """Where a server is to be found.
+
+    `linger` is for how many seconds a finished federation goes on answering, so that every site
+    learns of the end and fetches the model; it ends sooner when all of them have.
+    """
+
+    host: str = "0.0.0.0"
+    port: int = 8443
+    blobs: str | None = None
+    linger: float = 600.0
+
+
+def serve(
+    plan: Plan,
+    folder: StateFolder,
+    service: Service,
+    listening: Listening,
+    evaluate: Callable[[Vectors], Mapping[str, float]] | None = None,
+) -> None:
+    """Serve until the rounds are done, until `atoll stop`, or until SIGTERM or Ctrl-C."""
+    require("uvicorn", "atoll[serve]", "a federation's server")
+    renew_server(folder.path)
+    process = _Process(plan, folder, service, listening, evaluate)
+    with asyncio.Runner(loop_factory=_loop()) as runner:
+        runner.run(process.run())
+
+
+class _Process:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: StateFolder,
+        service: Service,
+        listening: Listening,
+        evaluate: Callable[[Vectors], Mapping[str, float]] | None,
+    ) -> None:
+        self.plan, self.folder, self.service = plan, folder, service
+        self.listening, self.evaluate = listening, evaluate
+        self.store = Store(folder.database)
+        token = (folder.path / "metrics.token").read_text(encoding="utf-8")
+        self.app = App(folder.authority, folder.project, token)
+        self.leaving = asyncio.Event()
+
+    async def run(self) -> None:
+        import uvicorn
+
+        config = uvicorn.Config(
+            self.app.asgi(), host=self.listening.host, port=self.listening.port,
+            log_config=None, access_log=False, server_header=False, lifespan="off",
+            timeout_keep_alive=75, timeout_graceful_shutdown=10,
+            h11_max_incomplete_event_size=1 << 15, ws="none",
+            ssl_certfile=self.folder.path / "server.pem",
+            ssl_keyfile=str(self.folder.path / "server-key.pem"),
+        )  # fmt: skip
+        config.load()
+        config.ssl = server_context(self.folder.path)
+        server = uvicorn.Server(config)
+        # Signals are ours: long polls must be let go before connections are closed.
+        server.capture_signals = contextlib.nullcontext  # type: ignore
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.leaving.set)
+        listening = asyncio.create_task(server.serve())
+        try:
+            await self._lead(listening)
+        finally:
+            self.app.closing.set()
+            if self.app.conductor is not None:
+                self.app.conductor.notify()
+            server.should_exit = True
+            with contextlib.suppress(SystemExit):
+                await listening
+            self.store.close()
+
+    async def _lead(self, listening: asyncio.Task[None]) -> None:
+        """Wait for the lease, then conduct until there is a reason to leave."""
+        waiting = False
+        while not self.store.lead():
+            if not waiting:
+                logger.info("another process leads this federation; standing by")
+                waiting = True
+            if await self._paused(1.0, listening):
+                return
+        conductor = Conductor(
+            self.plan, self.service, self.store,
+            blobs_at(self.listening.blobs or str(self.folder.path / "blobs")),
+            self.folder.path / "incoming", evaluate=self.evaluate,
+        )  # fmt: skip
+        await conductor.start()
+        self.app.conductor = conductor
+        logger.info(
+            "leading %s at round %d of %d", self.folder.project, conductor.coordinator.round,
+            self.plan.schedule.rounds,
+        )  # fmt: skip
+        try:
+            await self._conduct(conductor, listening)
+        finally:
+            with contextlib.suppress(AtollError):
+                await conductor.close()
+                self.store.resign()
+
+    async def _conduct(self, conductor: Conductor, listening: asyncio.Task[None]) -> None:
+        ends: float | None = None
+        loop, renewed = asyncio.get_running_loop(), 0.0
+        while True:
+            now = loop.time()
+            if now - renewed > self.store.lease_seconds / 4:
+                if not self.store.lead():
+                    raise NotLeading("another process took over the federation")
+                renewed = now
+            conductor.tick()
+            if conductor.failed is not None:
+                raise RunError(f"the server stopped: {conductor.failed}") from conductor.failed
+            if conductor.done:
+                ends = now + self.listening.linger if ends is None else ends
+                if now >= ends or not set(conductor.active) - conductor.told:
+                    break
+            if await self._paused(TICK, listening):
+                break
+        if conductor.coordinator.phase is Phase.FAILED:
+            raise RunError(
+                "the federation was given up: a round was abandoned too often; `atoll rounds` "
+                "says why"
+            )
+
+    async def _paused(self, seconds: float, listening: asyncio.Task[None]) -> bool:
+        """Wait a moment; True if it is time to leave."""
+        if listening.done():
+            raise ConfigurationError(
+                f"port {self.listening.port} cannot be listened on; is another server running? "
+                "choose another with --port"
+            )
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.leaving.wait(), seconds)
+        return self.leaving.is_set()
+
+
+def _loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it can be had, which halves the cost of a request."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    found: Any = uvloop.new_event_loop
+    return found  # type: ignore[no-any-return]
