@@ -382,18 +382,21 @@ class App:
                 headers={"Upload-Offset": str(at)},
             )  # fmt: skip
         conductor.seen[row["site"]] = conductor.clock()
-        with path.open("ab") as file:
-            async for piece in _streamed(request):
-                at += len(piece)
-                if at > row["size"]:
-                    raise Refused(
-                        413, f"more came than the {row['size']} bytes declared", audited="upload"
-                    )
-                file.write(piece)
-                conductor.seen[row["site"]] = conductor.clock()
-            file.flush()
-            await asyncio.to_thread(os.fsync, file.fileno())
-        self.measures.received(at - int(claimed))
+        try:
+            with path.open("ab") as file:
+                async for piece in _streamed(request):
+                    if at + len(piece) > row["size"]:
+                        raise Refused(
+                            413, f"more came than the {row['size']} bytes declared",
+                            audited="upload",
+                        )  # fmt: skip
+                    file.write(piece)
+                    at += len(piece)
+                    conductor.seen[row["site"]] = conductor.clock()
+                file.flush()
+                await asyncio.to_thread(os.fsync, file.fileno())
+        finally:
+            self.measures.received(at - int(claimed))
         if at < row["size"]:
             return Response(status_code=204, headers={"Upload-Offset": str(at)})
         found = await asyncio.to_thread(_digest, path)
