@@ -121,5 +121,7 @@ def _operations(commands: Any) -> None:
     audit.add_argument("--expect", metavar="DIGEST", help="the last digest, as noted before")
     audit.set_defaults(module="state", action="audit")
     _state(commands, "backup", "write a state folder into an archive").add_argument("file")
-    restore = _state(commands, "restore", "make a state folder from an archive", "a new folder")
+    restore = commands.add_parser("restore", help="make a state folder from an archive")
     restore.add_argument("file", help="an archive that atoll backup wrote")
+    restore.add_argument("state", metavar="STATE", help="a new folder")
+    restore.set_defaults(module="state", action="restore")

@@ -14,10 +14,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
-from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from starlette.applications import Starlette
@@ -30,6 +28,16 @@ from atoll.errors import AtollError
 from atoll.rounds.coordinator import Answer, Verdict
 from atoll.service import messages
 from atoll.service.blobs import DIGEST, BlobMissing
+from atoll.service.bodies import (
+    Refused,
+    byte_range,
+    length,
+    pieces,
+    seconds,
+    short_body,
+    streamed,
+    versions_named,
+)
 from atoll.service.conductor import Conductor
 from atoll.service.identity import (
     ENROL,
@@ -49,8 +57,6 @@ from atoll.service.tables import rounds, sites, tokens
 
 logger = logging.getLogger("atoll.service")
 
-#: Seconds between two pieces of a body, after which the sender is given up.
-BODY_PATIENCE = 30.0
 LONGEST_WAIT = 60.0
 #: Long polls that are parked at the same time; others are told when to come again.
 PARKED = 20_000
@@ -64,16 +70,6 @@ STATUS = {
     Verdict.UNKNOWN: 404,
     Verdict.MALFORMED: 422,
 }
-
-
-class Refused(HTTPException):
-    """A request that is refused, and why; `audited` ones are somebody's doing, not bad luck."""
-
-    def __init__(
-        self, status: int, reason: str, *, audited: str = "", headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(status, reason, headers)
-        self.audited = audited
 
 
 class App:
@@ -152,7 +148,7 @@ class App:
         return Response(self.authority, media_type="application/x-pem-file")
 
     async def enrol(self, request: Request) -> Response:
-        message = messages.read(messages.Enrol, await _body(request))
+        message = messages.read(messages.Enrol, await short_body(request))
         conductor, digest = self._leading(), token_digest(message.secret)
         now = conductor.clock()
         if not verified(message.key, message.signature, ENROL + bytes.fromhex(message.secret)):
@@ -200,13 +196,13 @@ class App:
         return _json(messages.Enrolled(row["name"], row["role"], self.project))
 
     async def challenge(self, request: Request) -> Response:
-        message = messages.read(messages.Challenge, await _body(request))
+        message = messages.read(messages.Challenge, await short_body(request))
         self._leading()
         nonce = self.sessions.challenge(message.site)
         return _json(messages.Challenge(message.site, nonce))
 
     async def session(self, request: Request) -> Response:
-        message = messages.read(messages.OpenSession, await _body(request))
+        message = messages.read(messages.OpenSession, await short_body(request))
         conductor = self._leading()
         row = conductor.store.site(message.site)
         fresh = self.sessions.answered(message.site, message.nonce)
@@ -225,7 +221,7 @@ class App:
         )
 
     async def checkin(self, request: Request) -> Response:
-        body = await _body(request)
+        body = await short_body(request)
         site = (await self._who(request, "site", body)).site
         message = messages.read(messages.CheckIn, body)
         conductor = self._leading()
@@ -247,7 +243,7 @@ class App:
             row = conductor.open.get(site)
             on = row is not None and row["id"] == message.busy
             return _json(messages.Order("go on" if on else "drop"))
-        wait = min(_number(request.query_params.get("wait", "0")), LONGEST_WAIT)
+        wait = min(seconds(request.query_params.get("wait", "0")), LONGEST_WAIT)
         return _json(await self._order(conductor, site, wait, message.farewell))
 
     async def _order(
@@ -274,7 +270,7 @@ class App:
                     fraction=row["fraction"],
                     seed=conductor.service.seed,
                     model=began["broadcast"],
-                    size=conductor.blobs.size(began["broadcast"]),
+                    size=conductor.vault.blobs.size(began["broadcast"]),
                     memory=conductor.memory_of(site),
                 )
             if conductor.done:
@@ -285,7 +281,7 @@ class App:
                     round=version["version"],
                     rounds=rounds_,
                     model=version["model"],
-                    size=conductor.blobs.size(version["model"]),
+                    size=conductor.vault.blobs.size(version["model"]),
                     memory=conductor.memory_of(site),
                     reason="the federation was stopped"
                     if conductor.stopping
@@ -308,14 +304,14 @@ class App:
         conductor, digest = self._leading(), request.path_params["digest"]
         if not DIGEST.fullmatch(digest):
             raise Refused(404, "a blob is named by its SHA-256")
-        known = conductor.store.rows(_named(digest))
+        known = conductor.store.rows(versions_named(digest))
         if not known:
             raise Refused(404, f"there is no model {digest}")
         try:
-            size = conductor.blobs.size(digest)
+            size = conductor.vault.blobs.size(digest)
         except BlobMissing as error:
             raise Refused(404, str(error)) from None
-        start, stop, status = _range(request.headers.get("range"), size)
+        start, stop, status = byte_range(request.headers.get("range"), size)
         headers = {
             "ETag": f'"{digest}"',
             "Accept-Ranges": "bytes",
@@ -328,11 +324,11 @@ class App:
             return Response(status_code=304, headers={"ETag": f'"{digest}"'})
         self.measures.sent(stop - start)
         return StreamingResponse(
-            _pieces(conductor, digest, start, stop), status, headers, "application/octet-stream"
+            pieces(conductor, digest, start, stop), status, headers, "application/octet-stream"
         )
 
     async def offer(self, request: Request) -> Response:
-        body = await _body(request)
+        body = await short_body(request)
         site = (await self._who(request, "site", body)).site
         message = messages.read(messages.Offer, body)
         conductor = self._leading()
@@ -352,14 +348,14 @@ class App:
             status_code=201,
             headers={
                 "Location": f"/v1/uploads/{found['id']}",
-                "Upload-Offset": str(_length(conductor.part(found["id"]))),
+                "Upload-Offset": str(length(conductor.vault.part(found["id"]))),
             },
         )
 
     async def offset(self, request: Request) -> Response:
         row = await self._own_upload(request)
-        length = _length(self._leading().part(row["id"]))
-        return Response(headers={"Upload-Offset": str(length), "Upload-Length": str(row["size"])})
+        have = length(self._leading().vault.part(row["id"]))
+        return Response(headers={"Upload-Offset": str(have), "Upload-Length": str(row["size"])})
 
     async def append(self, request: Request) -> Response:
         row = await self._own_upload(request)
@@ -373,8 +369,8 @@ class App:
             self._uploading.discard(row["id"])
 
     async def _append(self, request: Request, conductor: Conductor, row: Row) -> Response:
-        path = conductor.part(row["id"])
-        at = _length(path)
+        path = conductor.vault.part(row["id"])
+        at = length(path)
         claimed = request.headers.get("upload-offset", "")
         if claimed != str(at):
             raise Refused(
@@ -384,7 +380,7 @@ class App:
         conductor.seen[row["site"]] = conductor.clock()
         try:
             with path.open("ab") as file:
-                async for piece in _streamed(request):
+                async for piece in streamed(request):
                     if at + len(piece) > row["size"]:
                         raise Refused(
                             413, f"more came than the {row['size']} bytes declared",
@@ -399,7 +395,7 @@ class App:
             self.measures.received(at - int(claimed))
         if at < row["size"]:
             return Response(status_code=204, headers={"Upload-Offset": str(at)})
-        found = await asyncio.to_thread(_digest, path)
+        found = await asyncio.to_thread(file_digest, path)
         if found != row["digest"]:
             path.unlink(missing_ok=True)
             raise Refused(
@@ -412,7 +408,7 @@ class App:
         return _verdict(answer)
 
     async def fail(self, request: Request) -> Response:
-        body = await _body(request)
+        body = await short_body(request)
         site = (await self._who(request, "site", body)).site
         message = messages.read(messages.Failure, body)
         owed = self._leading().give_up(site, request.path_params["assignment"], message.reason)
@@ -458,7 +454,7 @@ class App:
         )
 
     async def revoke(self, request: Request) -> Response:
-        body = await _body(request)
+        body = await short_body(request)
         who = (await self._who(request, "admin", body)).site
         conductor, site = self._leading(), request.path_params["site"]
         if conductor.store.site(site) is None:
@@ -470,7 +466,7 @@ class App:
         return Response(status_code=204)
 
     async def stop(self, request: Request) -> Response:
-        body = await _body(request)
+        body = await short_body(request)
         who = (await self._who(request, "admin", body)).site
         self._leading().stop(who)
         return Response(status_code=204)
@@ -478,8 +474,8 @@ class App:
     async def _own_upload(self, request: Request) -> Row:
         """The upload a request is about, if it is the asking site's."""
         offset = request.headers.get("upload-offset", "")
-        length = request.headers.get("content-length", "")
-        body = f"{offset}:{length}" if request.method == "PATCH" else b""
+        coming = request.headers.get("content-length", "")
+        body = f"{offset}:{coming}" if request.method == "PATCH" else b""
         site = (await self._who(request, "site", body)).site
         row = self._leading().store.upload(request.path_params["upload"])
         if row is None:
@@ -573,86 +569,6 @@ class App:
                     actor, "refused", what=refusal.audited, status=refusal.status_code,
                     reason=refusal.detail[:200],
                 )  # fmt: skip
-
-
-async def _body(request: Request) -> bytes:
-    """A short body, read in pieces so that a long one is noticed."""
-    taken = bytearray()
-    async for piece in _streamed(request):
-        taken += piece
-        if len(taken) > messages.BODY_LIMIT:
-            raise Refused(413, f"a message has at most {messages.BODY_LIMIT} bytes")
-    return bytes(taken)
-
-
-async def _streamed(request: Request) -> AsyncIterator[bytes]:
-    """The pieces of a body, none of which may be long in coming."""
-    pieces = request.stream()
-    while True:
-        try:
-            piece = await asyncio.wait_for(anext(pieces, None), BODY_PATIENCE)
-        except TimeoutError:
-            raise Refused(408, f"nothing came for {BODY_PATIENCE:.0f} seconds") from None
-        if piece is None:
-            return
-        if piece:
-            yield piece
-
-
-async def _pieces(conductor: Conductor, digest: str, start: int, stop: int) -> AsyncIterator[bytes]:
-    for piece in conductor.blobs.read(digest, start, stop):
-        yield piece
-
-
-def _named(digest: str) -> sa.Select[Any]:
-    """The versions whose broadcast or model is this blob: nothing else is handed out."""
-    from atoll.service.tables import versions
-
-    return sa.select(versions.c.version).where(
-        (versions.c.broadcast == digest) | (versions.c.model == digest)
-    )
-
-
-def _range(text: str | None, size: int) -> tuple[int, int, int]:
-    """Start, stop and status of a range request: one range, from somewhere to somewhere."""
-    if text is None:
-        return 0, size, 200
-    unit, _, rest = text.partition("=")
-    first, dash, last = rest.partition("-")
-    simple = unit == "bytes" and dash and first.isdecimal() and (not last or last.isdecimal())
-    if not simple or len(first) > 18 or len(last) > 18:
-        return 0, size, 200
-    start, stop = int(first), min(int(last) + 1 if last else size, size)
-    if start >= stop:
-        raise Refused(
-            416, f"the blob has {size} bytes", headers={"Content-Range": f"bytes */{size}"}
-        )
-    return start, stop, 206
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        body = sha256()
-        while piece := file.read(1 << 20):
-            body.update(piece)
-    return body.hexdigest()
-
-
-def _length(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e6:
-        raise Refused(400, "wait is a number of seconds")
-    return value
 
 
 def _soon() -> dict[str, str]:

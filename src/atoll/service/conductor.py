@@ -12,7 +12,6 @@ import asyncio
 import json
 import logging
 import math
-import mmap
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +23,11 @@ from typing import Any, TypeVar
 import numpy as np
 import sqlalchemy as sa
 
-from atoll import wire
-from atoll.aggregation.door import admit
-from atoll.errors import CheckpointError, UpdateRefused
+from atoll.errors import CheckpointError
 from atoll.keys import Key
 from atoll.rounds.buffered import coordinator_for
-from atoll.rounds.cohort import discounted
 from atoll.rounds.coordinator import Answer, Invitation, Phase, Verdict
-from atoll.rounds.message import largest, unpack
+from atoll.rounds.message import largest
 from atoll.rounds.plan import Plan
 from atoll.rounds.roster import Roster
 from atoll.rounds.schedules import Buffered
@@ -39,11 +35,20 @@ from atoll.rounds.server import Server
 from atoll.service.blobs import Blobs
 from atoll.service.store import Change, Row, Store
 from atoll.service.tables import assignments, rounds, sites, tokens, uploads, versions
+from atoll.service.vault import Vault
 from atoll.tracking.describe import describe, digest
 from atoll.vectors import Vectors
 
 logger = logging.getLogger("atoll.service")
 T = TypeVar("T")
+
+
+#: What an assignment is after a verdict; whatever else it was, it was no longer needed.
+ENDS = {
+    Verdict.ACCEPTED: "accepted",
+    Verdict.MALFORMED: "refused",
+    Verdict.STALE: "refused",
+}
 
 
 def plan_digest(plan: Plan) -> str:
@@ -94,8 +99,8 @@ class Conductor:
         evaluate: Callable[[Vectors], Mapping[str, float]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.plan, self.service, self.store, self.blobs = plan, service, store, blobs
-        self.scratch = scratch
+        self.plan, self.service, self.store = plan, service, store
+        self.vault = Vault(plan, store, blobs, scratch)
         self.plan_digest, self.layout_digest = plan_digest(plan), plan.learner.layout.digest
         self.largest = largest(plan.schema)
         self.clock = clock
@@ -125,7 +130,7 @@ class Conductor:
             await self._first_version()
         else:
             self.version = latest
-            vectors = await self._in_thread(lambda: self._vectors(latest["state"]))
+            vectors = await self._in_thread(lambda: self.vault.vectors(latest["state"]))
             self.server.restore(vectors)
         state = self.store.setting("coordinator")
         if state is not None:
@@ -140,7 +145,7 @@ class Conductor:
         self.server.open()
         await self._refold()
         self._worker = asyncio.create_task(self._work_off(), name="atoll-sums")
-        self._sweep()
+        self.vault.sweep(self.version["version"], self.open, self.service.kept)
 
     async def close(self) -> None:
         """Finish what is in hand, and let go."""
@@ -213,20 +218,16 @@ class Conductor:
             change.run(uploads.delete().where(uploads.c.assignment == assignment))
             change.run(uploads.insert().values(**values))
         for old in found:
-            self.part(old["id"]).unlink(missing_ok=True)
+            self.vault.part(old["id"]).unlink(missing_ok=True)
         return values
-
-    def part(self, upload: str) -> Path:
-        """The file that an upload grows in."""
-        return self.scratch / f"{upload}.part"
 
     async def deliver(self, upload: Row) -> Answer:
         """An upload is complete, on disk and of its declared digest: decide about the update."""
-        path, site, id = self.part(upload["id"]), upload["site"], upload["assignment"]
-        fault = await self._in_thread(lambda: self._fault(path))
+        path, site, id = self.vault.part(upload["id"]), upload["site"], upload["assignment"]
+        fault = await self._in_thread(lambda: self.vault.fault(path))
         if not fault:
             # Durable before anyone decides; a blob that nobody names is swept away.
-            await self._in_thread(lambda: self.blobs.take(path, upload["digest"]))
+            await self._in_thread(lambda: self.vault.blobs.take(path, upload["digest"]))
         if self.store.upload(upload["id"]) is None:
             row = self.store.assignment(id)
             accepted = row is not None and row["state"] == "accepted"
@@ -236,7 +237,7 @@ class Conductor:
         began = self.coordinator.round
         answer = self.coordinator.deliver(id, site, now, fault)
         with self._deciding() as change:
-            state = "accepted" if answer.accepted else "refused"
+            state = ENDS.get(answer.verdict, "spared")
             change.run(
                 assignments.update()
                 .where(assignments.c.id == id)
@@ -257,7 +258,7 @@ class Conductor:
         if answer.accepted:
             row = self.store.assignment(id)
             assert row is not None
-            self._work.put_nowait(lambda: self._fold(row))
+            self._work.put_nowait(lambda: self.vault.fold(row, self.server.sums))
         self._after_outcome()
         return answer
 
@@ -287,7 +288,11 @@ class Conductor:
         self._flush()
         if self.store.setting("stop") and not self.stopping:
             self.stop("the operator")
+        active = set(self.active)
         for site, row in list(self.open.items()):
+            if site not in active:
+                self.give_up(site, row["id"], "the site was revoked")
+                continue
             last = max(self.seen.get(site, 0.0), row["opened"])
             if now - last > self.service.lease:
                 self.give_up(site, row["id"], f"not heard of for {now - last:.0f} s")
@@ -479,7 +484,7 @@ class Conductor:
         measurements = await self._in_thread(
             lambda: self.server.close(round, row["population"], pulled)
         )
-        made = await self._in_thread(self._keep)
+        made = await self._in_thread(lambda: self.vault.keep(self.server))
         metrics = {}
         if self._evaluate is not None:
             evaluate, model = self._evaluate, self.server.model()
@@ -504,7 +509,7 @@ class Conductor:
         self._stepping = False
         shown = ", ".join(f"{n} {v:.4g}" for n, v in (metrics or measurements).items())
         logger.info("round %d closed with %d updates: %s", round, len(accepted), shown)
-        self._sweep()
+        self.vault.sweep(self.version["version"], self.open, self.service.kept)
         self._invite(now)
         self.notify()
 
@@ -516,11 +521,11 @@ class Conductor:
         assert row is not None
         began = self.store.version(row["version"])
         assert began is not None
-        vectors = await self._in_thread(lambda: self._vectors(began["state"]))
+        vectors = await self._in_thread(lambda: self.vault.vectors(began["state"]))
         return schedule.staleness.discount(row["staleness"]), vectors["state/params"]
 
     async def _first_version(self) -> None:
-        made = await self._in_thread(self._keep)
+        made = await self._in_thread(lambda: self.vault.keep(self.server))
         now = self.clock()
         with self._deciding() as change:
             change.run(versions.insert().values(version=0, made=now, **made))
@@ -534,63 +539,11 @@ class Conductor:
             query = sa.select(assignments).where(assignments.c.counted == round)
             rows = self.store.rows(query.order_by(assignments.c.delivered))
             for row in rows:
-                await self._in_thread(lambda row=row: self._fold(row))  # type: ignore[misc]
+                await self._in_thread(lambda row=row: self.vault.fold(row, self.server.sums))  # type: ignore[misc]
             due = sa.select(rounds).where(rounds.c.round == round, rounds.c.state == "stepping")
             if not self.store.rows(due):
                 return
             await self._step(round, [row["id"] for row in rows])
-
-    def _fold(self, row: Row) -> None:
-        """Take an accepted update into the sum."""
-        path = self.blobs.local(row["digest"], self.scratch)
-        update = self.plan.stages.decode(unpack(_mapped(path)), self.plan.schema)
-        if isinstance(self.plan.schedule, Buffered):
-            factor = self.plan.schedule.staleness.discount(row["staleness"])
-            update = discounted(update, factor)
-        self.server.sums.add(update)
-        if path.parent == self.scratch:
-            path.unlink()
-
-    def _fault(self, path: Path) -> str:
-        """What is wrong with the update in a file, or nothing."""
-        try:
-            update = self.plan.stages.decode(unpack(_mapped(path)), self.plan.schema)
-            admit(update, self.plan.schema)
-        except UpdateRefused as refusal:
-            return str(refusal)
-        return ""
-
-    def _keep(self) -> dict[str, str]:
-        """Put the server's vectors, what sites receive and the model into blobs."""
-        return {
-            "state": self.blobs.put(wire.encode(self.server.vectors()), self.scratch),
-            "broadcast": self.blobs.put(wire.encode(self.server.broadcast()), self.scratch),
-            "model": self.blobs.put(wire.encode(self.server.model()), self.scratch),
-        }
-
-    def _vectors(self, digest: str) -> Vectors:
-        data = b"".join(self.blobs.read(digest))
-        vectors, _ = wire.decode(data)
-        return {name: np.array(vector) for name, vector in vectors.items()}
-
-    def _sweep(self) -> None:
-        """Remove blobs and parts that nothing refers to."""
-        newest = self.version["version"]
-        needed = {row["version"] for row in self.open.values()}
-        names: set[str] = set()
-        for row in self.store.rows(sa.select(versions)):
-            if row["version"] > newest - self.service.kept or row["version"] in needed:
-                names |= {row["state"], row["broadcast"], row["model"]}
-        waiting = sa.select(assignments.c.digest).where(assignments.c.counted > newest)
-        names |= {row["digest"] for row in self.store.rows(waiting)}
-        coming = self.store.rows(sa.select(uploads))
-        names |= {row["digest"] for row in coming}
-        for digest_ in self.blobs.all() - names:
-            self.blobs.remove(digest_)
-        parts = {f"{row['id']}.part" for row in coming}
-        for path in self.scratch.glob("*.part"):
-            if path.name not in parts:
-                path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         """Write down when sites were last heard of, all in one transaction."""
@@ -649,12 +602,6 @@ class _Deciding:
             raise
         if error[1] is not None:
             self._conductor.failed = error[1]
-
-
-def _mapped(path: Path) -> memoryview:
-    """A file's bytes, read where they are needed; unmapped with the last view of them."""
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
 
 
 def _json(value: Any) -> str:

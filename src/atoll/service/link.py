@@ -43,8 +43,9 @@ class Refusal(AtollError):
     """The server will not have it: its status, and its reason as the text."""
 
     def __init__(self, status: int, reason: str, detail: Mapping[str, str] | None = None) -> None:
-        super().__init__(reason)
         self.status, self.detail = status, dict(detail or {})
+        about = ", ".join(f"{name}: {value}" for name, value in self.detail.items())
+        super().__init__(f"{reason} ({about})" if about else reason)
 
 
 class Stopped(AtollError):

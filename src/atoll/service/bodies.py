@@ -1,0 +1,108 @@
+"""Bodies: read within bounds of size and time, and handed out whole or by range."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from atoll.service import messages
+from atoll.service.conductor import Conductor
+from atoll.service.tables import versions
+
+#: Seconds between two pieces of a body, after which the sender is given up.
+BODY_PATIENCE = 30.0
+
+
+class Refused(HTTPException):
+    """A request that is refused, and why; `audited` ones are somebody's doing, not bad luck."""
+
+    def __init__(
+        self, status: int, reason: str, *, audited: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(status, reason, headers)
+        self.audited = audited
+
+
+async def short_body(request: Request) -> bytes:
+    """A short body, read in pieces so that a long one is noticed."""
+    taken = bytearray()
+    async for piece in streamed(request):
+        taken += piece
+        if len(taken) > messages.BODY_LIMIT:
+            raise Refused(413, f"a message has at most {messages.BODY_LIMIT} bytes")
+    return bytes(taken)
+
+
+async def streamed(request: Request) -> AsyncIterator[bytes]:
+    """The pieces of a body, none of which may be long in coming."""
+    pieces = request.stream()
+    while True:
+        try:
+            piece = await asyncio.wait_for(anext(pieces, None), BODY_PATIENCE)
+        except TimeoutError:
+            raise Refused(408, f"nothing came for {BODY_PATIENCE:.0f} seconds") from None
+        if piece is None:
+            return
+        if piece:
+            yield piece
+
+
+async def pieces(conductor: Conductor, digest: str, start: int, stop: int) -> AsyncIterator[bytes]:
+    for piece in conductor.vault.blobs.read(digest, start, stop):
+        yield piece
+
+
+def versions_named(digest: str) -> sa.Select[Any]:
+    """The versions whose broadcast or model is this blob: nothing else is handed out."""
+    return sa.select(versions.c.version).where(
+        (versions.c.broadcast == digest) | (versions.c.model == digest)
+    )
+
+
+def byte_range(text: str | None, size: int) -> tuple[int, int, int]:
+    """Start, stop and status of a range request: one range, from somewhere to somewhere."""
+    if text is None:
+        return 0, size, 200
+    unit, _, rest = text.partition("=")
+    first, dash, last = rest.partition("-")
+    simple = unit == "bytes" and dash and first.isdecimal() and (not last or last.isdecimal())
+    if not simple or len(first) > 18 or len(last) > 18:
+        return 0, size, 200
+    start, stop = int(first), min(int(last) + 1 if last else size, size)
+    if start >= stop:
+        raise Refused(
+            416, f"the blob has {size} bytes", headers={"Content-Range": f"bytes */{size}"}
+        )
+    return start, stop, 206
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        body = sha256()
+        while piece := file.read(1 << 20):
+            body.update(piece)
+    return body.hexdigest()
+
+
+def length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise Refused(400, "wait is a number of seconds")
+    return value

@@ -1,0 +1,271 @@
+"""What operators and owners do: approve, look, revoke, stop and go on, back up, take over."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import time
+
+import numpy as np
+import pytest
+from test_federation import model_of, simulated
+
+from atoll import wire
+from atoll.service.blobs import BlobMissing, Bucket, Folder
+from atoll.service.identity import IdentityError, Token
+
+pytest.importorskip("sklearn")
+
+
+def rounds_of(place):
+    lines = place.cli("rounds", "state", "--json").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def joined(place, *names):
+    tokens = {name: place.invite(name) for name in names}
+    for name, token in tokens.items():
+        place.join(name, token)
+
+
+def finished(place, *names):
+    for name in names:
+        assert place.wait(name) == 0, place.log(name)
+    assert place.wait("server", 30) == 0, place.log("server")
+
+
+def test_the_owner_decides_before_the_first_training(place):
+    place.write(schedule="Synchronous(rounds=2)", pipeline="Clip(0.5) >> atoll.aggregation.Mean()")
+    place.serve("--linger", "30")
+    place.join("0", place.invite("0"), "--ask")
+    place.until(lambda: "waiting for approval" in place.log("0"), what="the question")
+    terms = json.loads((place.root / "0" / "terms.json").read_text())
+    assert terms["pipeline"][0]["norm"] == 0.5
+    assert len(terms["code"]) == 64
+    time.sleep(0.5)
+    assert not rounds_of(place) or rounds_of(place)[0]["state"] == "open"
+    assert '"norm": 0.5' in place.cli("approve", "0")
+    finished(place, "0")
+    assert len(rounds_of(place)) == 2
+
+
+def test_the_owner_may_refuse(place):
+    place.serve("--linger", "1")
+    place.join("0", place.invite("0"), "--ask")
+    place.until(lambda: "waiting for approval" in place.log("0"), what="the question")
+    place.cli("approve", "0", "--refuse")
+    assert place.wait("0") == 1
+    assert "refused the federation's terms" in place.log("0")
+
+
+def test_another_plan_is_refused_with_both_digests(place):
+    place.serve("--linger", "1")
+    place.until(lambda: "leading" in place.log("server"), what="the server's start")
+    place.write(algorithm="FedProx(mu=0.5)")
+    place.join("0", place.invite("0"))
+    assert place.wait("0") == 1
+    text = place.log("0")
+    assert "plan of 0's copy of the federation is another than the server's" in text
+    assert "(site's: " in text
+    assert "server's: " in text
+
+
+def test_stop_and_go_on(place):
+    place.write(schedule="Synchronous(rounds=400)")
+    place.serve("--linger", "20", "--seed", "2", "--sites", "2")
+    joined(place, "0", "1")
+    place.until(lambda: len(rounds_of(place)) > 3, what="the third round")
+    assert "stopping" in place.cli("stop", "state")
+    finished(place, "0", "1")
+    done = sum(row["state"] == "closed" for row in rounds_of(place))
+    assert 3 <= done < 400
+    assert "the federation was stopped" in place.log("0")
+    place.serve("--linger", "20", "--seed", "2", "--set", f"schedule.rounds={done + 2}")
+    for name in "01":
+        place.join(name)
+    finished(place, "0", "1")
+    assert sum(row["state"] == "closed" for row in rounds_of(place)) == done + 2
+
+
+def test_interrupted_server_leaves_at_once_and_is_taken_up(place):
+    place.write(schedule="Synchronous(rounds=200)")
+    place.serve("--linger", "20", "--sites", "1")
+    joined(place, "0")
+    place.until(lambda: len(rounds_of(place)) > 2, what="the second round")
+    server = place.processes["server"]
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(15) == 0
+    place.processes["0"].send_signal(signal.SIGTERM)
+    assert place.wait("0", 15) == 130
+    assert "stopped; start again to go on" in place.log("0")
+
+
+def test_a_revoked_site_is_out_at_its_next_request(place):
+    place.write(schedule="Synchronous(rounds=300, minimum=1)")
+    place.serve("--linger", "20")
+    joined(place, "0", "1")
+    place.until(lambda: len(rounds_of(place)) > 2, what="the second round")
+    assert "revoked" in place.cli("revoke", "state", "1")
+    assert place.wait("1") == 1
+    assert "1 was revoked" in place.log("1")
+    before = len(rounds_of(place))
+    place.until(lambda: len(rounds_of(place)) > before + 2, what="going on without it")
+    assert rounds_of(place)[-2]["record"]["accepted"] == ["0"]
+    assert '"status":"revoked"' not in place.cli("sites", "state")
+    assert "revoked" in place.cli("sites", "state")
+
+
+def test_an_analyst_reads_and_an_admin_acts(place):
+    place.write(schedule="Synchronous(rounds=500)")
+    place.serve("--linger", "20")
+    joined(place, "0")
+    place.until(lambda: len(rounds_of(place)) > 1, what="the first round")
+    for who, role in (("ann", "analyst"), ("bob", "admin")):
+        token = place.invite(who, "--role", role)
+        place.cli("enrol", place.url, "--token", token, "--folder", who)
+    assert "500" in place.cli("status", "ann")
+    assert "closed" in place.cli("rounds", "ann")
+    assert "analyst" in place.cli("sites", "ann")
+    assert "this is for the role admin, and ann is analyst" in place.cli("stop", "ann", check=False)
+    place.cli("stop", "bob")
+    finished(place, "0")
+
+
+def test_backup_while_it_runs_and_restore(place):
+    place.write(schedule="Synchronous(rounds=60)")
+    place.serve("--linger", "20", "--seed", "4")
+    joined(place, "0", "1")
+    place.until(lambda: len(rounds_of(place)) > 5, what="the fifth round")
+    place.cli("backup", "state", "copy.tar")
+    finished(place, "0", "1")
+    place.cli("restore", "copy.tar", "again")
+    assert "holds" in place.cli("audit", "verify", "again")
+    # Sites that have gone further than the restored server go on with it, to the same model.
+    (place.root / "state").rename(place.root / "old")
+    (place.root / "again").rename(place.root / "state")
+    model = (place.root / "0" / "model.safetensors").read_bytes()
+    place.serve("--linger", "20", "--seed", "4")
+    for name in "01":
+        place.join(name)
+    finished(place, "0", "1")
+    assert (place.root / "0" / "model.safetensors").read_bytes() == model
+
+
+def test_a_second_server_stands_by_and_takes_over(place):
+    place.write(schedule="Synchronous(rounds=400)")
+    first = place.serve("--linger", "20")
+    joined(place, "0")
+    place.until(lambda: len(rounds_of(place)) > 2, what="the second round")
+    other = type(place)(place.root, processes=place.processes)
+    words = ["serve", "federation.py", "--state", "state", "--port", str(other.port)]
+    place.start("second", *words, "--linger", "20")
+    place.until(lambda: "standing by" in place.log("second"), what="standing by")
+    place.kill("server")
+    assert first.poll() is not None
+    place.until(lambda: "leading" in place.log("second"), 30, "taking over")
+    place.kill("0")
+    before = len(rounds_of(place))
+    place.join("0", url=other.url)
+    place.until(lambda: len(rounds_of(place)) > before + 2, what="going on")
+
+
+def test_a_site_that_vanishes_is_given_up_and_may_come_back(place):
+    place.write(schedule="Synchronous(rounds=30, minimum=1)")
+    place.serve("--linger", "20", "--lease", "2")
+    joined(place, "0", "1")
+    place.until(lambda: len(rounds_of(place)) > 1, what="the first round")
+    place.kill("1")
+    place.until(
+        lambda: any(r["record"].get("accepted") == ["0"] for r in rounds_of(place)),
+        what="a round without it",
+    )
+    place.join("1")
+    finished(place, "0", "1")
+
+
+def test_fedbuff_over_the_network(place):
+    place.write(
+        "FedAvg(weighting='uniform')", "Buffered(rounds=12, concurrency=3, buffer=2, limit=5)"
+    )
+    place.serve("--linger", "20")
+    joined(place, "0", "1", "2", "3")
+    finished(place, "0", "1", "2", "3")
+    rows = rounds_of(place)
+    assert [row["state"] for row in rows] == ["closed"] * 12
+    assert all(len(row["record"]["accepted"]) == 2 for row in rows)
+    models = {model_of(place.root / n / "model.safetensors").tobytes() for n in "0123"}
+    assert len(models) == 1
+
+
+def test_over_selection_spares_whoever_comes_late(place):
+    place.write(schedule="Synchronous(rounds=6, cohort=2, invite=3)")
+    place.serve("--linger", "20")
+    joined(place, "0", "1", "2")
+    finished(place, "0", "1", "2")
+    assert all(len(row["record"]["accepted"]) == 2 for row in rounds_of(place))
+    with sqlite3.connect(place.state / "atoll.db") as database:
+        states = database.execute("SELECT state, count(*) FROM assignments GROUP BY state")
+        found = dict(states.fetchall())
+    database.close()
+    assert found == {"accepted": 12, "spared": 6}
+
+
+def test_a_cohort_of_fewer_is_the_simulations(place):
+    """Members are numbered by name, so the draws of cohorts are the simulator's too."""
+    place.write(schedule="Synchronous(rounds=10, cohort=5)")
+    place.serve("--linger", "20", "--seed", "9", "--sites", "8")
+    joined(place, *"01234567")
+    finished(place, *"01234567")
+    run = simulated(place, seed=9)
+    found = model_of(place.root / "0" / "model.safetensors")
+    assert found.tobytes() == run.model["params"].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_blobs_are_what_was_put(tmp_path, kind):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "kept").mkdir()
+    place = Folder(tmp_path / "kept") if kind == "folder" else Bucket(f"file://{tmp_path / 'kept'}")
+    data = np.random.default_rng(0).bytes(3 << 20)
+    digest = place.put([data[:100], data[100:]], tmp_path / "scratch")
+    assert place.size(digest) == len(data)
+    assert b"".join(place.read(digest)) == data
+    assert b"".join(place.read(digest, 5, 2_000_000)) == data[5:2_000_000]
+    assert place.local(digest, tmp_path / "scratch").read_bytes() == data
+    assert place.all() == {digest}
+    place.remove(digest)
+    place.remove(digest)
+    assert place.all() == set()
+    with pytest.raises(BlobMissing):
+        place.size(digest)
+    with pytest.raises(BlobMissing):
+        list(place.read("../../etc/passwd"))
+
+
+def test_a_federation_over_a_bucket(place):
+    place.write(schedule="Synchronous(rounds=3)")
+    (place.root / "bucket").mkdir()
+    place.serve("--linger", "20", "--blobs", f"file://{place.root / 'bucket'}")
+    joined(place, "0", "1")
+    finished(place, "0", "1")
+    model = (place.root / "0" / "model.safetensors").read_bytes()
+    assert set(wire.decode(model)[0]) == {"params"}
+    assert not list((place.state / "blobs").glob("??/*"))
+
+
+def test_tokens_that_are_none_are_said_so():
+    for text in ("", "atoll-", "atoll-xyz", "atoll-" + "A" * 200):
+        with pytest.raises(IdentityError, match="not an enrolment token"):
+            Token.read(text)
+    token = Token.fresh("ab" * 32)
+    assert Token.read(str(token)) == token
+
+
+def test_commands_without_a_state_folder(place):
+    for line in ("status nowhere", "invite nowhere a", "audit verify nowhere"):
+        assert "is not a state folder; make one with: atoll init nowhere" in place.cli(
+            *line.split(), check=False
+        )
+    assert "cannot be a site's name" in place.cli("invite", "state", "../up", check=False)
+    assert "is not empty" in place.cli("init", "state", check=False)
