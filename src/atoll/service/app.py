@@ -31,6 +31,7 @@ from atoll.service.blobs import DIGEST, BlobMissing
 from atoll.service.bodies import (
     Refused,
     byte_range,
+    file_digest,
     length,
     pieces,
     seconds,
