@@ -15,7 +15,6 @@ from hypothesis import settings
 from atoll import Federation, algorithms, data, schedules
 from atoll.data import FederatedData
 from atoll.learners import NumpyLearner
-from atoll.simulation import Crew, Engine, Sequential
 
 # The suite draws the same examples every time; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
@@ -49,32 +48,3 @@ def federation() -> Federation:
         algorithm=algorithms.FedAvg(),
         schedule=schedules.Synchronous(rounds=6, cohort=4),
     )
-
-
-class Tapped(Engine):
-    """One client after the other in this thread; `tap` sees the turns of each group first."""
-
-    def __init__(self, tap, each=lambda turn: None, shuffle=False):
-        self.tap, self.each, self.shuffle = tap, each, shuffle
-
-    def open(self, plan, data, key):
-        inner = Sequential(workers=1).open(plan, data, key)
-        tapped = self
-
-        class TappedCrew(Crew):
-            engine, notes = inner.engine, inner.notes
-
-            def run(self, received, turns, sums):
-                tapped.tap(turns)
-                order = list(range(len(turns)))
-                if tapped.shuffle:
-                    order = np.random.default_rng().permutation(len(turns)).tolist()
-                for place in order:
-                    tapped.each(turns[place])
-                    for block in inner.run(received, [turns[place]], sums):
-                        yield [(place, delivery) for _, delivery in block]
-
-            def close(self):
-                inner.close()
-
-        return TappedCrew()

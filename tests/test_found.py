@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import Tapped
+from tapped import Tapped
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean

@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from conftest import Tapped
+from tapped import Tapped
 
 from atoll import Evaluation, Federation, algorithms, data, schedules, wire
 from atoll.aggregation import Clip, Mean

@@ -17,6 +17,7 @@ from atoll.vectors import Vectors, describe_names
 #: Lighter updates would lose digits in fixed point, heavier ones would not fit it.
 WEIGHT_LEAST, WEIGHT_LIMIT = 2.0**-20, 2.0**40
 METRIC_LIMIT = 64
+TILE = 1 << 18
 
 
 def admit(update: Update, schema: Schema) -> None:
@@ -85,7 +86,9 @@ def _vector(name: str, vector: NDArray[Any], size: int, dtype: np.dtype[Any]) ->
         raise UpdateRefused(
             f"{name!r} is {vector.dtype} {list(vector.shape)}, but {dtype} [{size}] was asked for"
         )
-    if dtype.kind == "f" and not np.isfinite(vector).all():
-        raise UpdateRefused(
-            f"{name!r} holds {int((~np.isfinite(vector)).sum())} values that are NaN or infinite"
-        )
+    if dtype.kind == "f":
+        # In tiles: a mask of a whole model is a quarter of it.
+        tiles = (vector[start : start + TILE] for start in range(0, size, TILE))
+        wrong = sum(len(tile) - int(np.isfinite(tile).sum()) for tile in tiles)
+        if wrong:
+            raise UpdateRefused(f"{name!r} holds {wrong} values that are NaN or infinite")

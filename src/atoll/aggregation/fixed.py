@@ -138,6 +138,25 @@ class FixedSum:
         total *= 2.0**-UNIT_BITS
         return total if self.floating is None else total + self.floating
 
+    def quotient(self, weight: float) -> NDArray[np.float32]:
+        """The sum over `weight`, float32, in the sum's own memory: it is used up by this."""
+        low, size = self.low, len(self.low)
+        if self.high is not None or self.floating is not None or not low.flags.owndata:
+            with np.errstate(over="ignore"):
+                return (self.value() / weight).astype(np.float32)
+        self._low = np.zeros(0, np.int64)
+        out = low.view(np.float32)
+        # A tile is written where only tiles before it were.
+        for start in range(0, size, TILE):
+            part = low[start : start + TILE].astype(np.float64)
+            part *= 2.0**-UNIT_BITS
+            part /= weight
+            out[start : start + len(part)] = part
+        del out
+        low.resize((size + 1) // 2, refcheck=False)
+        mean: NDArray[np.float32] = low.view(np.float32)[:size]
+        return mean
+
     def _add_narrow(self, vector: NDArray[np.floating], scale: float, sign: int) -> None:
         # Tiles keep the scratch in the processor's cache.
         scratch = np.empty(min(TILE, len(vector)), np.float64)

@@ -185,8 +185,9 @@ class _RunningMean(Accumulator):
             if count.units
         }
         return Aggregate(
-            _divide(self.sums, weight),
-            _divide(self.statistics, weight) | self._mean_counters(),
+            {name: total.quotient(weight) for name, total in self.sums.items()},
+            {name: total.quotient(weight) for name, total in self.statistics.items()}
+            | self._mean_counters(),
             weight=weight,
             count=self.count,
             population=population,
@@ -199,11 +200,6 @@ class _RunningMean(Accumulator):
         units = self.weight.units
         means = [_round_division(int(total), units) for total in self.counters]
         return {"counters": np.array(means, np.int64)}
-
-
-def _divide(sums: dict[str, FixedSum], weight: float) -> Vectors:
-    with np.errstate(over="ignore"):
-        return {name: (total.value() / weight).astype(np.float32) for name, total in sums.items()}
 
 
 def _round_division(numerator: int, denominator: int) -> int:

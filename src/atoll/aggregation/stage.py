@@ -187,4 +187,4 @@ class Accumulator(ABC):
 
     @abstractmethod
     def close(self, population: int) -> Aggregate:
-        """The aggregate of what was taken in, which must be at least one update."""
+        """The aggregate of what was taken in, at least one update; the accumulator is used up."""

@@ -69,9 +69,10 @@ class Folder(Blobs):
 
     def take(self, path: Path, digest: str) -> None:
         target = self._path(digest)
+        new = not target.parent.exists()
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
-        for folder in (target.parent, self.path):
+        for folder in (target.parent, self.path)[: 1 + new]:
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)

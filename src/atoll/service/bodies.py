@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from atoll.service import messages
 from atoll.service.conductor import Conductor
@@ -18,6 +18,7 @@ from atoll.service.tables import versions
 
 #: Seconds between two pieces of a body, after which the sender is given up.
 BODY_PATIENCE = 30.0
+BLOCK = 1 << 20
 
 
 class Refused(HTTPException):
@@ -45,13 +46,34 @@ async def streamed(request: Request) -> AsyncIterator[bytes]:
     pieces = request.stream()
     while True:
         try:
-            piece = await asyncio.wait_for(anext(pieces, None), BODY_PATIENCE)
+            async with asyncio.timeout(BODY_PATIENCE):
+                piece = await anext(pieces, None)
         except TimeoutError:
             raise Refused(408, f"nothing came for {BODY_PATIENCE:.0f} seconds") from None
         if piece is None:
             return
         if piece:
             yield piece
+
+
+async def gathered(request: Request, most: int) -> AsyncIterator[bytes]:
+    """A long body in blocks of about 1 MiB; what came before a break is handed out too."""
+    held, came = bytearray(), 0
+    try:
+        async for piece in streamed(request):
+            came += len(piece)
+            if came > most:
+                raise Refused(413, f"more came than the {most} bytes to come", audited="upload")
+            held += piece
+            if len(held) >= BLOCK:
+                yield bytes(held)
+                held.clear()
+    except ClientDisconnect:
+        if held:
+            yield bytes(held)
+        raise
+    if held:
+        yield bytes(held)
 
 
 async def pieces(conductor: Conductor, digest: str, start: int, stop: int) -> AsyncIterator[bytes]:

@@ -32,6 +32,7 @@ from atoll.rounds.plan import Plan
 from atoll.rounds.roster import Roster
 from atoll.rounds.schedules import Buffered
 from atoll.rounds.server import Server
+from atoll.rounds.turn import first_memory
 from atoll.service.blobs import Blobs
 from atoll.service.store import Change, Row, Store
 from atoll.service.tables import assignments, rounds, sites, tokens, uploads, versions
@@ -120,7 +121,13 @@ class Conductor:
         self._stepping = False
         self._patient_until = 0.0
         self._flushed: dict[str, float] = {}
+        # Names of the sites that take part, in order, and what they say of themselves.
+        self.active: list[str] = []
+        self._said: dict[str, tuple[int, str]] = {}
+        self._unsaid: set[str] = set()
+        self._mark: object = None
         self._retry_at = 0.0
+        self._remembers = True
 
     async def start(self) -> None:
         """Take up where the store left off."""
@@ -132,12 +139,14 @@ class Conductor:
             self.version = latest
             vectors = await self._in_thread(lambda: self.vault.vectors(latest["state"]))
             self.server.restore(vectors)
+        self._remembers = bool(first_memory(self.plan, self.server.broadcast()))
         state = self.store.setting("coordinator")
         if state is not None:
             self.coordinator.restore(state)
+        self.refresh()
         now = self.clock()
         # Whoever has joined may come back after our own absence.
-        self.seen = {s["name"]: now for s in self.store.sites() if s["status"] == "active"}
+        self.seen = dict.fromkeys(self.active, now)
         self._patient_until = now + self.service.presence
         still = assignments.c.state == "open"
         self.open = {r["site"]: r for r in self.store.rows(sa.select(assignments).where(still))}
@@ -166,25 +175,35 @@ class Conductor:
     def _busy(self) -> bool:
         return self._stepping or self.version["version"] < self.coordinator.round - 1
 
-    @property
-    def active(self) -> list[str]:
-        """Sites that have joined and were not revoked, by name."""
-        query = sa.select(sites.c.name).where(sites.c.status == "active", sites.c.role == "site")
-        return [row["name"] for row in self.store.rows(query.order_by(sites.c.name))]
-
-    def saw(self, site: str, examples: int | None = None, about: str | None = None) -> None:
-        """A site was heard of; what it says of itself is kept where it is new."""
+    def saw(self, site: str, examples: int | None = None, about: str = "{}") -> None:
+        """A site was heard of; what it says of itself is written down with the next tick."""
         self.seen[site] = self.clock()
-        if examples is None:
-            return
-        row = self.store.site(site)
-        if row is not None and (row["examples"] != examples or row["about"] != about):
-            with self.store.change() as change:
-                new = {"examples": examples, "about": about or "{}"}
-                change.run(sites.update().where(sites.c.name == site).values(**new))
+        if examples is not None and self._said.get(site) != (examples, about):
+            self._said[site] = examples, about
+            self._unsaid.add(site)
+
+    def refresh(self) -> None:
+        """See which sites have joined or were revoked, also by other processes."""
+        mark = self.store.rows(
+            sa.select(
+                sa.func.count(), sa.func.max(sites.c.joined), sa.func.min(sites.c.status),
+                sa.func.sum(sa.case((sites.c.status == "active", 1), else_=0)),
+            )
+        )  # fmt: skip
+        if mark != self._mark:
+            query = sa.select(sites.c.name, sites.c.examples, sites.c.about).where(
+                sites.c.status == "active", sites.c.role == "site"
+            )
+            rows = self.store.rows(query.order_by(sites.c.name))
+            self.active = [row["name"] for row in rows]
+            for row in rows:
+                self._said.setdefault(row["name"], (row["examples"], row["about"]))
+            self._mark = mark
 
     def memory_of(self, site: str) -> str | None:
         """The last assignment of a site whose update is in a model, so that its memory counts."""
+        if not self._remembers:
+            return None
         query = (
             sa.select(assignments.c.id)
             .where(assignments.c.site == site, assignments.c.state == "accepted")
@@ -285,6 +304,7 @@ class Conductor:
     def tick(self) -> None:
         """What time alone brings about: leases, deadlines, the next round."""
         now = self.clock()
+        self.refresh()
         self._flush()
         if self.store.setting("stop") and not self.stopping:
             self.stop("the operator")
@@ -342,10 +362,9 @@ class Conductor:
             patient = len(present) < schedule.invited(population) and now < self._patient_until
             if not enough or patient:
                 return
-        examples = {s["name"]: s["examples"] for s in self.store.sites()}
         roster = Roster(
             active,
-            np.array([examples[name] for name in active], np.int64),
+            np.array([self._said[name][0] for name in active], np.int64),
             np.array(present, np.int64),
         )
         invitations = self.coordinator.open(roster, now)
@@ -548,12 +567,21 @@ class Conductor:
     def _flush(self) -> None:
         """Write down when sites were last heard of, all in one transaction."""
         new = {s: at for s, at in self.seen.items() if self._flushed.get(s) != at}
-        if not new:
+        if not new and not self._unsaid:
             return
         with self.store.change() as change:
-            for site in sorted(new):
-                change.run(sites.update().where(sites.c.name == site).values(seen=new[site]))
+            # In order: two transactions must not wait for each other.
+            change.many(
+                sites.update().where(sites.c.name == sa.bindparam("site")),
+                [{"site": site, "seen": new[site]} for site in sorted(new)],
+            )
+            said = [(site, *self._said[site]) for site in sorted(self._unsaid)]
+            change.many(
+                sites.update().where(sites.c.name == sa.bindparam("site")),
+                [{"site": s, "examples": count, "about": about} for s, count, about in said],
+            )
         self._flushed |= new
+        self._unsaid.clear()
 
     def _check_identity(self) -> None:
         """Keep what makes this federation itself, or see that it is the same one."""

@@ -28,7 +28,6 @@ ROLES: tuple[Role, ...] = ("site", "analyst", "admin")
 
 SESSION_SECONDS = 3600.0
 CHALLENGE_SECONDS = 60.0
-CHALLENGES = 4096
 #: Sessions of one site that are good at the same time; the oldest makes way.
 SESSIONS_EACH = 4
 WINDOW = 64
@@ -157,20 +156,30 @@ class Sessions:
         self._clock = clock
         self._sessions: dict[str, Session] = {}
         self._by_site: dict[str, list[str]] = {}
-        self._challenges: dict[str, tuple[str, float]] = {}
+        self._secret = secrets.token_bytes(32)
+        # Challenges that were answered, until they could no longer be.
+        self._answered: dict[str, float] = {}
 
     def challenge(self, site: str) -> str:
-        """A number used once, for a site to sign."""
-        while len(self._challenges) >= CHALLENGES:
-            del self._challenges[next(iter(self._challenges))]
-        nonce = secrets.token_hex(32)
-        self._challenges[nonce] = (site, self._clock() + CHALLENGE_SECONDS)
-        return nonce
+        """Something to sign, known again without being kept: anyone may ask for as many."""
+        return self._challenge(site, int(self._clock() * 1000) + 1, secrets.token_bytes(8))
 
     def answered(self, site: str, nonce: str) -> bool:
         """Whether this was asked of this site a moment ago; it cannot be answered twice."""
-        asked, until = self._challenges.pop(nonce, ("", 0.0))
-        return asked == site and self._clock() <= until
+        now, given = self._clock(), bytes.fromhex(nonce)
+        asked = int.from_bytes(given[:8], "big")
+        fresh = 0 <= now - (asked - 1) / 1000 <= CHALLENGE_SECONDS
+        mine = hmac.compare_digest(self._challenge(site, asked, given[8:16]), nonce)
+        if not (fresh and mine) or nonce in self._answered:
+            return False
+        for old in [n for n, until in self._answered.items() if until < now]:
+            del self._answered[old]
+        self._answered[nonce] = now + CHALLENGE_SECONDS
+        return True
+
+    def _challenge(self, site: str, asked: int, salt: bytes) -> str:
+        head = asked.to_bytes(8, "big") + salt
+        return (head + hmac.new(self._secret, head + site.encode(), sha256).digest()[:16]).hex()
 
     def open(self, site: str, role: Role) -> Session:
         """A new session."""

@@ -138,10 +138,12 @@ class Store:
             query = query.where(tables.versions.c.version == number)
         return self._first(query)
 
-    def rows(self, query: sa.Select[Any]) -> Sequence[Row]:
+    def rows(self, query: sa.Executable) -> Sequence[Row]:
         """All rows of a query."""
         with self.reading() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
+            result = connection.execute(query)
+            names = tuple(result.keys())
+            return [dict(zip(names, row, strict=True)) for row in result]
 
     def _first(self, query: sa.Select[Any]) -> Row | None:
         with self.reading() as connection:
@@ -158,6 +160,11 @@ class Change:
     def run(self, statement: sa.Executable) -> int:
         """Execute; how many rows it touched."""
         return int(self.connection.execute(statement).rowcount)
+
+    def many(self, statement: sa.Executable, rows: list[dict[str, Any]]) -> None:
+        """Execute once for each row."""
+        if rows:
+            self.connection.execute(statement, rows)
 
     def set(self, name: str, value: Any) -> None:
         """Keep a single value."""
