@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from atoll.service import messages
 from atoll.service.conductor import Conductor
@@ -128,3 +130,13 @@ def seconds(text: str) -> float:
     if not 0 <= value < 1e6:
         raise Refused(400, "wait is a number of seconds")
     return value
+
+
+def soon() -> dict[str, str]:
+    """The header that asks to try again in a moment."""
+    return {"Retry-After": str(random.randint(1, 3))}
+
+
+def answered(message: messages.Message, status: int = 200) -> Response:
+    """A message as an answer."""
+    return Response(messages.write(message), status, media_type="application/json")
