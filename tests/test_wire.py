@@ -9,15 +9,16 @@ from hypothesis.extra import numpy as hnp
 
 from atoll import wire
 
+names = st.text(max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable())
 arrays = st.dictionaries(
-    st.text(max_size=8).filter(lambda name: name != "__metadata__"),
+    names,
     st.one_of(
         hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4))
         for dtype in (np.float32, np.float64, np.int64)
     ),
     max_size=4,
 )
-texts = st.dictionaries(st.text(max_size=4), st.text(max_size=8), max_size=3)
+texts = st.dictionaries(names, st.text(max_size=8), max_size=3)
 
 
 @given(arrays, texts)
@@ -30,6 +31,14 @@ def test_round_trip_and_size(vectors, metadata):
     for name, vector in vectors.items():
         assert decoded[name].dtype == vector.dtype
         np.testing.assert_array_equal(decoded[name], vector)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\ud800", "\0", "n" * 257])
+def test_names_that_are_not_fit_for_sentences_are_refused(name):
+    with pytest.raises(wire.WireError, match="not printable"):
+        wire.decode(b"".join(wire.encode({name: np.zeros(1)})))
+    with pytest.raises(wire.WireError, match="not printable"):
+        wire.decode(b"".join(wire.encode({}, {name: "text"})))
 
 
 def test_the_safetensors_library_reads_ours_and_we_read_its():

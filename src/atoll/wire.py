@@ -27,6 +27,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 1 << 20
 ALIGNMENT = 8
 SIZE_LIMIT = 1 << 48
+NAME_LIMIT = 256
 
 
 class WireError(AtollError):
@@ -116,6 +117,10 @@ def decode(data: bytes | memoryview) -> tuple[Vectors, dict[str, str]]:
     metadata = plan.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WireError("the metadata are not names and strings")
+    for name in (*plan, *metadata):
+        # Names end up in sentences, logs and databases.
+        if not (name.isprintable() and len(name) <= NAME_LIMIT):
+            raise WireError(f"a name is longer than {NAME_LIMIT} characters, or not printable")
     body = view[8 + length :]
     vectors: Vectors = {}
     expected = 0

@@ -17,6 +17,7 @@ from atoll.vectors import Vectors, describe_names
 #: Lighter updates would lose digits in fixed point, heavier ones would not fit it.
 WEIGHT_LEAST, WEIGHT_LIMIT = 2.0**-20, 2.0**40
 METRIC_LIMIT = 64
+NAME_LIMIT = 64
 TILE = 1 << 18
 
 
@@ -35,6 +36,10 @@ def admit(update: Update, schema: Schema) -> None:
         )
     if len(update.metrics) > METRIC_LIMIT:
         raise UpdateRefused(f"it reports more than {METRIC_LIMIT} metrics")
+    if any(not name.isprintable() or len(name) > NAME_LIMIT for name in update.metrics):
+        raise UpdateRefused(
+            f"a metric has a name that is longer than {NAME_LIMIT} characters, or not printable"
+        )
 
 
 def admit_rows(
@@ -76,8 +81,10 @@ def admit_rows(
 
 def _match(kind: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if set(given) != set(wanted):
+        shown = describe_names(name[:NAME_LIMIT] for name in sorted(given)[:5])
+        more = f" and {len(given) - 5} more" if len(given) > 5 else ""
         raise UpdateRefused(
-            f"its {kind} are {describe_names(given)}, but {describe_names(wanted)} were asked for"
+            f"its {kind} are {shown}{more}, but {describe_names(wanted)} were asked for"
         )
 
 

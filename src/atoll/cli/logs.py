@@ -29,6 +29,11 @@ class _Text(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        # A line break or an escape in what a stranger sent must not look like a line of ours.
+        text = super().formatMessage(record)
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:

@@ -31,7 +31,7 @@ class App(Desk):
         def route(path: str, endpoint: Callable[..., Awaitable[Response]], method: str) -> Route:
             return Route(path, self.counted(endpoint, path), methods=[method])
 
-        return Starlette(
+        app = Starlette(
             routes=[
                 route("/health", looking.health, "GET"),
                 route("/metrics", looking.metrics, "GET"),
@@ -54,6 +54,8 @@ class App(Desk):
             ],
             exception_handlers={HTTPException: _problem, Exception: _broken},
         )
+        app.router.redirect_slashes = False
+        return app
 
 
 def _problem(request: Request, error: Exception) -> Response:

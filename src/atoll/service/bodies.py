@@ -36,10 +36,14 @@ class Refused(HTTPException):
 async def short_body(request: Request) -> bytes:
     """A short body, read in pieces so that a long one is noticed."""
     taken = bytearray()
-    async for piece in streamed(request):
-        taken += piece
-        if len(taken) > messages.BODY_LIMIT:
-            raise Refused(413, f"a message has at most {messages.BODY_LIMIT} bytes")
+    try:
+        async with asyncio.timeout(BODY_PATIENCE):
+            async for piece in streamed(request):
+                taken += piece
+                if len(taken) > messages.BODY_LIMIT:
+                    raise Refused(413, f"a message has at most {messages.BODY_LIMIT} bytes")
+    except TimeoutError:
+        raise Refused(408, f"the message took longer than {BODY_PATIENCE:.0f} seconds") from None
     return bytes(taken)
 
 
@@ -70,8 +74,8 @@ async def gathered(request: Request, most: int) -> AsyncIterator[bytes]:
             if len(held) >= BLOCK:
                 yield bytes(held)
                 held.clear()
-    except ClientDisconnect:
-        if held:
+    except (ClientDisconnect, Refused) as error:
+        if held and getattr(error, "status_code", 408) == 408:
             yield bytes(held)
         raise
     if held:

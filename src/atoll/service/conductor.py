@@ -243,7 +243,7 @@ class Conductor:
     async def deliver(self, upload: Row) -> Answer:
         """An upload is complete, on disk and of its declared digest: decide about the update."""
         path, site, id = self.vault.part(upload["id"]), upload["site"], upload["assignment"]
-        fault = await self._in_thread(lambda: self.vault.fault(path))
+        fault = _plain(await self._in_thread(lambda: self.vault.fault(path)))
         if not fault:
             # Durable before anyone decides; a blob that nobody names is swept away.
             await self._in_thread(lambda: self.vault.blobs.take(path, upload["digest"]))
@@ -630,6 +630,11 @@ class _Deciding:
             raise
         if error[1] is not None:
             self._conductor.failed = error[1]
+
+
+def _plain(text: str) -> str:
+    """What a stranger may have had a part in, fit for databases and terminals."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:500]
 
 
 def _json(value: Any) -> str:

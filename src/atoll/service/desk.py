@@ -66,15 +66,16 @@ class Desk:
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         counter = request.headers.get("atoll-counter", "")
         good = counter.isdecimal() and len(counter) < 16 and hmac.compare_digest(
-            seal(session.key, request.method, target, int(counter), text),
-            request.headers.get("atoll-seal", ""),
+            seal(session.key, request.method, target, int(counter), text).encode(),
+            request.headers.get("atoll-seal", "").encode(),
         )  # fmt: skip
         if not good:
             raise Refused(401, "the seal does not fit the request", audited="seal")
         if not session.take(int(counter)):
             raise Refused(409, "this request was made before", audited="replay")
         row = conductor.store.site(session.site)
-        if row is None or row["status"] != "active":
+        # A name may have been given to another key since.
+        if row is None or row["status"] != "active" or row["key"] != session.public:
             raise Refused(403, f"{session.site} was revoked", audited="revoked")
         may = {None: ("site", "analyst", "admin"), "analyst": ("analyst", "admin")}
         if row["role"] not in may.get(role, (role,)):
@@ -115,6 +116,7 @@ class Desk:
                 raise Refused(400, str(error)[:500]) from None
             except Refused as refusal:
                 status = refusal.status_code
+                self.measures.refused(refusal.audited or str(status))
                 if refusal.audited:
                     self._audit(request, refusal)
                 raise
@@ -128,7 +130,6 @@ class Desk:
 
     def _audit(self, request: Request, refusal: Refused) -> None:
         """Keep who was refused what; a flood of refusals is counted, and only sampled here."""
-        self.measures.refused(refusal.audited)
         session = self.sessions.find(request.headers.get("atoll-session", ""))
         actor = session.site if session else (request.client.host if request.client else "unknown")
         logger.warning("%s was refused (%s): %s", actor, refusal.audited, refusal.detail)

@@ -125,6 +125,7 @@ class Session:
     id: str
     site: str
     role: Role
+    public: str
     key: bytes = field(repr=False)
     expires: float
     highest: int = 0
@@ -181,10 +182,10 @@ class Sessions:
         head = asked.to_bytes(8, "big") + salt
         return (head + hmac.new(self._secret, head + site.encode(), sha256).digest()[:16]).hex()
 
-    def open(self, site: str, role: Role) -> Session:
-        """A new session."""
+    def open(self, site: str, role: Role, public: str) -> Session:
+        """A new session of the holder of this public key."""
         session = Session(
-            secrets.token_hex(16), site, role, secrets.token_bytes(32),
+            secrets.token_hex(16), site, role, public, secrets.token_bytes(32),
             self._clock() + SESSION_SECONDS,
         )  # fmt: skip
         own = self._by_site.setdefault(site, [])

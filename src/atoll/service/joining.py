@@ -70,6 +70,16 @@ class Joining:
                     audited="enrolment",
                 )  # fmt: skip
             assert row is not None
+            other = change.connection.execute(
+                sa.select(sites.c.name).where(
+                    sites.c.key == message.key, sites.c.name != row["name"]
+                )
+            ).scalar()
+            if other is not None:
+                raise Refused(
+                    403, f"this key is {other}'s already; each site makes its own",
+                    audited="enrolment",
+                )  # fmt: skip
             change.run(sites.delete().where(sites.c.name == row["name"]))
             change.run(
                 sites.insert().values(
@@ -99,7 +109,7 @@ class Joining:
             raise Refused(401, "this is not a site's answer to its challenge", audited="session")
         if row["status"] != "active":
             raise Refused(403, f"{message.site} was revoked", audited="session")
-        session = self.desk.sessions.open(message.site, row["role"])
+        session = self.desk.sessions.open(message.site, row["role"], row["key"])
         return answered(
             messages.SessionOpened(
                 session.id, session.key.hex(), session.expires - time.monotonic()

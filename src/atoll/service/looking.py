@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 
 import sqlalchemy as sa
 from starlette.requests import Request
@@ -17,6 +18,7 @@ from atoll.service.desk import Desk
 from atoll.service.openapi import description
 from atoll.service.tables import rounds, sites
 
+SITE = re.compile(r"[a-z0-9._-]{1,64}")
 SHOWN = ("name", "role", "status", "joined", "examples")
 
 
@@ -90,7 +92,7 @@ class Looking:
         body = await short_body(request)
         who = (await self.desk.who(request, "admin", body)).site
         conductor, site = self.desk.leading(), request.path_params["site"]
-        if conductor.store.site(site) is None:
+        if not SITE.fullmatch(site) or conductor.store.site(site) is None:
             raise Refused(404, f"there is no site {site!r}")
         with conductor.store.change() as change:
             change.run(sites.update().where(sites.c.name == site).values(status="revoked"))

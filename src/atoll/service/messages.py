@@ -15,11 +15,21 @@ from atoll.errors import AtollError
 
 BODY_LIMIT = 1 << 16
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$")]
-Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Hex64 = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
-AssignmentId = Annotated[str, Meta(pattern=r"^[0-9]{1,12}\.[0-9]{1,12}\.[0-9]{1,12}$")]
+#: `$` alone would let a line break through at the end.
+Name = Annotated[
+    str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$(?![\s\S])", max_length=64)
+]
+Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?![\s\S])", max_length=64)]
+Hex64 = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$(?![\s\S])", max_length=128)]
+AssignmentId = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,12}\.[0-9]{1,12}\.[0-9]{1,12}$(?![\s\S])", max_length=38)
+]
 Text = Annotated[str, Meta(max_length=1000)]
+#: What others say in words, or of themselves: no control characters.
+PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*$(?![\s\S])"
+Words = Annotated[str, Meta(max_length=1000, pattern=PLAIN)]
+Label = Annotated[str, Meta(max_length=64, pattern=PLAIN)]
+Value = Annotated[str, Meta(max_length=256, pattern=PLAIN)]
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 
 
@@ -82,7 +92,7 @@ class CheckIn(Message, frozen=True):
     examples: Count = 0
     busy: AssignmentId | None = None
     farewell: bool = False
-    about: dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=256)]] = {}
+    about: Annotated[dict[Label, Value], Meta(max_length=16)] = {}
 
 
 class Order(Message, frozen=True):
@@ -124,7 +134,7 @@ class Verdict(Message, frozen=True):
 class Failure(Message, frozen=True):
     """Why a site cannot do what it was asked to, in words."""
 
-    reason: Text
+    reason: Words
 
 
 class Problem(Message, frozen=True):

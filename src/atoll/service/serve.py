@@ -73,11 +73,13 @@ class _Process:
     async def run(self) -> None:
         import uvicorn
 
+        from atoll.service.heads import BoundedHeads
+
         config = uvicorn.Config(
             self.app.asgi(), host=self.listening.host, port=self.listening.port,
             log_config=None, access_log=False, server_header=False, lifespan="off",
             timeout_keep_alive=75, timeout_graceful_shutdown=10,
-            h11_max_incomplete_event_size=1 << 15, ws="none",
+            http=BoundedHeads, proxy_headers=False, ws="none",
             ssl_certfile=self.folder.path / "server.pem",
             ssl_keyfile=str(self.folder.path / "server-key.pem"),
         )  # fmt: skip

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import time
 
 from starlette.requests import Request
@@ -34,6 +35,8 @@ from atoll.service.store import Row
 LONGEST_WAIT = 60.0
 #: Long polls that are parked at the same time; others are told when to come again.
 PARKED = 20_000
+UPLOAD = re.compile(r"[0-9a-f]{32}")
+ASSIGNMENT = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12}){2}")
 STATUS = {
     Verdict.ACCEPTED: 200,
     Verdict.DUPLICATE: 200,
@@ -219,6 +222,8 @@ class Working:
                 await asyncio.to_thread(os.fsync, file.fileno())
         finally:
             self.desk.measures.received(at - int(claimed))
+        if conductor.store.upload(row["id"]) is None:
+            raise Refused(410, "another offer for this assignment has taken its place")
         if at < row["size"]:
             return Response(status_code=204, headers={"Upload-Offset": str(at)})
         found = await asyncio.to_thread(file_digest, path)
@@ -237,7 +242,13 @@ class Working:
         body = await short_body(request)
         site = (await self.desk.who(request, "site", body)).site
         message = messages.read(messages.Failure, body)
-        owed = self.desk.leading().give_up(site, request.path_params["assignment"], message.reason)
+        conductor, assignment = self.desk.leading(), request.path_params["assignment"]
+        if not ASSIGNMENT.fullmatch(assignment):
+            raise Refused(404, "an assignment is named by three numbers")
+        row = conductor.store.assignment(assignment)
+        if row is not None and row["site"] != site:
+            raise Refused(403, "this is another site's assignment", audited="upload")
+        owed = conductor.give_up(site, assignment, message.reason)
         if not owed:
             raise Refused(410, f"{site} owes no such update")
         return Response(status_code=204)
@@ -248,7 +259,8 @@ class Working:
         coming = request.headers.get("content-length", "")
         body = f"{offset}:{coming}" if request.method == "PATCH" else b""
         site = (await self.desk.who(request, "site", body)).site
-        row = self.desk.leading().store.upload(request.path_params["upload"])
+        id = request.path_params["upload"]
+        row = self.desk.leading().store.upload(id) if UPLOAD.fullmatch(id) else None
         if row is None:
             raise Refused(410, "there is no such upload; it may have been decided upon: offer it")
         if row["site"] != site:
