@@ -112,14 +112,16 @@ def main() -> None:
             quickest, (_, _, seconds) = min(rows.items(), key=lambda item: item[1][2])
             base = base or (used, seconds)
             line = {
-                "method": name, "concurrency": concurrency, "server_lr": rate, "server_lr_for_time": quickest, "updates": used,
+                "method": name, "concurrency": concurrency, "server_lr": rate,
+                "server_lr_for_time": quickest, "updates": used,
                 "sent": sent, "seconds": seconds, "fewer_updates": base[0] / used,
                 "faster": base[1] / seconds,
             }  # fmt: skip
             found.append(line)
             print(
                 f"  {name:27} {used:7.0f} updates ({line['fewer_updates']:.1f} x fewer) "
-                f"{seconds:8.0f} s ({line['faster']:.1f} x faster), server lr {rate:g} and {quickest:g}"
+                f"{seconds:8.0f} s ({line['faster']:.1f} x faster), "
+                f"server lr {rate:g} and {quickest:g}"
             )
     RESULTS.write_text(
         json.dumps(

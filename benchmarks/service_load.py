@@ -47,10 +47,10 @@ from atoll.cli.files import read_plan
 from atoll.rounds.message import pack
 from atoll.service import messages
 from atoll.service.certificates import client_context
-from atoll.service.conductor import plan_digest
 from atoll.service.folder import StateFolder, add_token
 from atoll.service.identity import ENROL, OPEN, Token, public_key, seal
 from atoll.service.tables import sites
+from atoll.service.terms import plan_digest
 from atoll.updates import Update
 
 RESULTS = Path(__file__).parent / "results" / "service_load.json"

@@ -27,10 +27,11 @@ from atoll.rounds.plan import Plan
 from atoll.service.app import App
 from atoll.service.blobs import blobs_at
 from atoll.service.certificates import client_context
-from atoll.service.conductor import Conductor, Service, plan_digest
+from atoll.service.conductor import Conductor
 from atoll.service.folder import StateFolder
 from atoll.service.identity import ENROL, OPEN, Token, public_key, seal
 from atoll.service.store import Store
+from atoll.service.terms import Service, plan_digest
 from atoll.updates import Update
 
 

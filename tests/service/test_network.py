@@ -19,9 +19,9 @@ from atoll.keys import Key
 from atoll.rounds.message import pack
 from atoll.service import messages
 from atoll.service.certificates import client_context
-from atoll.service.conductor import plan_digest
 from atoll.service.identity import Token, make_key
 from atoll.service.link import Link, Refusal, find_authority
+from atoll.service.terms import plan_digest
 from atoll.updates import Update
 
 pytest.importorskip("sklearn")

@@ -12,9 +12,9 @@ from atoll.cli.logs import log_to
 from atoll.cli.overrides import override
 from atoll.data.federated import FederatedData
 from atoll.federation import Federation
-from atoll.service.conductor import Service
 from atoll.service.folder import StateFolder
 from atoll.service.serve import Listening, serve
+from atoll.service.terms import Service
 from atoll.simulation.evaluate import evaluate_pooled
 from atoll.vectors import Vectors
 

@@ -35,9 +35,9 @@ from atoll.rounds.message import pack
 from atoll.rounds.plan import Plan
 from atoll.rounds.turn import assignment_for, first_memory, take_turn
 from atoll.service import messages
-from atoll.service.conductor import plan_digest
 from atoll.service.identity import IdentityError, Token, make_key
 from atoll.service.link import Link, Refusal, Stopped, find_authority
+from atoll.service.terms import plan_digest
 from atoll.tracking import checkpoints
 from atoll.tracking.describe import describe
 from atoll.vectors import Vectors

@@ -9,72 +9,38 @@ is a cache: after a crash it is made again from the accepted updates, to the sam
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import sqlalchemy as sa
 
 from atoll.errors import CheckpointError
 from atoll.keys import Key
 from atoll.rounds.buffered import coordinator_for
-from atoll.rounds.coordinator import Answer, Invitation, Phase, Verdict
+from atoll.rounds.coordinator import Answer, Phase, Verdict
 from atoll.rounds.message import largest
 from atoll.rounds.plan import Plan
-from atoll.rounds.roster import Roster
 from atoll.rounds.schedules import Buffered
 from atoll.rounds.server import Server
 from atoll.rounds.turn import first_memory
+from atoll.service import ledger
 from atoll.service.blobs import Blobs
+from atoll.service.members import Members
 from atoll.service.store import Change, Row, Store
-from atoll.service.tables import assignments, rounds, sites, tokens, uploads, versions
+from atoll.service.tables import assignments, uploads, versions
+from atoll.service.terms import Service, plan_digest
 from atoll.service.vault import Vault
-from atoll.tracking.describe import describe, digest
+from atoll.tracking.describe import describe
 from atoll.vectors import Vectors
 
 logger = logging.getLogger("atoll.service")
 T = TypeVar("T")
-
-
-#: What an assignment is after a verdict; whatever else it was, it was no longer needed.
-ENDS = {
-    Verdict.ACCEPTED: "accepted",
-    Verdict.MALFORMED: "refused",
-    Verdict.STALE: "refused",
-}
-
-
-def plan_digest(plan: Plan) -> str:
-    """SHA-256 (hex) of what clients must agree on: learner, algorithm and pipeline."""
-    return digest([describe(part) for part in (plan.learner, plan.algorithm, plan.pipeline)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """How a federation is served.
-
-    Args:
-        seed: of every draw.
-        sites: how many must have joined before the first round; None is the schedule's cohort or,
-            without one, everyone who was invited.
-        lease: seconds after which an invited site that was not heard of is given up as lost.
-        presence: seconds for which a site that was heard of counts as there.
-        kept: how many past model versions stay on disk, besides those still needed.
-    """
-
-    seed: int = 0
-    sites: int | None = None
-    lease: float = 900.0
-    presence: float = 900.0
-    kept: int = 3
 
 
 class Conductor:
@@ -106,8 +72,7 @@ class Conductor:
         self.largest = largest(plan.schema)
         self.clock = clock
         self.changed = asyncio.Event()
-        self.seen: dict[str, float] = {}
-        self.told: set[str] = set()
+        self.members = Members(store, clock, service.presence)
         self.stopping = False
         self.failed: BaseException | None = None
         self.server = Server(plan, Key(service.seed))
@@ -120,12 +85,6 @@ class Conductor:
         self._worker: asyncio.Task[None] | None = None
         self._stepping = False
         self._patient_until = 0.0
-        self._flushed: dict[str, float] = {}
-        # Names of the sites that take part, in order, and what they say of themselves.
-        self.active: list[str] = []
-        self._said: dict[str, tuple[int, str]] = {}
-        self._unsaid: set[str] = set()
-        self._mark: object = None
         self._retry_at = 0.0
         self._remembers = True
 
@@ -143,10 +102,10 @@ class Conductor:
         state = self.store.setting("coordinator")
         if state is not None:
             self.coordinator.restore(state)
-        self.refresh()
+        self.members.refresh()
         now = self.clock()
         # Whoever has joined may come back after our own absence.
-        self.seen = dict.fromkeys(self.active, now)
+        self.members.seen = dict.fromkeys(self.members.names, now)
         self._patient_until = now + self.service.presence
         still = assignments.c.state == "open"
         self.open = {r["site"]: r for r in self.store.rows(sa.select(assignments).where(still))}
@@ -162,7 +121,7 @@ class Conductor:
             await self._work.join()
             self._worker.cancel()
         self._thread.shutdown()
-        self._flush()
+        self.members.write()
 
     @property
     def done(self) -> bool:
@@ -175,45 +134,13 @@ class Conductor:
     def _busy(self) -> bool:
         return self._stepping or self.version["version"] < self.coordinator.round - 1
 
-    def saw(self, site: str, examples: int | None = None, about: str = "{}") -> None:
-        """A site was heard of; what it says of itself is written down with the next tick."""
-        self.seen[site] = self.clock()
-        if examples is not None and self._said.get(site) != (examples, about):
-            self._said[site] = examples, about
-            self._unsaid.add(site)
-
-    def refresh(self) -> None:
-        """See which sites have joined or were revoked, also by other processes."""
-        mark = self.store.rows(
-            sa.select(
-                sa.func.count(), sa.func.max(sites.c.joined), sa.func.min(sites.c.status),
-                sa.func.sum(sa.case((sites.c.status == "active", 1), else_=0)),
-            )
-        )  # fmt: skip
-        if mark != self._mark:
-            query = sa.select(sites.c.name, sites.c.examples, sites.c.about).where(
-                sites.c.status == "active", sites.c.role == "site"
-            )
-            rows = self.store.rows(query.order_by(sites.c.name))
-            self.active = [row["name"] for row in rows]
-            for row in rows:
-                self._said.setdefault(row["name"], (row["examples"], row["about"]))
-            self._mark = mark
-
     def memory_of(self, site: str) -> str | None:
         """The last assignment of a site whose update is in a model, so that its memory counts."""
         if not self._remembers:
             return None
-        query = (
-            sa.select(assignments.c.id)
-            .where(assignments.c.site == site, assignments.c.state == "accepted")
-            .order_by(assignments.c.counted.desc(), assignments.c.delivered.desc())
-            .limit(1)
-        )
-        if not isinstance(self.plan.schedule, Buffered):
-            query = query.where(assignments.c.counted <= self.version["version"])
-        found = self.store.rows(query)
-        return found[0]["id"] if found else None
+        at_once = isinstance(self.plan.schedule, Buffered)
+        version = None if at_once else self.version["version"]
+        return ledger.last_counted(self.store, site, version)
 
     def offer(self, site: str, assignment: str, size: int, sha256: str) -> Row | Answer:
         """Open an upload, or say that none is needed; the same offer opens the same upload."""
@@ -256,21 +183,7 @@ class Conductor:
         began = self.coordinator.round
         answer = self.coordinator.deliver(id, site, now, fault)
         with self._deciding() as change:
-            state = ENDS.get(answer.verdict, "spared")
-            change.run(
-                assignments.update()
-                .where(assignments.c.id == id)
-                .values(
-                    state=state, delivered=now, digest=upload["digest"], size=upload["size"],
-                    staleness=answer.staleness, counted=began if answer.accepted else None,
-                    reason=answer.reason,
-                )
-            )  # fmt: skip
-            change.run(uploads.delete().where(uploads.c.id == upload["id"]))
-            change.audit(
-                site, f"update {answer.verdict}", assignment=id, sha256=upload["digest"],
-                size=upload["size"], reason=answer.reason,
-            )  # fmt: skip
+            ledger.delivered(change, upload, answer, began, now)
             self._record_outcome(change, now)
         self.open.pop(site, None)
         path.unlink(missing_ok=True)
@@ -289,13 +202,7 @@ class Conductor:
         now = self.clock()
         self.coordinator.lost(assignment, now)
         with self._deciding() as change:
-            change.run(
-                assignments.update()
-                .where(assignments.c.id == assignment)
-                .values(state="lost", reason=reason)
-            )
-            change.run(uploads.delete().where(uploads.c.assignment == assignment))
-            change.audit(site, "lost", assignment=assignment, reason=reason)
+            ledger.lost(change, site, assignment, reason)
             self._record_outcome(change, now)
         del self.open[site]
         self._after_outcome()
@@ -304,16 +211,16 @@ class Conductor:
     def tick(self) -> None:
         """What time alone brings about: leases, deadlines, the next round."""
         now = self.clock()
-        self.refresh()
-        self._flush()
+        self.members.refresh()
+        self.members.write()
         if self.store.setting("stop") and not self.stopping:
             self.stop("the operator")
-        active = set(self.active)
+        active = set(self.members.names)
         for site, row in list(self.open.items()):
             if site not in active:
                 self.give_up(site, row["id"], "the site was revoked")
                 continue
-            last = max(self.seen.get(site, 0.0), row["opened"])
+            last = max(self.members.seen.get(site, 0.0), row["opened"])
             if now - last > self.service.lease:
                 self.give_up(site, row["id"], f"not heard of for {now - last:.0f} s")
         if self.coordinator.deadline is not None and now >= self.coordinator.deadline:
@@ -346,45 +253,25 @@ class Conductor:
         schedule = self.plan.schedule
         if self.stopping or self._busy or not self.coordinator.ready or now < self._retry_at:
             return
-        active = self.active
-        if not self._may_begin(active):
+        if not self._may_begin():
             return
-        present = [
-            m for m, name in enumerate(active)
-            if now - self.seen.get(name, 0.0) <= self.service.presence and name not in self.open
-        ]  # fmt: skip
-        population = len(active)
+        roster = self.members.roster(self.open)
+        population, present = len(roster), len(roster.candidates())
         if isinstance(schedule, Buffered):
             if not present or population < schedule.concurrency:
                 return
         else:
-            enough = present and len(present) >= schedule.fewest(population)
-            patient = len(present) < schedule.invited(population) and now < self._patient_until
+            enough = present > 0 and present >= schedule.fewest(population)
+            patient = present < schedule.invited(population) and now < self._patient_until
             if not enough or patient:
                 return
-        roster = Roster(
-            active,
-            np.array([self._said[name][0] for name in active], np.int64),
-            np.array(present, np.int64),
-        )
         invitations = self.coordinator.open(roster, now)
         if not invitations and isinstance(schedule, Buffered):
             return
         with self._deciding() as change:
             round = self.coordinator.round
-            rows = [self._assigned(change, each, now) for each in invitations]
-            known = change.run(
-                rounds.update()
-                .where(rounds.c.round == round, rounds.c.attempt == self.coordinator.attempt)
-                .values(population=population)
-            )
-            if not known:
-                change.run(
-                    rounds.insert().values(
-                        round=round, attempt=self.coordinator.attempt, state="open", opened=now,
-                        population=population,
-                    )
-                )  # fmt: skip
+            attempt = round, self.coordinator.attempt
+            rows = ledger.opened(change, invitations, attempt, population, now)
             change.audit(
                 "server", "invited", round=round, sites=[row["site"] for row in rows],
                 model=self.version["broadcast"],
@@ -394,10 +281,10 @@ class Conductor:
         self._after_outcome()
         self.notify()
 
-    def _may_begin(self, active: Sequence[str]) -> bool:
+    def _may_begin(self) -> bool:
         """Whether those who are to be there from the beginning have joined."""
         if self.coordinator.round > 1 or self.coordinator.phase is not Phase.IDLE:
-            return bool(active)
+            return True
         schedule, wanted = self.plan.schedule, self.service.sites
         if wanted is None:
             if isinstance(schedule, Buffered):
@@ -405,57 +292,16 @@ class Conductor:
             elif schedule.cohort is not None:
                 wanted = schedule.invite or schedule.cohort
         if wanted is not None:
-            return len(active) >= wanted
-        waiting = sa.select(tokens).where(
-            tokens.c.used.is_(None), tokens.c.expires > self.clock(), tokens.c.role == "site"
-        )
-        return bool(active) and not self.store.rows(waiting)
-
-    def _assigned(self, change: Change, invitation: Invitation, now: float) -> Row:
-        row = {
-            "id": invitation.id, "site": invitation.client, "round": invitation.round,
-            "turn": invitation.turn, "fraction": invitation.fraction,
-            "version": invitation.round - 1, "state": "open", "opened": now,
-        }  # fmt: skip
-        change.run(assignments.insert().values(**row))
-        return row
+            return len(self.members.names) >= wanted
+        return not self.members.awaited()
 
     def _record_outcome(self, change: Change, now: float) -> None:
         """Keep the coordinator's state and, where an attempt has ended, how."""
         change.set("coordinator", self.coordinator.state())
         outcome = self.coordinator.outcome
-        if outcome is None:
-            return
-        this = (rounds.c.round == outcome.round) & (rounds.c.attempt == outcome.attempt)
-        state = "stepping" if outcome.closed else "abandoned"
-        known = change.run(
-            rounds.update().where(this).values(state=state, ended=now, reason=outcome.reason)
-        )
-        if not known:
-            change.run(
-                rounds.insert().values(
-                    round=outcome.round, attempt=outcome.attempt, state=state, opened=now,
-                    ended=now, population=len(self.active), reason=outcome.reason,
-                )
-            )  # fmt: skip
-        if isinstance(self.plan.schedule, Buffered):
-            return
-        # Whoever is still at work for this attempt is no longer needed.
-        mine = (assignments.c.round == outcome.round) & (
-            assignments.c.id.like(f"{outcome.round}.{outcome.attempt}.%")
-        )
-        change.run(
-            assignments.update()
-            .where(mine, assignments.c.state == "open")
-            .values(state="spared", reason=f"round {outcome.round} is over")
-        )
-        if not outcome.closed:
-            change.run(
-                assignments.update()
-                .where(mine, assignments.c.state == "accepted")
-                .values(state="spared", counted=None, reason=outcome.reason)
-            )
-            change.audit("server", "round abandoned", round=outcome.round, reason=outcome.reason)
+        if outcome is not None:
+            spare = not isinstance(self.plan.schedule, Buffered)
+            ledger.ended(change, outcome, len(self.members.names), now, spare=spare)
 
     def _after_outcome(self) -> None:
         """Let the step follow, or another attempt."""
@@ -497,8 +343,8 @@ class Conductor:
     async def _step(self, round: int, accepted: Sequence[str]) -> None:
         """Make the next version, keep it, and only then let it be known."""
         started = time.perf_counter()
-        key = (rounds.c.round == round) & (rounds.c.state == "stepping")
-        row = self.store.rows(sa.select(rounds).where(key))[0]
+        row = ledger.due(self.store, round)
+        assert row is not None
         pulled = await self._pulled(accepted)
         measurements = await self._in_thread(
             lambda: self.server.close(round, row["population"], pulled)
@@ -518,11 +364,7 @@ class Conductor:
         }
         now = self.clock()
         with self._deciding() as change:
-            change.run(versions.insert().values(version=round, made=now, **made))
-            change.run(
-                rounds.update().where(key).values(state="closed", ended=now, record=_json(record))
-            )
-            change.audit("server", "round closed", round=round, sites=record["accepted"], **made)
+            ledger.stepped(change, round, made, record, now)
         self.version = {"version": round, "made": now, **made}
         self.server.open()
         self._stepping = False
@@ -555,33 +397,13 @@ class Conductor:
         """After a restart: sum what was accepted, and take the steps that were due."""
         while True:
             round = self.version["version"] + 1
-            query = sa.select(assignments).where(assignments.c.counted == round)
-            rows = self.store.rows(query.order_by(assignments.c.delivered))
+            rows = ledger.accepted_into(self.store, round)
             for row in rows:
-                await self._in_thread(lambda row=row: self.vault.fold(row, self.server.sums))  # type: ignore[misc]
-            due = sa.select(rounds).where(rounds.c.round == round, rounds.c.state == "stepping")
-            if not self.store.rows(due):
+                fold = partial(self.vault.fold, row, self.server.sums)
+                await self._in_thread(fold)
+            if ledger.due(self.store, round) is None:
                 return
             await self._step(round, [row["id"] for row in rows])
-
-    def _flush(self) -> None:
-        """Write down when sites were last heard of, all in one transaction."""
-        new = {s: at for s, at in self.seen.items() if self._flushed.get(s) != at}
-        if not new and not self._unsaid:
-            return
-        with self.store.change() as change:
-            # In order: two transactions must not wait for each other.
-            change.many(
-                sites.update().where(sites.c.name == sa.bindparam("site")),
-                [{"site": site, "seen": new[site]} for site in sorted(new)],
-            )
-            said = [(site, *self._said[site]) for site in sorted(self._unsaid)]
-            change.many(
-                sites.update().where(sites.c.name == sa.bindparam("site")),
-                [{"site": s, "examples": count, "about": about} for s, count, about in said],
-            )
-        self._flushed |= new
-        self._unsaid.clear()
 
     def _check_identity(self) -> None:
         """Keep what makes this federation itself, or see that it is the same one."""
@@ -635,16 +457,3 @@ class _Deciding:
 def _plain(text: str) -> str:
     """What a stranger may have had a part in, fit for databases and terminals."""
     return "".join(c if c.isprintable() else "?" for c in text)[:500]
-
-
-def _json(value: Any) -> str:
-    """Strict JSON, in which a figure that is not defined is null."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {name: plain(each) for name, each in item.items()}
-        if isinstance(item, float) and not math.isfinite(item):
-            return None
-        return item
-
-    return json.dumps(plain(value), separators=(",", ":"))

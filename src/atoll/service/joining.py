@@ -88,7 +88,7 @@ class Joining:
                 )
             )  # fmt: skip
             change.audit(row["name"], "enrolled", role=row["role"], key=message.key)
-        conductor.saw(row["name"])
+        conductor.members.saw(row["name"])
         return answered(messages.Enrolled(row["name"], row["role"], self.desk.project))
 
     async def challenge(self, request: Request) -> Response:

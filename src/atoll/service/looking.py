@@ -60,7 +60,7 @@ class Looking:
                 "round": conductor.version["version"],
                 "rounds": conductor.plan.schedule.rounds,
                 "phase": "stopping" if conductor.stopping else str(conductor.coordinator.phase),
-                "sites": len(conductor.active),
+                "sites": len(conductor.members.names),
                 "at_work": sorted(conductor.open),
                 "model": conductor.version["model"],
             }
@@ -82,7 +82,7 @@ class Looking:
                     **{
                         name: row[name] for name in ("name", "role", "status", "joined", "examples")
                     },
-                    "seen": conductor.seen.get(row["name"], row["seen"]),
+                    "seen": conductor.members.seen.get(row["name"], row["seen"]),
                 }
                 for row in conductor.store.sites()
             ]

@@ -51,7 +51,7 @@ class Measures:
         """Everything in Prometheus' text format."""
         if conductor is not None:
             self._round.set(conductor.version["version"])
-            self._sites.set(len(conductor.active))
+            self._sites.set(len(conductor.members.names))
             self._at_work.set(len(conductor.open))
         self._sessions.set(sessions)
         self._parked.set(parked)

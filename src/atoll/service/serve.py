@@ -16,9 +16,10 @@ from atoll.rounds.plan import Plan
 from atoll.service.app import App
 from atoll.service.blobs import blobs_at
 from atoll.service.certificates import renew_server, server_context
-from atoll.service.conductor import Conductor, Service
+from atoll.service.conductor import Conductor
 from atoll.service.folder import StateFolder
 from atoll.service.store import NotLeading, Store
+from atoll.service.terms import Service
 from atoll.vectors import Vectors
 
 logger = logging.getLogger("atoll.service")
@@ -144,7 +145,7 @@ class _Process:
                 raise RunError(f"the server stopped: {conductor.failed}") from conductor.failed
             if conductor.done:
                 ends = now + self.listening.linger if ends is None else ends
-                if now >= ends or not set(conductor.active) - conductor.told:
+                if now >= ends or not set(conductor.members.names) - conductor.members.told:
                     break
             if await self._paused(TICK, listening):
                 break

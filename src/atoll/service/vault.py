@@ -73,13 +73,12 @@ class Vault:
 
     def sweep(self, newest: int, at_work: Mapping[str, Row], kept: int) -> None:
         """Remove blobs and parts that nothing refers to."""
-        needed = {row["version"] for row in at_work.values()}
-        names: set[str] = set()
+        waiting = self.store.rows(sa.select(assignments).where(assignments.c.counted > newest))
+        needed = {row["version"] for row in (*at_work.values(), *waiting)}
+        names = {row["digest"] for row in waiting}
         for row in self.store.rows(sa.select(versions)):
             if row["version"] > newest - kept or row["version"] in needed:
                 names |= {row["state"], row["broadcast"], row["model"]}
-        waiting = sa.select(assignments.c.digest).where(assignments.c.counted > newest)
-        names |= {row["digest"] for row in self.store.rows(waiting)}
         coming = self.store.rows(sa.select(uploads))
         names |= {row["digest"] for row in coming}
         for digest_ in self.blobs.all() - names:

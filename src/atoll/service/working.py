@@ -73,7 +73,7 @@ class Working:
                 )
                 return Response(messages.write(problem), 409, media_type="application/json")
         about = json.dumps(message.about, sort_keys=True)
-        conductor.saw(site, message.examples, about)
+        conductor.members.saw(site, message.examples, about)
         if message.busy is not None:
             row = conductor.open.get(site)
             on = row is not None and row["id"] == message.busy
@@ -88,7 +88,7 @@ class Working:
         until = time.monotonic() + wait
         rounds_ = conductor.plan.schedule.rounds
         while True:
-            conductor.seen[site] = conductor.clock()
+            conductor.members.seen[site] = conductor.clock()
             news = conductor.changed
             row = conductor.open.get(site)
             version = conductor.version
@@ -110,7 +110,7 @@ class Working:
                 )
             if conductor.done:
                 if farewell:
-                    conductor.told.add(site)
+                    conductor.members.told.add(site)
                 return messages.Order(
                     "stop",
                     round=version["version"],
@@ -212,13 +212,13 @@ class Working:
                 409, f"the upload stands at {at}, not {claimed or 'nowhere'}: ask with HEAD",
                 headers={"Upload-Offset": str(at)},
             )  # fmt: skip
-        conductor.seen[row["site"]] = conductor.clock()
+        conductor.members.seen[row["site"]] = conductor.clock()
         try:
             with path.open("ab", buffering=0) as file:
                 async for block in gathered(request, row["size"] - at):
                     await asyncio.to_thread(file.write, block)
                     at += len(block)
-                    conductor.seen[row["site"]] = conductor.clock()
+                    conductor.members.seen[row["site"]] = conductor.clock()
                 await asyncio.to_thread(os.fsync, file.fileno())
         finally:
             self.desk.measures.received(at - int(claimed))

@@ -1,0 +1,95 @@
+"""Members: the sites that take part, what they say of themselves, and when they were heard of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+import numpy as np
+import sqlalchemy as sa
+
+from atoll.rounds.roster import Roster
+from atoll.service.store import Store
+from atoll.service.tables import sites, tokens
+
+
+class Members:
+    """A federation's sites, kept in memory and written down behind.
+
+    `names` are those that have joined and were not revoked, in order; `seen` says when each was
+    last heard of, `told` who knows that it is over.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float], presence: float) -> None:
+        self._store, self._clock, self._presence = store, clock, presence
+        self.names: list[str] = []
+        self.seen: dict[str, float] = {}
+        self.told: set[str] = set()
+        self._said: dict[str, tuple[int, str]] = {}
+        self._unsaid: set[str] = set()
+        self._written: dict[str, float] = {}
+        self._mark: object = None
+
+    def saw(self, site: str, examples: int | None = None, about: str = "{}") -> None:
+        """A site was heard of; what it says of itself is written down with the next tick."""
+        self.seen[site] = self._clock()
+        if examples is not None and self._said.get(site) != (examples, about):
+            self._said[site] = examples, about
+            self._unsaid.add(site)
+
+    def refresh(self) -> None:
+        """See which sites have joined or were revoked, also by other processes."""
+        active = sa.case((sites.c.status == "active", 1), else_=0)
+        mark = self._store.rows(
+            sa.select(sa.func.count(), sa.func.max(sites.c.joined), sa.func.sum(active))
+        )
+        if mark == self._mark:
+            return
+        query = sa.select(sites.c.name, sites.c.examples, sites.c.about).where(
+            sites.c.status == "active", sites.c.role == "site"
+        )
+        rows = self._store.rows(query)
+        # Python's order, which no database's collation changes.
+        self.names = sorted(row["name"] for row in rows)
+        for row in rows:
+            self._said.setdefault(row["name"], (row["examples"], row["about"]))
+        self._mark = mark
+
+    def roster(self, busy: Container[str]) -> Roster:
+        """Everyone, of whom those can be invited who were heard of and are not busy."""
+        now = self._clock()
+        present = [
+            member
+            for member, name in enumerate(self.names)
+            if now - self.seen.get(name, 0.0) <= self._presence and name not in busy
+        ]
+        examples = np.array([self._said[name][0] for name in self.names], np.int64)
+        return Roster(tuple(self.names), examples, np.array(present, np.int64))
+
+    def awaited(self) -> bool:
+        """Whether someone was invited who may still join."""
+        waiting = sa.select(tokens.c.name).where(
+            tokens.c.used.is_(None), tokens.c.expires > self._clock(), tokens.c.role == "site"
+        )
+        return bool(self._store.rows(waiting.limit(1)))
+
+    def write(self) -> None:
+        """Write down what is new, all in one transaction."""
+        new = {s: at for s, at in self.seen.items() if self._written.get(s) != at}
+        if not new and not self._unsaid:
+            return
+        this = sites.c.name == sa.bindparam("site")
+        with self._store.change() as change:
+            # In order: two transactions must not wait for each other.
+            change.many(
+                sites.update().where(this).values(seen=sa.bindparam("at")),
+                [{"site": site, "at": new[site]} for site in sorted(new)],
+            )
+            said = [(site, *self._said[site]) for site in sorted(self._unsaid)]
+            change.many(
+                sites.update()
+                .where(this)
+                .values(examples=sa.bindparam("count"), about=sa.bindparam("text")),
+                [{"site": s, "count": count, "text": text} for s, count, text in said],
+            )
+        self._written |= new
+        self._unsaid.clear()
