@@ -127,7 +127,9 @@ def description() -> dict[str, Any]:
             },
             "/v1/assignments/{assignment}/fail": {
                 "post": {
-                    **_said("Say that an update will not come", "Failure", None, 401, 403, 410),
+                    **_said(
+                        "Say that an update will not come", "Failure", None, 401, 403, 404, 410
+                    ),
                     "parameters": [*SEAL, _path("assignment", {"type": "string"})],
                 }
             },
