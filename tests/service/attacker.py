@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import requests
 import urllib3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from starlette.datastructures import URL
 
 from atoll.rounds.message import pack
 from atoll.rounds.plan import Plan
@@ -335,12 +333,7 @@ class Inner(Target):
 
 def sealed_target(path: str, query: str = "") -> str:
     """What a seal covers of a path as it is written in a request."""
-    scope = {
-        "path": unquote(path), "query_string": query.encode(), "headers": [], "scheme": "http",
-        "server": ("localhost", 80),
-    }  # fmt: skip
-    url = URL(scope=scope)
-    return url.path + (f"?{url.query}" if url.query else "")
+    return path + (f"?{query}" if query else "")
 
 
 def request_bytes(

@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _init(options: argparse.Namespace) -> int:
     path = Path(options.state)
-    project = check_name(options.project or path.resolve().name.lower())
+    project = check_name(options.project or path.resolve().name)
     hosts = options.host or ["localhost", "127.0.0.1"]
     StateFolder.make(path, project, hosts)
     print(
@@ -152,7 +153,7 @@ def _sites(options: argparse.Namespace) -> int:
 def _revoke(options: argparse.Namespace) -> int:
     place = Path(options.state)
     if (place / "site.json").exists():
-        _ask(place, "POST", f"/v1/sites/{check_name(options.name)}/revoke")
+        _ask(place, "POST", f"/v1/sites/{quote(check_name(options.name))}/revoke")
     else:
         with (
             closing(StateFolder.open(place).store()) as store,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import sqlite3
@@ -34,6 +35,7 @@ from atoll.service.tables import sites, tokens
 from atoll.tracking.checkpoints import write_json
 
 NAME_LIMIT = 64
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]*[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -168,12 +170,10 @@ def add_token(change: Change, secret: str, name: str, role: Role, expires: float
 
 
 def check_name(name: str) -> str:
-    """A site's name: small letters, digits, dots, dashes and underscores."""
-    allowed = "abcdefghijklmnopqrstuvwxyz0123456789._-"
-    good = 0 < len(name) <= NAME_LIMIT and all(c in allowed for c in name)
-    if not good or not (name[0].isalnum() and name[-1].isalnum()):
+    """A site's name: letters, digits, and between them dots, dashes, underscores and spaces."""
+    if len(name) > NAME_LIMIT or not NAME.fullmatch(name):
         raise ConfigurationError(
-            f"{name!r} cannot be a site's name: use up to {NAME_LIMIT} small letters, digits, dots "
-            "and dashes, e.g. hospital-a"
+            f"{name!r} cannot be a site's name: use up to {NAME_LIMIT} letters, digits, dots, "
+            "dashes and spaces, e.g. hospital-a"
         )
     return name

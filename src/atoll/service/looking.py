@@ -18,7 +18,7 @@ from atoll.service.desk import Desk
 from atoll.service.openapi import description
 from atoll.service.tables import rounds, sites
 
-SITE = re.compile(r"[a-z0-9._-]{1,64}")
+SITE = re.compile(r"[A-Za-z0-9 ._-]{1,64}")
 SHOWN = ("name", "role", "status", "joined", "examples")
 
 

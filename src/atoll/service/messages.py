@@ -17,7 +17,8 @@ BODY_LIMIT = 1 << 16
 
 #: `$` alone would let a line break through at the end.
 Name = Annotated[
-    str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$(?![\s\S])", max_length=64)
+    str,
+    Meta(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,62}[A-Za-z0-9])?$(?![\s\S])", max_length=64),
 ]
 Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?![\s\S])", max_length=64)]
 Hex64 = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$(?![\s\S])", max_length=128)]
