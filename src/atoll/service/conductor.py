@@ -96,8 +96,7 @@ class Conductor:
             await self._first_version()
         else:
             self.version = latest
-            vectors = await self._in_thread(lambda: self.vault.vectors(latest["state"]))
-            self.server.restore(vectors)
+            await self._rest()
         self._remembers = bool(first_memory(self.plan, self.server.broadcast()))
         state = self.store.setting("coordinator")
         if state is not None:
@@ -366,6 +365,7 @@ class Conductor:
         with self._deciding() as change:
             ledger.stepped(change, round, made, record, now)
         self.version = {"version": round, "made": now, **made}
+        await self._rest()
         self.server.open()
         self._stepping = False
         shown = ", ".join(f"{n} {v:.4g}" for n, v in (metrics or measurements).items())
@@ -392,6 +392,12 @@ class Conductor:
             change.run(versions.insert().values(version=0, made=now, **made))
             change.audit("server", "federation begun", plan=self.plan_digest, **made)
         self.version = {"version": 0, "made": now, **made}
+        await self._rest()
+
+    async def _rest(self) -> None:
+        """Between steps the model lies on disk: only the sum needs memory."""
+        state = self.version["state"]
+        self.server.restore(await self._in_thread(lambda: self.vault.vectors(state)))
 
     async def _refold(self) -> None:
         """After a restart: sum what was accepted, and take the steps that were due."""

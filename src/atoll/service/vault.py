@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import sqlalchemy as sa
 
 from atoll import wire
@@ -22,6 +23,9 @@ from atoll.service.blobs import Blobs
 from atoll.service.store import Row, Store
 from atoll.service.tables import assignments, uploads, versions
 from atoll.vectors import Vectors
+
+#: Files from here on are not left in memory; seconds between two times of letting go.
+SMALL, PAUSE = 1 << 24, 0.01
 
 
 class Vault:
@@ -40,8 +44,9 @@ class Vault:
     def fault(self, path: Path) -> str:
         """What is wrong with the update in a file, or nothing."""
         try:
-            update = self.plan.stages.decode(unpack(_mapped(path)), self.plan.schema)
-            admit(update, self.plan.schema)
+            with _passing(path) as data:
+                update = self.plan.stages.decode(unpack(data), self.plan.schema)
+                admit(update, self.plan.schema)
         except UpdateRefused as refusal:
             return str(refusal)
         return ""
@@ -49,11 +54,12 @@ class Vault:
     def fold(self, row: Row, sums: Accumulator) -> None:
         """Take an accepted update into the sum."""
         path = self.blobs.local(row["digest"], self.scratch)
-        update = self.plan.stages.decode(unpack(_mapped(path)), self.plan.schema)
-        if isinstance(self.plan.schedule, Buffered):
-            factor = self.plan.schedule.staleness.discount(row["staleness"])
-            update = discounted(update, factor)
-        sums.add(update)
+        with _passing(path) as data:
+            update = self.plan.stages.decode(unpack(data), self.plan.schema)
+            if isinstance(self.plan.schedule, Buffered):
+                factor = self.plan.schedule.staleness.discount(row["staleness"])
+                update = discounted(update, factor)
+            sums.add(update)
         if path.parent == self.scratch:
             path.unlink()
 
@@ -66,10 +72,12 @@ class Vault:
         }
 
     def vectors(self, digest: str) -> Vectors:
-        """The arrays in a blob."""
-        data = b"".join(self.blobs.read(digest))
-        vectors, _ = wire.decode(data)
-        return {name: np.array(vector) for name, vector in vectors.items()}
+        """The arrays in a blob, mapped: a model that is not looked at takes no memory."""
+        path = self.blobs.local(digest, self.scratch)
+        vectors, _ = wire.decode(memoryview(_mapped(path)))
+        if path.parent == self.scratch:
+            path.unlink()
+        return vectors
 
     def sweep(self, newest: int, at_work: Mapping[str, Row], kept: int) -> None:
         """Remove blobs and parts that nothing refers to."""
@@ -89,7 +97,29 @@ class Vault:
                 path.unlink(missing_ok=True)
 
 
-def _mapped(path: Path) -> memoryview:
+def _mapped(path: Path) -> mmap.mmap:
     """A file's bytes, read where they are needed; unmapped with the last view of them."""
     with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@contextmanager
+def _passing(path: Path) -> Iterator[memoryview]:
+    """A file's bytes to be gone through once: what was read leaves this process's memory again."""
+    data = _mapped(path)
+    if len(data) < SMALL or not hasattr(mmap.mmap, "madvise"):
+        yield memoryview(data)
+        return
+    done = threading.Event()
+
+    def pass_on() -> None:
+        while not done.wait(PAUSE):
+            data.madvise(mmap.MADV_DONTNEED)
+
+    thread = threading.Thread(target=pass_on, name="atoll-pages")
+    thread.start()
+    try:
+        yield memoryview(data)
+    finally:
+        done.set()
+        thread.join()
