@@ -194,6 +194,7 @@ def test_fedbuff_over_the_network(place):
     rows = rounds_of(place)
     assert [row["state"] for row in rows] == ["closed"] * 12
     assert all(len(row["record"]["accepted"]) == 2 for row in rows)
+    assert all(0 <= row["record"]["measurements"]["staleness"] <= 5 for row in rows)
     models = {model_of(place.root / n / "model.safetensors").tobytes() for n in "0123"}
     assert len(models) == 1
 
@@ -220,6 +221,16 @@ def test_a_cohort_of_fewer_is_the_simulations(place):
     run = simulated(place, seed=9)
     found = model_of(place.root / "0" / "model.safetensors")
     assert found.tobytes() == run.model["params"].tobytes()
+
+
+def test_only_those_are_asked_who_declare_what_is_wanted(place):
+    place.write(schedule="Synchronous(rounds=3, cohort=1, selection=schedules.ByResources())")
+    place.serve("--linger", "20", "--sites", "2")
+    place.join("0", place.invite("0"), "--resources", "charging,unmetered,speed=3")
+    place.join("1", place.invite("1"), "--undeclared")
+    finished(place, "0", "1")
+    assert all(row["record"]["accepted"] == ["0"] for row in rounds_of(place))
+    assert [line.split()[3] for line in place.cli("sites", "state").splitlines()[1:]][1] == "0"
 
 
 @pytest.mark.parametrize("kind", ["folder", "bucket"])

@@ -87,6 +87,10 @@ def _site(commands: Any) -> None:
         help="do not tell the server how many examples are here",
     )
     join.add_argument(
+        "--resources", metavar="LIST", help="what to declare for selection, e.g. "
+        "charging,unmetered,speed=12 (local steps a second); default: nothing",
+    )  # fmt: skip
+    join.add_argument(
         "--public-ca", action="store_true", help="trust the system's authorities: the server is "
         "behind a proxy with a public certificate",
     )  # fmt: skip

@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
     terms = Terms.of(federation, Path(options.file)) if options.ask else None
     site = Site(
         Path(options.folder), federation, data, terms, declare=not options.undeclared,
+        resources=_resources(options.resources),
         report=lambda text: print(text, flush=True),
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -35,6 +36,23 @@ def run(options: argparse.Namespace) -> int:
         return 130
     print(f"model: {model}")
     return 0
+
+
+def _resources(text: str | None) -> dict[str, str]:
+    """`charging,unmetered,speed=12` as what is said to the server."""
+    said = {}
+    for item in filter(None, (part.strip() for part in (text or "").split(","))):
+        name, equals, value = item.partition("=")
+        number = value.replace(".", "", 1).isdecimal()
+        if name in ("charging", "unmetered") and not equals:
+            said[name] = "yes"
+        elif name == "speed" and number:
+            said[name] = value
+        else:
+            raise ConfigurationError(
+                f"--resources knows charging, unmetered and speed=STEPS_A_SECOND, not {item!r}"
+            )
+    return said
 
 
 def _token(options: argparse.Namespace) -> Token | None:

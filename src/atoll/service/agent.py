@@ -75,7 +75,9 @@ class Site:
         plan: the site's own copy of the federation.
         data: one client's data.
         terms: what is asked of the owner; None when everything is agreed to.
-        declare: whether to say how many examples there are.
+        declare: whether to say how many examples there are, and of what kind.
+        resources: what else to say, e.g. {"charging": "yes", "unmetered": "yes", "speed": "12"}
+            (local steps a second), for schedules that select by it.
         report: is told, in words, how it goes.
     """
 
@@ -84,6 +86,7 @@ class Site:
     data: FederatedData
     terms: Terms | None = None
     declare: bool = True
+    resources: dict[str, str] = field(default_factory=dict)
     report: Callable[[str], None] = logger.info
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -250,8 +253,12 @@ class Site:
             layout=self.plan.learner.layout.digest,
             examples=self.data.size(0) if self.declare else 0,
             farewell=farewell,
-            about={"atoll": __version__} if self.declare else {},
+            about={**self.resources, **(self._summary() if self.declare else {})},
         )
+
+    def _summary(self) -> dict[str, str]:
+        shape = " x ".join(str(side) for side in self.data.shape)
+        return {"atoll": __version__, "task": self.data.task, "inputs": shape}
 
     def _heartbeat(self) -> None:
         """While a long training goes on, say that it does, and hear whether it still counts."""

@@ -354,6 +354,11 @@ class Conductor:
             evaluate, model = self._evaluate, self.server.model()
             metrics = dict(await self._in_thread(lambda: evaluate(model)))
         parts = [self.store.assignment(id) for id in accepted]
+        if isinstance(self.plan.schedule, Buffered):
+            ages = [part["staleness"] for part in parts if part]
+            measurements |= {
+                "staleness": sum(ages) / len(ages), "most_stale": float(max(ages)),
+            }  # fmt: skip
         record = {
             "metrics": metrics,
             "measurements": measurements,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import json
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import numpy as np
 import sqlalchemy as sa
 
-from atoll.rounds.roster import Roster
+from atoll.rounds.roster import Resources, Roster
 from atoll.service.store import Store
 from atoll.service.tables import sites, tokens
 
@@ -62,8 +64,13 @@ class Members:
             for member, name in enumerate(self.names)
             if now - self.seen.get(name, 0.0) <= self._presence and name not in busy
         ]
-        examples = np.array([self._said[name][0] for name in self.names], np.int64)
-        return Roster(tuple(self.names), examples, np.array(present, np.int64))
+        said = [self._said[name] for name in self.names]
+        return Roster(
+            tuple(self.names),
+            np.array([examples for examples, _ in said], np.int64),
+            np.array(present, np.int64),
+            _resources([json.loads(about) for _, about in said]),
+        )
 
     def awaited(self) -> bool:
         """Whether someone was invited who may still join."""
@@ -93,3 +100,20 @@ class Members:
             )
         self._written |= new
         self._unsaid.clear()
+
+
+def _resources(said: Sequence[Mapping[str, str]]) -> Resources:
+    """What members declare of their machines; what one does not declare it does not have."""
+    return Resources(
+        np.array([about.get("charging") == "yes" for about in said], bool),
+        np.array([about.get("unmetered") == "yes" for about in said], bool),
+        np.array([_speed(about.get("speed", "")) for about in said], np.float64),
+    )
+
+
+def _speed(text: str) -> float:
+    try:
+        speed = float(text)
+    except ValueError:
+        return math.nan
+    return speed if math.isfinite(speed) and speed >= 0 else math.nan
