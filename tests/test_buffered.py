@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -190,8 +192,6 @@ def test_same_bytes_on_every_engine_and_after_a_restart(blobs, slow_and_quick, t
     whole = plan.simulate(blobs, engine="sequential(workers=1)", **given)
     for engine in ("sequential(workers=4)", "sequential(processes=2)"):
         assert same(plan.simulate(blobs, engine=engine, **given), whole)
-    from dataclasses import replace
-
     half = replace(plan, schedule=replace(plan.schedule, rounds=4))
     half.simulate(blobs, engine="sequential", folder=RunFolder(tmp_path / "run", every=2), **given)
     rest = plan.simulate(blobs, folder=tmp_path / "run", resume=True, **given)
@@ -203,14 +203,17 @@ def same(a, b):
     return a.model["params"].tobytes() == b.model["params"].tobytes()
 
 
-def test_faulty_updates_are_refused_and_others_take_their_place(blobs, slow_and_quick):
-    class Sometimes(algorithms.FedAvg):
-        def finish(self, client, local, got, mine):
-            update, kept = super().finish(client, local, got, mine)
-            if client.count % 2:
-                update.vectors["delta"] = update.vectors["delta"] * np.nan
-            return update, kept
+class Sometimes(algorithms.FedAvg):
+    """Diverges at clients of an odd number of examples."""
 
+    def finish(self, client, local, got, mine):
+        update, kept = super().finish(client, local, got, mine)
+        if client.count % 2:
+            update.vectors["delta"] = update.vectors["delta"] * np.nan
+        return update, kept
+
+
+def test_faulty_updates_are_refused_and_others_take_their_place(blobs, slow_and_quick):
     plan = federation(Buffered(rounds=4, concurrency=5, buffer=2), algorithm=Sometimes())
     run = plan.simulate(blobs, devices=slow_and_quick, engine="sequential")
     assert len(run.history) == 4
@@ -237,3 +240,57 @@ def test_settings_that_cannot_work_are_refused(blobs):
         Buffered(rounds=1, concurrency=2, selection=schedules.Poisson())
     with pytest.raises(ConfigurationError, match="larger than the population"):
         federation(Buffered(rounds=1, concurrency=9)).simulate(blobs)
+
+
+def test_every_step_has_its_updates_also_where_some_are_refused(blobs, slow_and_quick):
+    plan = federation(Buffered(rounds=5, concurrency=5, buffer=3), algorithm=Sometimes())
+    run = plan.simulate(blobs, devices=slow_and_quick, engine="sequential")
+    assert [r.accepted for r in run.history] == [3] * 5
+
+
+def test_a_state_is_a_copy():
+    machine = BufferedCoordinator(Buffered(rounds=9, concurrency=2, buffer=2), Key(0))
+    first, _ = machine.open(roster(3), 0.0)
+    before = machine.state()
+    machine.deliver(first.id, first.client, 1.0)
+    assert before["buffer"] == []
+    assert before["past"] == {}
+
+
+def test_whoever_comes_after_the_end_makes_room_should_it_go_on():
+    machine = BufferedCoordinator(Buffered(rounds=1, concurrency=2, buffer=1), Key(0))
+    one, two = machine.open(roster(2), 0.0)
+    assert machine.deliver(one.id, one.client, 1.0).accepted
+    assert machine.phase is Phase.DONE
+    assert machine.deliver(two.id, two.client, 2.0).verdict is Verdict.NOT_NEEDED
+    longer = BufferedCoordinator(Buffered(rounds=2, concurrency=2, buffer=1), Key(0))
+    longer.restore(machine.state())
+    assert len(longer.open(roster(2), 3.0)) == 2
+
+
+def test_resumed_with_narrow_links_it_is_the_same(blobs, tmp_path):
+    devices = RandomDevices(
+        steps_per_second=LogNormal(median=10, sigma=1.0),
+        down=LogNormal(median=500, sigma=0.5),
+        up=LogNormal(median=300, sigma=0.5),
+    )
+    plan = federation(Buffered(rounds=8, concurrency=5, buffer=3))
+    whole = plan.simulate(blobs, engine="sequential", devices=devices)
+    half = replace(plan, schedule=replace(plan.schedule, rounds=4))
+    half.simulate(blobs, engine="sequential", devices=devices, folder=tmp_path / "run")
+    rest = plan.simulate(blobs, devices=devices, folder=tmp_path / "run", resume=True)
+    assert same(rest, whole)
+    assert [r.clock for r in rest.history] == [r.clock for r in whole.history]
+
+
+def test_statistics_of_several_versions_cannot_be_added_up():
+    torch = pytest.importorskip("torch")
+    from atoll.learners import TorchLearner
+
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    with pytest.raises(ConfigurationError, match="use GroupNorm"):
+        Federation(
+            learner=TorchLearner(module, lr=0.1, batch_size=4),
+            algorithm=algorithms.FedAvg(),
+            schedule=Buffered(rounds=1, concurrency=2, buffer=1),
+        )

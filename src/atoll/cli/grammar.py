@@ -40,6 +40,8 @@ def _server(commands: Any) -> None:
         " may be given; default: localhost",
     )  # fmt: skip
 
+    init.add_argument("--database", metavar="URL", help="postgresql://...; default: in the folder")
+
     serve = commands.add_parser("serve", help="serve a federation to real sites")
     serve.add_argument("file", help="a file that defines `federation`")
     serve.add_argument("--state", required=True, metavar="FOLDER", help="made by atoll init")
@@ -105,7 +107,8 @@ def _site(commands: Any) -> None:
 
     enrol = commands.add_parser("enrol", help="make an analyst's or admin's identity")
     enrol.add_argument("url", help="https://HOST:PORT of the server")
-    enrol.add_argument("--token", required=True)
+    enrol.add_argument("--token", help="the one-time token; the variable ATOLL_TOKEN is safer")
+    enrol.add_argument("--public-ca", action="store_true", help="as for join")
     enrol.add_argument("--folder", required=True, help="where to keep the identity")
     enrol.set_defaults(module="state", action="enrol")
 

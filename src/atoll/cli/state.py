@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import json
+import os
 import time
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +21,7 @@ from atoll.service.audit import lines, verify
 from atoll.service.folder import StateFolder, check_name
 from atoll.service.identity import Token, make_key
 from atoll.service.link import Link, find_authority
-from atoll.service.tables import assignments, rounds, sites
+from atoll.service.tables import assignments, rounds, sites, tokens
 from atoll.tracking.checkpoints import write_atomically, write_json
 from atoll.tracking.run import human_bytes
 
@@ -34,7 +35,7 @@ def _init(options: argparse.Namespace) -> int:
     path = Path(options.state)
     project = check_name(options.project or path.resolve().name)
     hosts = options.host or ["localhost", "127.0.0.1"]
-    StateFolder.make(path, project, hosts)
+    StateFolder.make(path, project, hosts, options.database)
     print(
         f"made {path}: the authority and the server's certificate of {project}\n"
         f"keep {path / 'ca-key.pem'} safe: whoever has it can pretend to be the server\n\n"
@@ -56,9 +57,10 @@ def _enrol(options: argparse.Namespace) -> int:
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    token = Token.read(options.token)
-    pem = find_authority(options.url, token)
-    write_atomically(folder / "ca.pem", [pem])
+    token = Token.read(options.token or os.environ.get("ATOLL_TOKEN", ""))
+    pem = None if options.public_ca else find_authority(options.url, token)
+    if pem is not None:
+        write_atomically(folder / "ca.pem", [pem])
     link = Link(options.url, pem, make_key(folder / "key.pem"))
     enrolled = link.enrol(token)
     about = {"url": link.url, "site": enrolled.site, "project": enrolled.project}
@@ -140,10 +142,22 @@ def _sites(options: argparse.Namespace) -> int:
     else:
         with closing(StateFolder.open(place).store()) as store:
             found = store.sites()
+            known = {row["name"] for row in found if row["status"] == "active"}
+            waiting = sa.select(tokens).where(
+                tokens.c.used.is_(None), tokens.c.expires > time.time()
+            )
+            invited = [row for row in store.rows(waiting) if row["name"] not in known]
+            found = [*found, *({**row, "status": "invited", "seen": None} for row in invited)]
     print_table(
         ("site", "role", "status", "examples", "last seen"),
         [
-            (row["name"], row["role"], row["status"], str(row["examples"]), _ago(row["seen"]))
+            (
+                row["name"],
+                row["role"],
+                row["status"],
+                str(row.get("examples", "")),
+                "" if row["seen"] is None else _ago(row["seen"]),
+            )
             for row in found
         ],
     )
@@ -160,7 +174,9 @@ def _revoke(options: argparse.Namespace) -> int:
             store.change(leading=False) as change,
         ):
             mine = sites.c.name == options.name
-            if not change.run(sites.update().where(mine).values(status="revoked")):
+            unused = (tokens.c.name == options.name) & tokens.c.used.is_(None)
+            known = change.run(sites.update().where(mine).values(status="revoked"))
+            if not known + change.run(tokens.delete().where(unused)):
                 raise ConfigurationError(f"there is no site {options.name!r}")
             change.audit(f"operator {getpass.getuser()}", "revoked", site=options.name)
     print(f"{options.name} is revoked; its next request will be refused")
@@ -214,7 +230,7 @@ def _restore(options: argparse.Namespace) -> int:
 
 def _ask(folder: Path, method: str, target: str) -> Any:
     known = json.loads((folder / "site.json").read_text(encoding="utf-8"))
-    pem = (folder / "ca.pem").read_bytes()
+    pem = (folder / "ca.pem").read_bytes() if (folder / "ca.pem").exists() else None
     link = Link(known["url"], pem, make_key(folder / "key.pem"), known["site"])
     try:
         data = link.ask(method, target)

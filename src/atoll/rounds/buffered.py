@@ -136,8 +136,8 @@ class BufferedCoordinator:
             "round": self.round,
             "turns": self._turns,
             "open": {id: list(about) for id, about in self._open.items()},
-            "buffer": self._buffer,
-            "past": self._past,
+            "buffer": list(self._buffer),
+            "past": dict(self._past),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -166,6 +166,7 @@ class BufferedCoordinator:
             if self._open[invitation][0] != client:
                 return Answer(Verdict.UNKNOWN, f"{invitation!r} is not {client}'s invitation")
             if self.phase is Phase.DONE:
+                self._end(invitation, "spared")
                 return Answer(Verdict.NOT_NEEDED, "the run is done")
             return None
         how, _, owner = self._past.get(invitation, "").partition(" ")

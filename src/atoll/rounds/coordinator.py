@@ -190,10 +190,10 @@ class Coordinator:
             "deadline": self.deadline,
             "needed": self._needed,
             "fewest": self._fewest,
-            "open": self._open,
-            "accepted": self._accepted,
+            "open": dict(self._open),
+            "accepted": dict(self._accepted),
             "lost": sorted(self._lost),
-            "faults": self._faults,
+            "faults": list(self._faults),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -207,6 +207,8 @@ class Coordinator:
             self._lost, self._faults = set(state["lost"]), list(state["faults"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the coordinator's state is damaged: {error!r}") from error
+        if self.phase is Phase.FAILED and self.attempt < self.schedule.attempts:
+            self.phase = Phase.IDLE
         if self.phase in (Phase.IDLE, Phase.DONE):
             # The schedule may have been given more rounds since, or fewer.
             self.phase = Phase.DONE if self.round > self.schedule.rounds else Phase.IDLE

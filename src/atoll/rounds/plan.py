@@ -11,7 +11,7 @@ from atoll.aggregation.stage import Schema, Stage
 from atoll.algorithms.algorithm import Algorithm
 from atoll.errors import ConfigurationError
 from atoll.learners.base import Learner
-from atoll.rounds.schedules import Schedule
+from atoll.rounds.schedules import Buffered, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,13 @@ class Plan:
                 )
         if getattr(self.schedule, "pull", False) and "delta" not in self.algorithm.reports:
             raise ConfigurationError("pull=True needs an algorithm that reports a delta")
+        statistics = [s for s in self.learner.layout.sizes if s != "params"]
+        if isinstance(self.schedule, Buffered) and statistics:
+            raise ConfigurationError(
+                f"the model has {' and '.join(statistics)} (BatchNorm's statistics, say), which an "
+                "asynchronous schedule would add up from different versions; use GroupNorm or "
+                "LayerNorm, or a Synchronous schedule"
+            )
         self.algorithm.check(self.learner)
         self.stages.check(self.algorithm.reports, self.algorithm.weighted)
 

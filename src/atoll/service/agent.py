@@ -35,8 +35,8 @@ from atoll.rounds.message import pack
 from atoll.rounds.plan import Plan
 from atoll.rounds.turn import assignment_for, first_memory, take_turn
 from atoll.service import messages
-from atoll.service.identity import IdentityError, Token, make_key
-from atoll.service.link import Link, Refusal, Stopped, find_authority
+from atoll.service.identity import IdentityError, Token, make_key, token_digest
+from atoll.service.link import Link, Refusal, Stopped, file_digest, find_authority
 from atoll.service.terms import plan_digest
 from atoll.tracking import checkpoints
 from atoll.tracking.describe import describe
@@ -107,8 +107,9 @@ class Site:
         """Become a site of the federation, or take up being one."""
         key = make_key(self.folder / "key.pem")
         path = self.folder / "site.json"
-        if path.exists():
-            known = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        digest = token_digest(token.secret) if token else ""
+        if known is not None and digest in ("", known.get("token")):
             authority = self.folder / "ca.pem"
             self.link = self._link(url or known["url"], authority, key, known["site"])
             return
@@ -125,7 +126,13 @@ class Site:
                 "see: atoll enrol"
             )
         checkpoints.write_json(
-            path, {"url": self.link.url, "site": enrolled.site, "project": enrolled.project}
+            path,
+            {
+                "url": self.link.url,
+                "site": enrolled.site,
+                "project": enrolled.project,
+                "token": digest,
+            },
         )
         self.report(f"joined {enrolled.project} as {enrolled.site}")
 
@@ -143,9 +150,10 @@ class Site:
                     try:
                         self._train(order)
                         failures = 0
-                    except (AtollError, MemoryError, ArithmeticError, ValueError) as error:
-                        if isinstance(error, Stopped | Refusal | IdentityError):
-                            raise
+                    except (Stopped, Refusal, IdentityError, CheckpointError):
+                        raise
+                    except Exception as error:
+                        # Whatever the model's code raises, the server is to know.
                         failures += 1
                         self._cannot(order, error, failures)
                 elif order.kind == "stop":
@@ -166,7 +174,14 @@ class Site:
         assert order.model is not None
         started = time.perf_counter()
         model = self.folder / f"model-{order.model[:16]}"
-        self.link.fetch(order.model, order.size, model)
+        if not (model.exists() and file_digest(model) == order.model):
+            try:
+                self.link.fetch(order.model, order.size, model)
+            except Refusal as refusal:
+                if refusal.status not in (404, 410):
+                    raise
+                self.report(f"round {order.round}: too late, its model is gone")
+                return
         received, _ = wire.decode(memoryview(bytearray(model.read_bytes())))
         memory = self._remembered(order.memory, received)
         self._busy = order.assignment

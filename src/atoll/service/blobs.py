@@ -6,6 +6,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from atoll.errors import AtollError, CheckpointError, require
 from atoll.tracking.checkpoints import write_atomically
 
 CHUNK = 1 << 20
+MARK = "federation.id"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,8 +47,12 @@ class Blobs(ABC):
         """Forget a blob, if it is there."""
 
     @abstractmethod
-    def all(self) -> set[str]:
-        """Digests of all blobs."""
+    def all(self) -> dict[str, float]:
+        """All blobs: their digests, and when they were put (seconds since the epoch)."""
+
+    @abstractmethod
+    def claim(self, owner: str) -> None:
+        """Mark the place as one federation's; raises `CheckpointError` if it is another's."""
 
     def put(self, pieces: Iterable[bytes | memoryview], scratch: Path) -> str:
         """Keep new contents; returns their digest once they are durable."""
@@ -72,7 +78,7 @@ class Folder(Blobs):
         new = not target.parent.exists()
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
-        for folder in (target.parent, self.path)[: 1 + new]:
+        for folder in (target.parent, self.path)[: (1 + new) if os.name != "nt" else 0]:
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -100,9 +106,19 @@ class Folder(Blobs):
     def remove(self, digest: str) -> None:
         self._path(digest).unlink(missing_ok=True)
 
-    def all(self) -> set[str]:
-        names = (path.name for path in self.path.glob("??/*"))
-        return {name for name in names if DIGEST.fullmatch(name)}
+    def all(self) -> dict[str, float]:
+        found = {}
+        for path in self.path.glob("??/*"):
+            if DIGEST.fullmatch(path.name):
+                with suppress(FileNotFoundError):
+                    found[path.name] = path.stat().st_mtime
+        return found
+
+    def claim(self, owner: str) -> None:
+        mark = self.path / MARK
+        if not mark.exists():
+            write_atomically(mark, [owner.encode()])
+        _check_owner(mark.read_text(encoding="utf-8"), owner, str(self.path))
 
     def _path(self, digest: str) -> Path:
         if not DIGEST.fullmatch(digest):
@@ -121,7 +137,7 @@ class Bucket(Blobs):
         stores = require("obstore.store", "atoll[s3]", "blobs in a bucket")
         self._obstore: Any = obstore
         try:
-            self._store = stores.from_url(url)
+            self._url, self._store = url, stores.from_url(url)
         except Exception as error:
             raise CheckpointError(f"the bucket {url} cannot be used: {error}") from error
 
@@ -160,11 +176,28 @@ class Bucket(Blobs):
         except FileNotFoundError:
             return
 
-    def all(self) -> set[str]:
-        found = set()
+    def all(self) -> dict[str, float]:
+        found = {}
         for batch in self._obstore.list(self._store):
-            found |= {item["path"].rpartition("/")[2] for item in batch}
-        return {name for name in found if DIGEST.fullmatch(name)}
+            for item in batch:
+                found[item["path"].rpartition("/")[2]] = item["last_modified"].timestamp()
+        return {name: at for name, at in found.items() if DIGEST.fullmatch(name)}
+
+    def claim(self, owner: str) -> None:
+        try:
+            held = bytes(self._obstore.get(self._store, MARK).bytes()).decode()
+        except FileNotFoundError:
+            self._obstore.put(self._store, MARK, owner.encode())
+            held = owner
+        _check_owner(held, owner, self._url)
+
+
+def _check_owner(held: str, owner: str, place: str) -> None:
+    if held.strip() != owner:
+        raise CheckpointError(
+            f"the blobs in {place} are another federation's, which would be destroyed; give "
+            f"another place (or remove {MARK} there, if that federation is no more)"
+        )
 
 
 def blobs_at(place: str) -> Blobs:

@@ -82,8 +82,14 @@ async def gathered(request: Request, most: int) -> AsyncIterator[bytes]:
         yield bytes(held)
 
 
-async def pieces(conductor: Conductor, digest: str, start: int, stop: int) -> AsyncIterator[bytes]:
-    for piece in conductor.vault.blobs.read(digest, start, stop):
+async def pieces(
+    conductor: Conductor, site: str, digest: str, start: int, stop: int
+) -> AsyncIterator[bytes]:
+    """A blob's bytes from `start` to `stop`; a site that receives them is there."""
+    source = conductor.vault.blobs.read(digest, start, stop)
+    while piece := await asyncio.to_thread(next, source, b""):
+        if site in conductor.members.seen:
+            conductor.members.saw(site)
         yield piece
 
 

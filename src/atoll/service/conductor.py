@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from atoll.errors import CheckpointError
+from atoll.errors import CheckpointError, RunError
 from atoll.keys import Key
 from atoll.rounds.buffered import coordinator_for
 from atoll.rounds.coordinator import Answer, Phase, Verdict
@@ -40,6 +40,8 @@ from atoll.tracking.describe import describe
 from atoll.vectors import Vectors
 
 logger = logging.getLogger("atoll.service")
+#: Seconds between two ticks from which on they were not this process's to use.
+SUSPENDED = 30.0
 T = TypeVar("T")
 
 
@@ -86,6 +88,9 @@ class Conductor:
         self._stepping = False
         self._patient_until = 0.0
         self._retry_at = 0.0
+        self._ticked = clock()
+        #: What the next round waits for, in words.
+        self.waiting = ""
         self._remembers = True
 
     async def start(self) -> None:
@@ -112,7 +117,8 @@ class Conductor:
         self.server.open()
         await self._refold()
         self._worker = asyncio.create_task(self._work_off(), name="atoll-sums")
-        self.vault.sweep(self.version["version"], self.open, self.service.kept)
+        await self._in_thread(self.vault.tidy)
+        self._ticked = self.clock()
 
     async def close(self) -> None:
         """Finish what is in hand, and let go."""
@@ -172,7 +178,7 @@ class Conductor:
         fault = _plain(await self._in_thread(lambda: self.vault.fault(path)))
         if not fault:
             # Durable before anyone decides; a blob that nobody names is swept away.
-            await self._in_thread(lambda: self.vault.blobs.take(path, upload["digest"]))
+            await self._in_thread(lambda: self.vault.take(path, upload["digest"]))
         if self.store.upload(upload["id"]) is None:
             row = self.store.assignment(id)
             accepted = row is not None and row["state"] == "accepted"
@@ -184,7 +190,9 @@ class Conductor:
         with self._deciding() as change:
             ledger.delivered(change, upload, answer, began, now)
             self._record_outcome(change, now)
-        self.open.pop(site, None)
+        # It may be at work for a later round by now.
+        if site in self.open and self.open[site]["id"] == id:
+            del self.open[site]
         path.unlink(missing_ok=True)
         if answer.accepted:
             row = self.store.assignment(id)
@@ -210,6 +218,10 @@ class Conductor:
     def tick(self) -> None:
         """What time alone brings about: leases, deadlines, the next round."""
         now = self.clock()
+        if now - self._ticked > SUSPENDED:
+            # This machine slept, or its clock was set: nobody else was silent for so long.
+            self._pass_over(now - self._ticked)
+        self._ticked = now
         self.members.refresh()
         self.members.write()
         if self.store.setting("stop") and not self.stopping:
@@ -232,6 +244,7 @@ class Conductor:
     def stop(self, who: str) -> None:
         """No more rounds; sites are told to stop when they next ask."""
         with self.store.change() as change:
+            change.set("stop", True)
             change.audit(who, "stop")
         self.stopping = True
         self.notify()
@@ -256,23 +269,30 @@ class Conductor:
             return
         roster = self.members.roster(self.open)
         population, present = len(roster), len(roster.candidates())
+        least = (
+            schedule.concurrency
+            if isinstance(schedule, Buffered)
+            else (max(schedule.cohort or 1, schedule.minimum or 1))
+        )
+        if population < least:
+            self._say(f"waiting: {population} of {least} sites that the schedule needs are here")
+            return
         if isinstance(schedule, Buffered):
-            if not present or population < schedule.concurrency:
+            if not present:
                 return
         else:
             enough = present > 0 and present >= schedule.fewest(population)
             patient = present < schedule.invited(population) and now < self._patient_until
             if not enough or patient:
                 return
+        attempt = self.coordinator.round, self.coordinator.attempt
         invitations = self.coordinator.open(roster, now)
         if not invitations and isinstance(schedule, Buffered):
             return
         with self._deciding() as change:
-            round = self.coordinator.round
-            attempt = round, self.coordinator.attempt
             rows = ledger.opened(change, invitations, attempt, population, now)
             change.audit(
-                "server", "invited", round=round, sites=[row["site"] for row in rows],
+                "server", "invited", round=attempt[0], sites=[row["site"] for row in rows],
                 model=self.version["broadcast"],
             )  # fmt: skip
             self._record_outcome(change, now)
@@ -291,8 +311,28 @@ class Conductor:
             elif schedule.cohort is not None:
                 wanted = schedule.invite or schedule.cohort
         if wanted is not None:
-            return len(self.members.names) >= wanted
-        return not self.members.awaited()
+            have = len(self.members.names)
+            if have < wanted:
+                self._say(f"waiting for the first round: {have} of {wanted} sites have joined")
+            return have >= wanted
+        awaited = self.members.awaited()
+        if awaited:
+            self._say(f"waiting for the first round: {', '.join(awaited)} can still join")
+        return not awaited
+
+    def _say(self, text: str) -> None:
+        """Log what is waited for, when it changes."""
+        if text != self.waiting:
+            logger.info("%s", text)
+            self.waiting = text
+
+    def _pass_over(self, gap: float) -> None:
+        """Do not hold a gap in this process's own time against anyone."""
+        logger.warning("%.0f seconds passed unseen; leases and the deadline move by as much", gap)
+        for site in self.members.seen:
+            self.members.seen[site] += gap
+        if self.coordinator.deadline is not None:
+            self.coordinator.deadline += gap
 
     def _record_outcome(self, change: Change, now: float) -> None:
         """Keep the coordinator's state and, where an attempt has ended, how."""
@@ -328,6 +368,8 @@ class Conductor:
         while True:
             job = await self._work.get()
             try:
+                if self.failed is not None:
+                    continue  # a step must not follow a fold that was missed
                 if isinstance(job, tuple):
                     await self._step(*job)
                 else:
@@ -375,8 +417,9 @@ class Conductor:
         self._stepping = False
         shown = ", ".join(f"{n} {v:.4g}" for n, v in (metrics or measurements).items())
         logger.info("round %d closed with %d updates: %s", round, len(accepted), shown)
-        self.vault.sweep(self.version["version"], self.open, self.service.kept)
-        self._invite(now)
+        names = self.vault.needed(round, self.open, self.service.kept)
+        await self._in_thread(lambda: self.vault.sweep(names))
+        self._invite(self.clock())
         self.notify()
 
     async def _pulled(self, accepted: Sequence[str]) -> tuple[float, Any] | None:
@@ -431,8 +474,8 @@ class Conductor:
         if known is None:
             with self.store.change() as change:
                 change.set("identity", mine)
+        self.vault.blobs.claim(self.store.identify())
         with self.store.change() as change:
-            change.set("stop", False)
             change.set("plan", describe(self.plan))
 
     def _deciding(self) -> Any:
@@ -449,6 +492,8 @@ class _Deciding:
         self._change = conductor.store.change()
 
     def __enter__(self) -> Change:
+        if self._conductor.failed is not None:
+            raise RunError(f"this process is ending: {self._conductor.failed}")
         try:
             return self._change.__enter__()
         except BaseException as error:

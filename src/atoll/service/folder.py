@@ -31,10 +31,11 @@ from atoll.errors import CheckpointError, ConfigurationError
 from atoll.service.certificates import fingerprint, make_authority, make_server, write_secret
 from atoll.service.identity import Role, Token, token_digest
 from atoll.service.store import Change, Store
-from atoll.service.tables import sites, tokens
+from atoll.service.tables import settings, sites, tokens
 from atoll.tracking.checkpoints import write_json
 
 NAME_LIMIT = 64
+BACKUPS = 5
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]*[A-Za-z0-9])?")
 
 
@@ -45,7 +46,9 @@ class StateFolder:
     path: Path
 
     @staticmethod
-    def make(path: Path, project: str, hosts: Sequence[str]) -> StateFolder:
+    def make(
+        path: Path, project: str, hosts: Sequence[str], database: str | None = None
+    ) -> StateFolder:
         """A new folder with a project authority and a server certificate for these hosts."""
         if path.exists() and any(path.iterdir()):
             raise ConfigurationError(f"{path} is not empty; choose a new folder")
@@ -55,7 +58,10 @@ class StateFolder:
         make_server(path, hosts)
         write_secret(path / "metrics.token", secrets.token_urlsafe(24).encode())
         write_json(path / "federation.json", {"project": project, "hosts": list(hosts)})
-        return StateFolder.open(path)
+        folder = StateFolder.open(path)
+        if database:
+            folder.use_database(database)
+        return folder
 
     @staticmethod
     def open(path: Path) -> StateFolder:
@@ -89,6 +95,16 @@ class StateFolder:
 
     def use_database(self, url: str) -> None:
         """Keep where the database is; it may hold a password, so only the owner can read it."""
+        if url == self.database:
+            return
+        if (self.path / "database.url").exists() or (self.path / "atoll.db").exists():
+            with closing(self.store()) as store:
+                if store.sites() or store.rows(sa.select(tokens.c.name).limit(1)):
+                    raise ConfigurationError(
+                        "this federation has sites or invitations in another database; say which "
+                        "at the beginning: atoll init STATE --database URL"
+                    )
+        Store(url).close()  # that it can be opened, before it is kept
         write_secret(self.path / "database.url", url.encode())
 
     def store(self) -> Store:
@@ -112,8 +128,20 @@ class StateFolder:
     def backup(self, target: Path) -> int:
         """Write everything into one archive, also while the server runs; returns its bytes.
 
-        The database is copied first and blobs after: whatever it names is there.
+        The database is copied first and blobs after. A server that goes on may remove some that
+        the copy needs; then it is begun anew.
         """
+        for _ in range(BACKUPS):
+            missing = self._backup(target)
+            if not missing:
+                return target.stat().st_size
+        raise CheckpointError(
+            f"rounds close faster than {target} can be written ({len(missing)} blobs were gone); "
+            "stop the server for the backup"
+        )
+
+    def _backup(self, target: Path) -> set[str]:
+        """One try; the digests that are missing from it."""
         if not self.database.startswith("sqlite"):
             raise ConfigurationError(
                 "the database is not in the folder: back it up with its own tools (pg_dump), then "
@@ -129,6 +157,7 @@ class StateFolder:
             finally:
                 source.close()
             partial = target.with_name(f".{target.name}.partial")
+            needed, kept = _needed(copy), set()
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(handle, "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
                 archive.add(copy, "atoll.db")
@@ -136,11 +165,14 @@ class StateFolder:
                     if path.is_file() and path.suffix in (".pem", ".json", ".token"):
                         archive.add(path, path.name)
                 for path in sorted((self.path / "blobs").glob("??/*")):
-                    # One that the server removes meanwhile is one that the copy does not name.
                     with suppress(FileNotFoundError):
                         archive.add(path, str(path.relative_to(self.path)))
-            os.replace(partial, target)
-        return target.stat().st_size
+                        kept.add(path.name)
+            if needed - kept:
+                partial.unlink()
+            else:
+                os.replace(partial, target)
+        return needed - kept
 
     @staticmethod
     def restore(source: Path, path: Path) -> StateFolder:
@@ -155,7 +187,33 @@ class StateFolder:
         except (tarfile.TarError, OSError) as error:
             shutil.rmtree(path, ignore_errors=True)
             raise CheckpointError(f"{source} cannot be restored: {error}") from error
-        return StateFolder.open(path)
+        folder = StateFolder.open(path)
+        with closing(folder.store()) as store, store.change(leading=False) as change:
+            # Another federation from here on: it must not tidy up the blobs of the first.
+            change.run(settings.delete().where(settings.c.name == "id"))
+        return folder
+
+
+def _needed(database: Path) -> set[str]:
+    """Digests without which a copy of the database cannot be served."""
+    with closing(sqlite3.connect(database)) as copy:
+        last = copy.execute("SELECT max(version) FROM versions").fetchone()[0]
+        if last is None:
+            return set()
+        rows = copy.execute(
+            "SELECT state, broadcast, model FROM versions WHERE version = ? OR version IN "
+            "(SELECT version FROM assignments WHERE state = 'open' OR counted > ?)",
+            (last, last),
+        ).fetchall()
+        digests = {digest for row in rows for digest in row}
+        waiting = copy.execute("SELECT digest FROM assignments WHERE counted > ?", (last,))
+        place = copy.execute("SELECT value FROM settings WHERE name = 'blobs'").fetchone()
+        if place and json.loads(place[0]):
+            raise ConfigurationError(
+                f"the blobs are in {json.loads(place[0])}, not in the folder: back them up there, "
+                "and the folder with the server stopped"
+            )
+        return digests | {row[0] for row in waiting}
 
 
 def add_token(change: Change, secret: str, name: str, role: Role, expires: float) -> None:

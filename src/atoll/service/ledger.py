@@ -91,6 +91,8 @@ def ended(change: Change, outcome: Outcome, population: int, now: float, *, spar
     mine = (assignments.c.round == outcome.round) & (
         assignments.c.id.like(f"{outcome.round}.{outcome.attempt}.%")
     )
+    theirs = sa.select(assignments.c.id).where(mine)
+    change.run(uploads.delete().where(uploads.c.assignment.in_(theirs)))
     change.run(
         assignments.update()
         .where(mine, assignments.c.state == "open")
@@ -123,9 +125,9 @@ def due(store: Store, round: int) -> Row | None:
 
 
 def accepted_into(store: Store, round: int) -> Sequence[Row]:
-    """The assignments whose updates go into a round's mean, in the order of their delivery."""
+    """The assignments whose updates go into a round's mean, in the order of their turns."""
     query = sa.select(assignments).where(assignments.c.counted == round)
-    return store.rows(query.order_by(assignments.c.delivered))
+    return store.rows(query.order_by(assignments.c.turn, assignments.c.id))
 
 
 def last_counted(store: Store, site: str, version: int | None) -> str | None:
@@ -133,7 +135,7 @@ def last_counted(store: Store, site: str, version: int | None) -> str | None:
     query = (
         sa.select(assignments.c.id)
         .where(assignments.c.site == site, assignments.c.state == "accepted")
-        .order_by(assignments.c.counted.desc(), assignments.c.delivered.desc())
+        .order_by(assignments.c.counted.desc(), assignments.c.turn.desc())
         .limit(1)
     )
     if version is not None:

@@ -10,13 +10,14 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from atoll.errors import AtollError, ConfigurationError, require
+from atoll.errors import AtollError, CheckpointError, ConfigurationError, require
 from atoll.service import messages
 from atoll.service.certificates import client_context, fingerprint
 from atoll.service.identity import (
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 60.0
 TIMEOUT = 30.0
+#: Times that one request may be told that there is no such session, before that is believed.
+TURNED_AWAY = 6
 #: Refusals that time may cure.
 PASSING = frozenset({408, 423, 425, 429, 500, 502, 503, 504})
 
@@ -115,7 +118,8 @@ class Link:
         partial = path.with_name(f"{path.name}.partial")
 
         def attempt() -> None:
-            have = partial.stat().st_size if partial.exists() else 0
+            with _on_disk():
+                have = partial.stat().st_size if partial.exists() else 0
             if have > size:
                 partial.unlink()
                 have = 0
@@ -124,9 +128,12 @@ class Link:
                     "GET", f"/v1/blobs/{digest}", b"", {"Range": f"bytes={have}-"}, stream=True
                 )
                 try:
-                    with partial.open("ab" if answer.status == 206 else "wb") as file:
+                    with _on_disk():
+                        file = partial.open("ab" if answer.status == 206 else "wb")
+                    with file:
                         for piece in answer.stream(CHUNK):
-                            file.write(piece)
+                            with _on_disk():
+                                file.write(piece)
                 finally:
                     answer.release_conn()
             found = file_digest(partial)
@@ -176,7 +183,7 @@ class Link:
         """Try until it works or is refused for good."""
         import urllib3
 
-        pause = FIRST_PAUSE
+        pause, turned_away = FIRST_PAUSE, 0
         while True:
             try:
                 return attempt()
@@ -188,11 +195,13 @@ class Link:
                     ) from None
                 reason = _reason(error)
             except Refusal as refusal:
-                if refusal.status == 401 and self._session:
-                    # Sessions end, with the server or by themselves.
+                if refusal.status == 401 and self.site and turned_away < TURNED_AWAY:
+                    # Sessions and challenges end, with the server or by themselves.
                     self._session = ""
-                    continue
-                if (refusal.status not in PASSING and refusal.status != 409) or refusal.detail:
+                    turned_away += 1
+                    if turned_away == 1:
+                        continue
+                elif (refusal.status not in PASSING and refusal.status != 409) or refusal.detail:
                     raise
                 reason = str(refusal)
             self.note(f"{reason}; trying again")
@@ -289,6 +298,18 @@ def find_authority(url: str, token: Token) -> bytes:
             "Check the address, and who may be in between"
         )
     return pem
+
+
+@contextmanager
+def _on_disk() -> Iterator[None]:
+    """Trouble with this machine's own files is no trouble of the network, to be waited for."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or 'a file'} could not be written: {error.strerror or error}; free "
+            "some space, then start again"
+        ) from error
 
 
 def file_digest(path: Path) -> str:

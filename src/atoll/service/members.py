@@ -26,6 +26,8 @@ class Members:
         self.names: list[str] = []
         self.seen: dict[str, float] = {}
         self.told: set[str] = set()
+        #: Sites whose check-in waits for news.
+        self.parked: set[str] = set()
         self._said: dict[str, tuple[int, str]] = {}
         self._unsaid: set[str] = set()
         self._written: dict[str, float] = {}
@@ -62,7 +64,8 @@ class Members:
         present = [
             member
             for member, name in enumerate(self.names)
-            if now - self.seen.get(name, 0.0) <= self._presence and name not in busy
+            if name not in busy
+            and (name in self.parked or now - self.seen.get(name, 0.0) <= self._presence)
         ]
         said = [self._said[name] for name in self.names]
         return Roster(
@@ -72,12 +75,12 @@ class Members:
             _resources([json.loads(about) for _, about in said]),
         )
 
-    def awaited(self) -> bool:
-        """Whether someone was invited who may still join."""
+    def awaited(self) -> list[str]:
+        """Who was invited and may still join; some of them, if they are many."""
         waiting = sa.select(tokens.c.name).where(
             tokens.c.used.is_(None), tokens.c.expires > self._clock(), tokens.c.role == "site"
         )
-        return bool(self._store.rows(waiting.limit(1)))
+        return [row["name"] for row in self._store.rows(waiting.order_by(tokens.c.name).limit(5))]
 
     def write(self) -> None:
         """Write down what is new, all in one transaction."""

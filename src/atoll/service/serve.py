@@ -107,7 +107,14 @@ class _Process:
     async def _lead(self, listening: asyncio.Task[None]) -> None:
         """Wait for the lease, then conduct until there is a reason to leave."""
         waiting = False
+        if self.store.lead():
+            # To serve again is to go on after a stop; to take over is not.
+            with self.store.change() as change:
+                change.set("stop", False)
         while not self.store.lead():
+            if waiting and self.store.setting("stop"):
+                logger.info("the federation was stopped")
+                return
             if not waiting:
                 logger.info("another process leads this federation; standing by")
                 waiting = True
@@ -118,7 +125,27 @@ class _Process:
             blobs_at(self.listening.blobs or str(self.folder.path / "blobs")),
             self.folder.path / "incoming", evaluate=self.evaluate,
         )  # fmt: skip
-        await conductor.start()
+        with self.store.change() as change:
+            change.set("blobs", self.listening.blobs)
+        renewing = asyncio.create_task(self._keep_lease(conductor))
+        try:
+            await conductor.start()
+            await self._conducted(conductor, listening)
+        finally:
+            renewing.cancel()
+
+    async def _keep_lease(self, conductor: Conductor) -> None:
+        """Renew the lease all the while, also when a start or a step takes long."""
+        while True:
+            await asyncio.sleep(self.store.lease_seconds / 4)
+            try:
+                if not self.store.lead():
+                    raise NotLeading("another process took over the federation")
+            except Exception as error:
+                conductor.failed = error
+                return
+
+    async def _conducted(self, conductor: Conductor, listening: asyncio.Task[None]) -> None:
         self.app.conductor = conductor
         logger.info(
             "leading %s at round %d of %d", self.folder.project, conductor.coordinator.round,
@@ -133,14 +160,11 @@ class _Process:
 
     async def _conduct(self, conductor: Conductor, listening: asyncio.Task[None]) -> None:
         ends: float | None = None
-        loop, renewed = asyncio.get_running_loop(), 0.0
+        loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
-            if now - renewed > self.store.lease_seconds / 4:
-                if not self.store.lead():
-                    raise NotLeading("another process took over the federation")
-                renewed = now
-            conductor.tick()
+            if conductor.failed is None:
+                conductor.tick()
             if conductor.failed is not None:
                 raise RunError(f"the server stopped: {conductor.failed}") from conductor.failed
             if conductor.done:
@@ -152,7 +176,7 @@ class _Process:
         if conductor.coordinator.phase is Phase.FAILED:
             raise RunError(
                 "the federation was given up: a round was abandoned too often; `atoll rounds` "
-                "says why"
+                "says why. To try again: atoll serve ... --set schedule.attempts=MORE"
             )
 
     async def _paused(self, seconds: float, listening: asyncio.Task[None]) -> bool:

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,8 @@ from atoll.service import tables
 from atoll.service.audit import append
 
 LEASE_SECONDS = 10.0
+#: The advisory lock of every change on PostgreSQL ("atoll").
+CHAIN = 0x61746F6C6C
 Row = Mapping[str, Any]
 
 
@@ -39,7 +42,7 @@ class Store:
 
     def __init__(self, url: str, *, lease_seconds: float = LEASE_SECONDS) -> None:
         self.lease_seconds = lease_seconds
-        self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.holder = f"{_machine()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._engine = engine_for(url)
         try:
             with self._engine.begin() as connection:
@@ -69,12 +72,21 @@ class Store:
     def change(self, *, leading: bool = True) -> Iterator[Change]:
         """A transaction: all of it, on disk, or nothing."""
         with self._engine.begin() as connection:
+            if connection.dialect.name == "postgresql":
+                # One change at a time, as SQLite has it: the audit log is a chain.
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CHAIN)))
             if leading and not self._renew(connection):
                 raise NotLeading("another process leads this federation now")
             yield Change(connection)
 
     def lead(self) -> bool:
         """Take or keep the lease; False while another process holds it."""
+        try:
+            return self._lead()
+        except sa.exc.IntegrityError:
+            return False  # another process was as quick
+
+    def _lead(self) -> bool:
         with self._engine.begin() as connection:
             if self._renew(connection):
                 return True
@@ -86,7 +98,10 @@ class Store:
             elif row["until"] < now or _dead(row["holder"]):
                 taken = connection.execute(
                     tables.lease.update()
-                    .where(tables.lease.c.holder == row["holder"])
+                    .where(
+                        tables.lease.c.holder == row["holder"],
+                        tables.lease.c.until == row["until"],
+                    )
                     .values(holder=self.holder, until=now + self.lease_seconds)
                 )
                 return taken.rowcount == 1
@@ -107,6 +122,15 @@ class Store:
             .values(until=time.time() + self.lease_seconds)
         )
         return renewed.rowcount == 1
+
+    def identify(self) -> str:
+        """The federation's own random name, made once."""
+        known = self.setting("id")
+        if known is None:
+            known = secrets.token_hex(16)
+            with self.change(leading=False) as change:
+                change.set("id", known)
+        return str(known)
 
     def setting(self, name: str) -> Any:
         """A single value, None if it was never set."""
@@ -217,10 +241,20 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
 
+def _machine() -> str:
+    """Where this process runs, so that its number means something: boot and container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
 def _dead(holder: str) -> bool:
     """Whether the process that held the lease was on this machine and is gone."""
-    host, pid, _ = holder.rsplit(":", 2)
-    if host != socket.gethostname() or not pid.isdecimal():
+    machine, pid, _ = holder.rsplit(":", 2)
+    # Where it cannot be known to be the same machine and container, only time tells.
+    if not machine.startswith("/") or machine != _machine() or not pid.isdecimal():
         return False
     try:
         os.kill(int(pid), 0)

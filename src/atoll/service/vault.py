@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from atoll.vectors import Vectors
 
 #: Files from here on are not left in memory; seconds between two times of letting go.
 SMALL, PAUSE = 1 << 24, 0.01
+#: Seconds after which something that nobody names was left behind; versions that stay.
+LEFT_BEHIND, KEPT = 3600.0, 3
 
 
 class Vault:
@@ -36,6 +39,9 @@ class Vault:
 
     def __init__(self, plan: Plan, store: Store, blobs: Blobs, scratch: Path) -> None:
         self.plan, self.store, self.blobs, self.scratch = plan, store, blobs, scratch
+        # Digests of what this process knows to be there.
+        self._put: set[str] = set()
+        self._sizes: dict[str, int] = {}
 
     def part(self, upload: str) -> Path:
         """The file that an upload grows in."""
@@ -65,11 +71,13 @@ class Vault:
 
     def keep(self, server: Server) -> dict[str, str]:
         """Put the server's vectors, what sites receive and the model into blobs."""
-        return {
+        made = {
             "state": self.blobs.put(wire.encode(server.vectors()), self.scratch),
             "broadcast": self.blobs.put(wire.encode(server.broadcast()), self.scratch),
             "model": self.blobs.put(wire.encode(server.model()), self.scratch),
         }
+        self._put |= set(made.values())
+        return made
 
     def vectors(self, digest: str) -> Vectors:
         """The arrays in a blob, mapped: a model that is not looked at takes no memory."""
@@ -79,21 +87,55 @@ class Vault:
             path.unlink()
         return vectors
 
-    def sweep(self, newest: int, at_work: Mapping[str, Row], kept: int) -> None:
-        """Remove blobs and parts that nothing refers to."""
+    def needed(self, newest: int, at_work: Mapping[str, Row], kept: int) -> set[str]:
+        """Digests that something may still refer to."""
         waiting = self.store.rows(sa.select(assignments).where(assignments.c.counted > newest))
         needed = {row["version"] for row in (*at_work.values(), *waiting)}
         names = {row["digest"] for row in waiting}
-        for row in self.store.rows(sa.select(versions)):
-            if row["version"] > newest - kept or row["version"] in needed:
-                names |= {row["state"], row["broadcast"], row["model"]}
+        recent = versions.c.version > newest - kept
+        query = sa.select(versions).where(recent | versions.c.version.in_(needed))
+        for row in self.store.rows(query):
+            names |= {row["state"], row["broadcast"], row["model"]}
+        return names | {row["digest"] for row in self.store.rows(sa.select(uploads))}
+
+    def sweep(self, names: set[str]) -> None:
+        """Remove what this process has put, but for these."""
+        for digest in self._put - names:
+            self.blobs.remove(digest)
+        self._put &= names
+
+    def size(self, digest: str) -> int:
+        """Bytes of a blob, asked once."""
+        if digest not in self._sizes:
+            if len(self._sizes) > 64:
+                self._sizes.clear()
+            self._sizes[digest] = self.blobs.size(digest)
+        return self._sizes[digest]
+
+    def take(self, path: Path, digest: str) -> None:
+        """Keep an upload's bytes."""
+        self.blobs.take(path, digest)
+        self._put.add(digest)
+
+    def tidy(self) -> None:
+        """At the start: remove what earlier processes left behind.
+
+        What is younger than an hour may be another process's, about to be spoken of.
+        """
+        there = self.blobs.all()
+        newest = self.store.version()
+        open_ = self.store.rows(sa.select(assignments).where(assignments.c.state == "open"))
+        names = self.needed(
+            newest["version"] if newest else 0, {row["id"]: row for row in open_}, KEPT
+        )
+        self._put |= set(there) & names
+        for digest, since in there.items():
+            if digest not in names and time.time() - since > LEFT_BEHIND:
+                self.blobs.remove(digest)
         coming = self.store.rows(sa.select(uploads))
-        names |= {row["digest"] for row in coming}
-        for digest_ in self.blobs.all() - names:
-            self.blobs.remove(digest_)
         parts = {f"{row['id']}.part" for row in coming}
-        for path in self.scratch.glob("*.part"):
-            if path.name not in parts:
+        for path in self.scratch.iterdir():
+            if path.name not in parts and time.time() - path.stat().st_mtime > LEFT_BEHIND:
                 path.unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ import time
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from atoll.rounds.coordinator import Answer, Verdict
+from atoll.rounds.coordinator import Answer, Phase, Verdict
 from atoll.service import messages
 from atoll.service.blobs import DIGEST, BlobMissing
 from atoll.service.bodies import (
@@ -105,7 +105,7 @@ class Working:
                     fraction=row["fraction"],
                     seed=conductor.service.seed,
                     model=began["broadcast"],
-                    size=conductor.vault.blobs.size(began["broadcast"]),
+                    size=conductor.vault.size(began["broadcast"]),
                     memory=conductor.memory_of(site),
                 )
             if conductor.done:
@@ -116,11 +116,9 @@ class Working:
                     round=version["version"],
                     rounds=rounds_,
                     model=version["model"],
-                    size=conductor.vault.blobs.size(version["model"]),
+                    size=conductor.vault.size(version["model"]),
                     memory=conductor.memory_of(site),
-                    reason="the federation was stopped"
-                    if conductor.stopping
-                    else "all rounds are done",
+                    reason=_why(conductor),
                 )
             left = until - time.monotonic()
             if left <= 0 or self.desk.parked >= PARKED or self.desk.closing.is_set():
@@ -128,14 +126,16 @@ class Working:
                 window = self.desk.pace.window(wait > 0 and left <= 0)
                 return messages.Order("wait", round=version["version"], rounds=rounds_, wait=window)
             self.desk.parked += 1
+            conductor.members.parked.add(site)
             try:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), left)
             finally:
                 self.desk.parked -= 1
+                conductor.members.parked.discard(site)
 
     async def blob(self, request: Request) -> Response:
-        await self.desk.who(request, None, b"")
+        site = (await self.desk.who(request, None, b"")).site
         conductor, digest = self.desk.leading(), request.path_params["digest"]
         if not DIGEST.fullmatch(digest):
             raise Refused(404, "a blob is named by its SHA-256")
@@ -159,7 +159,10 @@ class Working:
             return Response(status_code=304, headers={"ETag": f'"{digest}"'})
         self.desk.measures.sent(stop - start)
         return StreamingResponse(
-            pieces(conductor, digest, start, stop), status, headers, "application/octet-stream"
+            pieces(conductor, site, digest, start, stop),
+            status,
+            headers,
+            "application/octet-stream",
         )
 
     async def offer(self, request: Request) -> Response:
@@ -214,11 +217,12 @@ class Working:
             )  # fmt: skip
         conductor.members.seen[row["site"]] = conductor.clock()
         try:
-            with path.open("ab", buffering=0) as file:
+            with path.open("ab") as file:
                 async for block in gathered(request, row["size"] - at):
                     await asyncio.to_thread(file.write, block)
                     at += len(block)
                     conductor.members.seen[row["site"]] = conductor.clock()
+                file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
         finally:
             self.desk.measures.received(at - int(claimed))
@@ -271,3 +275,12 @@ class Working:
 def verdict_of(answer: Answer) -> Response:
     message = messages.Verdict(str(answer.verdict), answer.reason[:1000])
     return answered(message, STATUS[answer.verdict])
+
+
+def _why(conductor: Conductor) -> str:
+    """Why there is nothing more to do."""
+    if conductor.stopping:
+        return "the federation was stopped"
+    if conductor.coordinator.phase is Phase.FAILED:
+        return "the federation was given up: a round was abandoned too often"
+    return "all rounds are done"

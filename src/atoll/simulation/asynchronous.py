@@ -66,6 +66,7 @@ class AsynchronousSimulator(Simulator):
         for row, began in snapshot.coordinator["flights"]:
             invitation = Invitation(*row)
             self.clock = began
+            self._down = wire.size(self._received[invitation.round - 1])
             self._take_off(invitation)
         self.clock = snapshot.clock
 

@@ -29,6 +29,8 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        if os.name == "nt":  # a folder cannot be synced there
+            return
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
