@@ -1,0 +1,280 @@
+"""The conductor by itself, on our clock: crashes, failures and latecomers at chosen instants."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atoll import Federation, algorithms, schedules
+from atoll.errors import CheckpointError, RunError
+from atoll.learners import NumpyLearner
+from atoll.rounds.message import pack
+from atoll.service import ledger
+from atoll.service.blobs import Folder
+from atoll.service.conductor import Conductor
+from atoll.service.store import Store
+from atoll.service.tables import sites
+from atoll.service.terms import Service
+from atoll.updates import Update
+
+
+class World:
+    """A store, blobs, a clock, and sites by name."""
+
+    def __init__(self, root: Path, names: str = "abc", **schedule):
+        self.root, self.names, self.now = root, names, 1000.0
+        (root / "incoming").mkdir()
+        self.plan = Federation(
+            learner=NumpyLearner(layers=(2, 2), lr=0.1, batch_size=4),
+            algorithm=algorithms.FedAvg(),
+            schedule=schedules.Synchronous(**{"rounds": 3, **schedule}),
+        )
+        with self.store() as store, store.change(leading=False) as change:
+            for name in names:
+                change.run(
+                    sites.insert().values(
+                        name=name, key=name, role="site", status="active", joined=1, seen=0,
+                        examples=1, about="{}",
+                    )
+                )  # fmt: skip
+
+    def store(self):
+        from contextlib import closing
+
+        return closing(Store(f"sqlite:///{self.root / 'x.db'}"))
+
+    @asynccontextmanager
+    async def conductor(self, **service):
+        with self.store() as store:
+            assert store.lead()
+            made = Conductor(
+                self.plan, Service(**service), store, Folder(self.root / "blobs"),
+                self.root / "incoming", clock=lambda: self.now,
+            )  # fmt: skip
+            await made.start()
+            try:
+                yield made
+            finally:
+                await made.close()
+                store.resign()
+
+    def offer(self, conductor, site, value, id=None):
+        """A site's update, all of it on disk, not yet decided upon."""
+        row = conductor.open[site] if id is None else {"id": id}
+        delta = np.full(self.plan.learner.layout.size, value, np.float32)
+        data = b"".join(bytes(piece) for piece in pack(Update({"delta": delta}, 1.0)))
+        upload = conductor.offer(site, row["id"], len(data), sha256(data).hexdigest())
+        conductor.vault.part(upload["id"]).write_bytes(data)
+        return upload
+
+    def moved(self, conductor):
+        """How far the model is from its beginning."""
+        from atoll.keys import Key
+
+        first = self.plan.learner.init(Key(0).fold("init"))["params"]
+        return float(np.mean(conductor.server.model()["params"] - first))
+
+
+async def settled(conductor):
+    await asyncio.wait_for(conductor._work.join(), 20)
+
+
+def test_a_step_never_follows_a_missed_fold(tmp_path, monkeypatch):
+    world = World(tmp_path)
+
+    async def story():
+        async with world.conductor() as conductor:
+            conductor.tick()
+            fold, calls = conductor.vault.fold, []
+
+            def failing(row, sums):
+                calls.append(row)
+                if len(calls) == 2:
+                    raise OSError("no space left")
+                fold(row, sums)
+
+            monkeypatch.setattr(conductor.vault, "fold", failing)
+            for site, value in zip("abc", (1, 2, 6), strict=True):
+                answer = await conductor.deliver(world.offer(conductor, site, value))
+                assert answer.accepted
+                if site == "b":
+                    break
+            await settled(conductor)
+            assert isinstance(conductor.failed, OSError)
+            with pytest.raises(RunError, match="this process is ending"):
+                await conductor.deliver(world.offer(conductor, "c", 6))
+            assert conductor.store.version()["version"] == 0
+        # A new process sums what was accepted, and goes on.
+        async with world.conductor() as conductor:
+            conductor.tick()
+            assert set(conductor.open) == {"c"}
+            assert (await conductor.deliver(world.offer(conductor, "c", 6))).accepted
+            await settled(conductor)
+            assert conductor.version["version"] == 1
+            assert world.moved(conductor) == pytest.approx(3, abs=1e-5)
+
+    asyncio.run(story())
+
+
+def test_a_decision_that_was_not_kept_is_not_kept_later_either(tmp_path, monkeypatch):
+    world = World(tmp_path)
+
+    async def story():
+        async with world.conductor() as conductor:
+            conductor.tick()
+            upload = world.offer(conductor, "a", 1)
+            with monkeypatch.context() as patch:
+
+                def broken(*rest):
+                    raise ConnectionError("the database went away")
+
+                patch.setattr(ledger, "delivered", broken)
+                with pytest.raises(ConnectionError):
+                    await conductor.deliver(upload)
+            with pytest.raises(RunError):
+                conductor.give_up("b", conductor.open["b"]["id"], "gone")
+        async with world.conductor() as conductor:
+            assert set(conductor.open) == {"a", "b", "c"}
+            for site, value in zip("abc", (1, 2, 6), strict=True):
+                assert (await conductor.deliver(world.offer(conductor, site, value))).accepted
+            await settled(conductor)
+            assert world.moved(conductor) == pytest.approx(3, abs=1e-5)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("instant", ["before the fold", "before the step", "before it is known"])
+def test_killed_between_any_two_steps_it_is_the_same_model(tmp_path, monkeypatch, instant):
+    world = World(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    async def story():
+        async def begin():
+            async with world.conductor() as conductor:
+                conductor.tick()
+                if instant == "before it is known":
+
+                    def killed(*rest):
+                        raise Killed
+
+                    monkeypatch.setattr(ledger, "stepped", killed)
+                else:
+                    conductor._worker.cancel()
+                    if instant == "before the step":
+                        conductor._work = asyncio.Queue()
+                for site, value in zip("abc", (1, 2, 6), strict=True):
+                    await conductor.deliver(world.offer(conductor, site, value))
+                if instant == "before it is known":
+                    for _ in range(200):
+                        if conductor._worker.done():
+                            break
+                        await asyncio.sleep(0.01)
+                # As SIGKILL would leave it: nothing is finished.
+                conductor._worker = None
+                raise Killed
+
+        with pytest.raises(BaseException):  # noqa: B017, PT011
+            await begin()
+        monkeypatch.undo()
+        async with world.conductor() as conductor:
+            assert conductor.version["version"] == 1
+            assert world.moved(conductor) == pytest.approx(3, abs=1e-5)
+            conductor.tick()
+            assert {row["round"] for row in conductor.open.values()} == {2}
+
+    asyncio.run(story())
+
+
+def test_a_late_upload_leaves_the_new_assignment_alone(tmp_path):
+    world = World(tmp_path, "ab", cohort=1, invite=2)
+
+    async def story():
+        async with world.conductor() as conductor:
+            conductor.tick()
+            slow = world.offer(conductor, "b", 5)
+            assert (await conductor.deliver(world.offer(conductor, "a", 1))).accepted
+            await settled(conductor)
+            conductor.tick()
+            assert conductor.open["b"]["round"] == 2
+            assert not (await conductor.deliver(slow)).accepted
+            assert conductor.open["b"]["round"] == 2
+            assert (await conductor.deliver(world.offer(conductor, "b", 3))).accepted
+            await settled(conductor)
+            assert world.moved(conductor) == pytest.approx(4, abs=1e-5)
+            assert not list((tmp_path / "incoming").glob("*.part"))
+
+    asyncio.run(story())
+
+
+def test_too_few_sites_are_waited_for(tmp_path):
+    world = World(tmp_path, "ab", cohort=3)
+
+    async def story():
+        async with world.conductor(sites=1) as conductor:
+            conductor.tick()
+            assert "2 of 3 sites" in conductor.waiting
+            assert not conductor.open
+            with conductor.store.change() as change:
+                change.run(
+                    sites.insert().values(
+                        name="c", key="c", role="site", status="active", joined=2, seen=0,
+                        examples=1, about="{}",
+                    )
+                )  # fmt: skip
+            conductor.members.saw("c")
+            conductor.tick()
+            assert set(conductor.open) == {"a", "b", "c"}
+
+    asyncio.run(story())
+
+
+def test_a_machine_that_slept_holds_it_against_nobody(tmp_path):
+    world = World(tmp_path, deadline=60.0)
+
+    async def story():
+        async with world.conductor(lease=100.0) as conductor:
+            conductor.tick()
+            world.now += 3600
+            conductor.tick()
+            assert set(conductor.open) == {"a", "b", "c"}
+            for _ in range(8):
+                world.now += 20
+                conductor.tick()
+            # But in time that passes under its eyes the deadline and leases hold.
+            assert conductor.coordinator.attempt >= 1
+
+    asyncio.run(story())
+
+
+def test_a_place_of_blobs_has_one_owner(tmp_path):
+    world = World(tmp_path)
+
+    async def story():
+        async with world.conductor():
+            pass
+        with pytest.raises(CheckpointError, match="another federation's"):
+            Folder(tmp_path / "blobs").claim("someone else")
+
+    asyncio.run(story())
+
+
+def test_a_given_up_federation_may_be_given_more_tries(tmp_path):
+    from atoll.keys import Key
+    from atoll.rounds import Coordinator, Phase, Roster
+
+    roster = Roster(["a"], np.ones(1, np.int64))
+    machine = Coordinator(schedules.Synchronous(rounds=1, attempts=1), Key(0))
+    (invitation,) = machine.open(roster, 0.0)
+    machine.lost(invitation.id, 1.0)
+    assert machine.phase is Phase.FAILED
+    again = Coordinator(schedules.Synchronous(rounds=1, attempts=2), Key(0))
+    again.restore(machine.state())
+    assert again.phase is Phase.IDLE
+    assert len(again.open(roster, 2.0)) == 1
