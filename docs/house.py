@@ -16,7 +16,10 @@ FLOORS = [
     [("algorithms", "one file per algorithm")],
     [("rounds", "plan, selection, coordinator: no clock, no I/O")],
     [("tracking", "run folders, progress, plots, loggers")],
-    [("simulation", "virtual clock, devices, engines, crews"), ("service", "server, site agent, store, identity")],
+    [
+        ("simulation", "virtual clock, devices, engines, crews"),
+        ("service", "server, site agent, store, identity"),
+    ],
     [("federation", "Federation and its verbs")],
     [("cli", "atoll simulate | show | compare | serve | join | status ...")],
 ]

@@ -219,7 +219,7 @@ def test_too_few_sites_are_waited_for(tmp_path):
     async def story():
         async with world.conductor(sites=1) as conductor:
             conductor.tick()
-            assert "2 of 3 sites" in conductor.waiting
+            assert "needs 3, and 2 are part" in conductor.waiting
             assert not conductor.open
             with conductor.store.change() as change:
                 change.run(

@@ -265,6 +265,42 @@ def test_a_federation_over_a_bucket(place):
     assert not list((place.state / "blobs").glob("??/*"))
 
 
+def test_the_server_may_move_and_trust_stays(place):
+    before = (place.state / "ca.pem").read_bytes()
+    assert "localhost, 127.0.0.1" in place.cli("hosts", "state", "localhost", "127.0.0.1")
+    place.write(schedule="Synchronous(rounds=2)")
+    place.serve("--linger", "20")
+    place.join("0", place.invite("0"), url=f"https://localhost:{place.port}")
+    finished(place, "0")
+    assert (place.state / "ca.pem").read_bytes() == before
+
+
+def test_an_invitation_can_be_withdrawn(place):
+    place.serve("--linger", "1")
+    token = place.invite("0")
+    assert "invited" in place.cli("sites", "state")
+    place.cli("revoke", "state", "0")
+    place.join("0", token)
+    assert place.wait("0") == 1
+    assert "there is no such token" in place.log("0")
+
+
+def test_a_long_training_is_not_silence(place):
+    """A lease of three seconds, and a site that works for longer than that."""
+    place.write(schedule="Synchronous(rounds=1)")
+    text = (place.root / "federation.py").read_text()
+    (place.root / "federation.py").write_text(
+        text + "import time\n\n\nclass Slow(atoll.algorithms.FedAvg):\n"
+        "    def work(self, client, got, mine):\n        time.sleep(7)\n"
+        "        return super().work(client, got, mine)\n\n\n"
+        "from dataclasses import replace\n\nfederation = replace(federation, algorithm=Slow())\n"
+    )
+    place.serve("--linger", "20", "--lease", "3")
+    joined(place, "0")
+    finished(place, "0")
+    assert [row["state"] for row in rounds_of(place)] == ["closed"]
+
+
 def test_tokens_that_are_none_are_said_so():
     for text in ("", "atoll-", "atoll-xyz", "atoll-" + "A" * 200):
         with pytest.raises(IdentityError, match="not an enrolment token"):

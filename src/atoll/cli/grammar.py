@@ -42,6 +42,9 @@ def _server(commands: Any) -> None:
 
     init.add_argument("--database", metavar="URL", help="postgresql://...; default: in the folder")
 
+    hosts = _state(commands, "hosts", "make the server's certificate for other names")
+    hosts.add_argument("name", nargs="+", help="every name and address it is reached by")
+
     serve = commands.add_parser("serve", help="serve a federation to real sites")
     serve.add_argument("file", help="a file that defines `federation`")
     serve.add_argument("--state", required=True, metavar="FOLDER", help="made by atoll init")

@@ -18,6 +18,7 @@ from atoll.cli.tables import figure, print_table
 from atoll.errors import ConfigurationError
 from atoll.service.agent import approve
 from atoll.service.audit import lines, verify
+from atoll.service.certificates import make_server
 from atoll.service.folder import StateFolder, check_name
 from atoll.service.identity import Token, make_key
 from atoll.service.link import Link, find_authority
@@ -43,6 +44,13 @@ def _init(options: argparse.Namespace) -> int:
         f"  atoll serve federation.py --state {path}\n"
         f"  atoll join https://{hosts[0]}:8443 federation.py --data site.py --token ..."
     )
+    return 0
+
+
+def _hosts(options: argparse.Namespace) -> int:
+    folder = StateFolder.open(Path(options.state))
+    make_server(folder.path, options.name)
+    print(f"the server's certificate is for {', '.join(options.name)}; start the server again")
     return 0
 
 

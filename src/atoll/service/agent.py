@@ -44,7 +44,7 @@ from atoll.vectors import Vectors
 
 logger = logging.getLogger("atoll.site")
 WAIT = 25.0
-HEARTBEAT = 20.0
+SHORTEST_BEAT = 0.5
 FAILURES = 5
 
 
@@ -97,6 +97,7 @@ class Site:
         self._lock()
         self.plan.learner.check(self.data)
         self._busy: str | None = None
+        self._beat = SHORTEST_BEAT
         self._dropped = threading.Event()
 
     def stop(self) -> None:
@@ -184,7 +185,7 @@ class Site:
                 return
         received, _ = wire.decode(memoryview(bytearray(model.read_bytes())))
         memory = self._remembered(order.memory, received)
-        self._busy = order.assignment
+        self._busy, self._beat = order.assignment, max(order.wait[0], SHORTEST_BEAT)
         self._dropped.clear()
         try:
             assignment = assignment_for(
@@ -281,7 +282,7 @@ class Site:
         key = make_key(self.folder / "key.pem")
         link = self._link(self.link.url, self.folder / "ca.pem", key, known["site"])
         greeting = self._greeting()
-        while not self._stop.wait(HEARTBEAT):
+        while not self._stop.wait(self._beat):
             busy = self._busy
             if busy is None:
                 continue

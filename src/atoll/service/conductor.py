@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from atoll.errors import CheckpointError, RunError
+from atoll.errors import CheckpointError
 from atoll.keys import Key
 from atoll.rounds.buffered import coordinator_for
 from atoll.rounds.coordinator import Answer, Phase, Verdict
@@ -31,7 +31,9 @@ from atoll.rounds.server import Server
 from atoll.rounds.turn import first_memory
 from atoll.service import ledger
 from atoll.service.blobs import Blobs
+from atoll.service.deciding import Deciding
 from atoll.service.members import Members
+from atoll.service.opening import first_waits_for, next_waits_for
 from atoll.service.store import Change, Row, Store
 from atoll.service.tables import assignments, uploads, versions
 from atoll.service.terms import Service, plan_digest
@@ -175,7 +177,7 @@ class Conductor:
     async def deliver(self, upload: Row) -> Answer:
         """An upload is complete, on disk and of its declared digest: decide about the update."""
         path, site, id = self.vault.part(upload["id"]), upload["site"], upload["assignment"]
-        fault = _plain(await self._in_thread(lambda: self.vault.fault(path)))
+        fault = ledger.printable(await self._in_thread(lambda: self.vault.fault(path)))
         if not fault:
             # Durable before anyone decides; a blob that nobody names is swept away.
             await self._in_thread(lambda: self.vault.take(path, upload["digest"]))
@@ -187,7 +189,7 @@ class Conductor:
         now = self.clock()
         began = self.coordinator.round
         answer = self.coordinator.deliver(id, site, now, fault)
-        with self._deciding() as change:
+        with Deciding(self) as change:
             ledger.delivered(change, upload, answer, began, now)
             self._record_outcome(change, now)
         # It may be at work for a later round by now.
@@ -208,7 +210,7 @@ class Conductor:
             return False
         now = self.clock()
         self.coordinator.lost(assignment, now)
-        with self._deciding() as change:
+        with Deciding(self) as change:
             ledger.lost(change, site, assignment, reason)
             self._record_outcome(change, now)
         del self.open[site]
@@ -236,7 +238,7 @@ class Conductor:
                 self.give_up(site, row["id"], f"not heard of for {now - last:.0f} s")
         if self.coordinator.deadline is not None and now >= self.coordinator.deadline:
             self.coordinator.tick(now)
-            with self._deciding() as change:
+            with Deciding(self) as change:
                 self._record_outcome(change, now)
             self._after_outcome()
         self._invite(now)
@@ -265,32 +267,18 @@ class Conductor:
         schedule = self.plan.schedule
         if self.stopping or self._busy or not self.coordinator.ready or now < self._retry_at:
             return
-        if not self._may_begin():
-            return
+        first = self.coordinator.round == 1 and self.coordinator.phase is Phase.IDLE
+        waiting = first_waits_for(schedule, self.service.sites, self.members) if first else ""
         roster = self.members.roster(self.open)
-        population, present = len(roster), len(roster.candidates())
-        least = (
-            schedule.concurrency
-            if isinstance(schedule, Buffered)
-            else (max(schedule.cohort or 1, schedule.minimum or 1))
-        )
-        if population < least:
-            self._say(f"waiting: {population} of {least} sites that the schedule needs are here")
+        self._say(waiting or next_waits_for(schedule, roster, patient=now < self._patient_until))
+        if self.waiting:
             return
-        if isinstance(schedule, Buffered):
-            if not present:
-                return
-        else:
-            enough = present > 0 and present >= schedule.fewest(population)
-            patient = present < schedule.invited(population) and now < self._patient_until
-            if not enough or patient:
-                return
         attempt = self.coordinator.round, self.coordinator.attempt
         invitations = self.coordinator.open(roster, now)
         if not invitations and isinstance(schedule, Buffered):
             return
-        with self._deciding() as change:
-            rows = ledger.opened(change, invitations, attempt, population, now)
+        with Deciding(self) as change:
+            rows = ledger.opened(change, invitations, attempt, len(roster), now)
             change.audit(
                 "server", "invited", round=attempt[0], sites=[row["site"] for row in rows],
                 model=self.version["broadcast"],
@@ -300,31 +288,12 @@ class Conductor:
         self._after_outcome()
         self.notify()
 
-    def _may_begin(self) -> bool:
-        """Whether those who are to be there from the beginning have joined."""
-        if self.coordinator.round > 1 or self.coordinator.phase is not Phase.IDLE:
-            return True
-        schedule, wanted = self.plan.schedule, self.service.sites
-        if wanted is None:
-            if isinstance(schedule, Buffered):
-                wanted = schedule.concurrency
-            elif schedule.cohort is not None:
-                wanted = schedule.invite or schedule.cohort
-        if wanted is not None:
-            have = len(self.members.names)
-            if have < wanted:
-                self._say(f"waiting for the first round: {have} of {wanted} sites have joined")
-            return have >= wanted
-        awaited = self.members.awaited()
-        if awaited:
-            self._say(f"waiting for the first round: {', '.join(awaited)} can still join")
-        return not awaited
-
     def _say(self, text: str) -> None:
         """Log what is waited for, when it changes."""
-        if text != self.waiting:
-            logger.info("%s", text)
-            self.waiting = text
+        # Between two deliveries an asynchronous schedule has nobody to ask, as a rule.
+        if text and text != self.waiting and not self.open:
+            logger.info("waiting for %s", text)
+        self.waiting = text
 
     def _pass_over(self, gap: float) -> None:
         """Do not hold a gap in this process's own time against anyone."""
@@ -409,7 +378,7 @@ class Conductor:
             "seconds": time.perf_counter() - started,
         }
         now = self.clock()
-        with self._deciding() as change:
+        with Deciding(self) as change:
             ledger.stepped(change, round, made, record, now)
         self.version = {"version": round, "made": now, **made}
         await self._rest()
@@ -436,7 +405,7 @@ class Conductor:
     async def _first_version(self) -> None:
         made = await self._in_thread(lambda: self.vault.keep(self.server))
         now = self.clock()
-        with self._deciding() as change:
+        with Deciding(self) as change:
             change.run(versions.insert().values(version=0, made=now, **made))
             change.audit("server", "federation begun", plan=self.plan_digest, **made)
         self.version = {"version": 0, "made": now, **made}
@@ -478,38 +447,5 @@ class Conductor:
         with self.store.change() as change:
             change.set("plan", describe(self.plan))
 
-    def _deciding(self) -> Any:
-        """A transaction whose failure ends this process: memory must not be ahead of the disk."""
-        return _Deciding(self)
-
     async def _in_thread(self, job: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, job)
-
-
-class _Deciding:
-    def __init__(self, conductor: Conductor) -> None:
-        self._conductor = conductor
-        self._change = conductor.store.change()
-
-    def __enter__(self) -> Change:
-        if self._conductor.failed is not None:
-            raise RunError(f"this process is ending: {self._conductor.failed}")
-        try:
-            return self._change.__enter__()
-        except BaseException as error:
-            self._conductor.failed = error
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self._change.__exit__(*error)
-        except BaseException as reason:
-            self._conductor.failed = reason
-            raise
-        if error[1] is not None:
-            self._conductor.failed = error[1]
-
-
-def _plain(text: str) -> str:
-    """What a stranger may have had a part in, fit for databases and terminals."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:500]

@@ -155,3 +155,8 @@ def strict(value: Any) -> str:
         return item
 
     return json.dumps(plain(value), separators=(",", ":"))
+
+
+def printable(text: str) -> str:
+    """What a stranger may have had a part in, fit for databases and terminals."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:500]

@@ -99,8 +99,9 @@ class CheckIn(Message, frozen=True):
 class Order(Message, frozen=True):
     """What a site is to do: train, wait (between so many seconds), go on, drop it, or stop.
 
-    For "train": the model's blob and size, the random numbers' seed, and `memory`, the assignment
-    whose memory counts (None: it begins anew). For "stop": the final model, if there is one.
+    For "train": how often to say that work goes on (`wait`), the model's blob and size, the random
+    numbers' seed, and `memory`, the assignment whose memory counts (None: it begins anew). For
+    "stop": the final model, if there is one.
     """
 
     kind: Literal["train", "wait", "go on", "drop", "stop"]

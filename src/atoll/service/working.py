@@ -33,6 +33,8 @@ from atoll.service.desk import Desk
 from atoll.service.store import Row
 
 LONGEST_WAIT = 60.0
+#: Seconds after which a site at work is to say that it still is, or a third of its lease.
+HEARTBEAT = 20.0
 #: Long polls that are parked at the same time; others are told when to come again.
 PARKED = 20_000
 UPLOAD = re.compile(r"[0-9a-f]{32}")
@@ -87,6 +89,7 @@ class Working:
         """What a site is to do, once there is something or after `wait` seconds."""
         until = time.monotonic() + wait
         rounds_ = conductor.plan.schedule.rounds
+        beat = min(HEARTBEAT, conductor.service.lease / 3)
         while True:
             conductor.members.seen[site] = conductor.clock()
             news = conductor.changed
@@ -107,6 +110,7 @@ class Working:
                     model=began["broadcast"],
                     size=conductor.vault.size(began["broadcast"]),
                     memory=conductor.memory_of(site),
+                    wait=(beat, beat),
                 )
             if conductor.done:
                 if farewell:

@@ -1,0 +1,37 @@
+"""Deciding: a transaction whose failure ends the process; memory must not be ahead of the disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from atoll.errors import RunError
+from atoll.service.store import Change
+
+if TYPE_CHECKING:
+    from atoll.service.conductor import Conductor
+
+
+class Deciding:
+    """One decision of a conductor, which is `failed` if it cannot be kept."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+        self._change = conductor.store.change()
+
+    def __enter__(self) -> Change:
+        if self._conductor.failed is not None:
+            raise RunError(f"this process is ending: {self._conductor.failed}")
+        try:
+            return self._change.__enter__()
+        except BaseException as error:
+            self._conductor.failed = error
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._change.__exit__(*error)
+        except BaseException as reason:
+            self._conductor.failed = reason
+            raise
+        if error[1] is not None:
+            self._conductor.failed = error[1]
