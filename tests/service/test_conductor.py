@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -249,6 +250,26 @@ def test_a_machine_that_slept_holds_it_against_nobody(tmp_path):
                 conductor.tick()
             # But in time that passes under its eyes the deadline and leases hold.
             assert conductor.coordinator.attempt >= 1
+
+    asyncio.run(story())
+
+
+def test_an_asynchronous_run_of_refused_updates_ends(tmp_path):
+    world = World(tmp_path, "ab")
+    world.plan = replace(world.plan, schedule=schedules.Buffered(rounds=5, concurrency=2, buffer=1))
+
+    async def story():
+        async with world.conductor() as conductor:
+            conductor.tick()
+            for n in range(200):
+                if conductor.done:
+                    break
+                site = "ab"[n % 2]
+                answer = await conductor.deliver(world.offer(conductor, site, np.nan))
+                assert "NaN" in answer.reason
+                conductor.tick()
+            assert n == 111
+            assert conductor.version["version"] == 0
 
     asyncio.run(story())
 

@@ -112,11 +112,15 @@ class Site:
         digest = token_digest(token.secret) if token else ""
         if known is not None and digest in ("", known.get("token")):
             authority = self.folder / "ca.pem"
+            if system_authorities:
+                authority.unlink(missing_ok=True)
             self.link = self._link(url or known["url"], authority, key, known["site"])
             return
         if token is None:
             raise IdentityError("this site has not joined yet; give the token it was invited with")
-        if not system_authorities:
+        if system_authorities:
+            (self.folder / "ca.pem").unlink(missing_ok=True)
+        else:
             pem = self._reaching(lambda: find_authority(url, token))
             checkpoints.write_atomically(self.folder / "ca.pem", [pem])
         self.link = self._link(url, self.folder / "ca.pem", key, "")

@@ -44,6 +44,8 @@ from atoll.vectors import Vectors
 logger = logging.getLogger("atoll.service")
 #: Seconds between two ticks from which on they were not this process's to use.
 SUSPENDED = 30.0
+#: Refused updates in a row, beyond ten for each of a buffer, that end an asynchronous run.
+FAULTS = 100
 T = TypeVar("T")
 
 
@@ -90,6 +92,7 @@ class Conductor:
         self._stepping = False
         self._patient_until = 0.0
         self._retry_at = 0.0
+        self._faults = 0
         self._ticked = clock()
         #: What the next round waits for, in words.
         self.waiting = ""
@@ -201,7 +204,17 @@ class Conductor:
             assert row is not None
             self._work.put_nowait(lambda: self.vault.fold(row, self.server.sums))
         self._after_outcome()
+        self._count_faults(answer)
         return answer
+
+    def _count_faults(self, answer: Answer) -> None:
+        """An asynchronous run in which nothing but refused updates comes would go on for ever."""
+        refused = answer.verdict is Verdict.MALFORMED
+        self._faults = self._faults + 1 if refused else 0
+        schedule = self.plan.schedule
+        if isinstance(schedule, Buffered) and self._faults > FAULTS + 10 * schedule.buffer:
+            logger.error("%d updates in a row were refused: training diverges", self._faults)
+            self.stop(f"the server, after {self._faults} refused updates in a row")
 
     def give_up(self, site: str, assignment: str, reason: str) -> bool:
         """A site says that it cannot deliver, or is given up; False if it owed nothing."""
@@ -357,7 +370,7 @@ class Conductor:
         assert row is not None
         pulled = await self._pulled(accepted)
         measurements = await self._in_thread(
-            lambda: self.server.close(round, row["population"], pulled)
+            lambda: self.vault.step(self.server, round, row["population"], pulled)
         )
         made = await self._in_thread(lambda: self.vault.keep(self.server))
         metrics = {}

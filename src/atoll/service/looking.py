@@ -60,6 +60,7 @@ class Looking:
                 "round": conductor.version["version"],
                 "rounds": conductor.plan.schedule.rounds,
                 "phase": "stopping" if conductor.stopping else str(conductor.coordinator.phase),
+                "waiting_for": conductor.waiting,
                 "sites": len(conductor.members.names),
                 "at_work": sorted(conductor.open),
                 "model": conductor.version["model"],

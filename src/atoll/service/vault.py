@@ -23,7 +23,7 @@ from atoll.rounds.server import Server
 from atoll.service.blobs import Blobs
 from atoll.service.store import Row, Store
 from atoll.service.tables import assignments, uploads, versions
-from atoll.vectors import Vectors
+from atoll.vectors import Vector, Vectors
 
 #: Files from here on are not left in memory; seconds between two times of letting go.
 SMALL, PAUSE = 1 << 24, 0.01
@@ -42,6 +42,7 @@ class Vault:
         # Digests of what this process knows to be there.
         self._put: set[str] = set()
         self._sizes: dict[str, int] = {}
+        self._resting: mmap.mmap | None = None
 
     def part(self, upload: str) -> Path:
         """The file that an upload grows in."""
@@ -69,6 +70,14 @@ class Vault:
         if path.parent == self.scratch:
             path.unlink()
 
+    def step(
+        self, server: Server, round: int, population: int, pulled: tuple[float, Vector] | None
+    ) -> dict[str, float]:
+        """Close a round at the server; the old model goes through memory, and does not stay."""
+        assert self._resting is not None
+        with _letting_go(self._resting):
+            return server.close(round, population, pulled)
+
     def keep(self, server: Server) -> dict[str, str]:
         """Put the server's vectors, what sites receive and the model into blobs."""
         made = {
@@ -82,7 +91,8 @@ class Vault:
     def vectors(self, digest: str) -> Vectors:
         """The arrays in a blob, mapped: a model that is not looked at takes no memory."""
         path = self.blobs.local(digest, self.scratch)
-        vectors, _ = wire.decode(memoryview(_mapped(path)))
+        self._resting = _mapped(path)
+        vectors, _ = wire.decode(memoryview(self._resting))
         if path.parent == self.scratch:
             path.unlink()
         return vectors
@@ -147,21 +157,28 @@ def _mapped(path: Path) -> mmap.mmap:
 
 @contextmanager
 def _passing(path: Path) -> Iterator[memoryview]:
-    """A file's bytes to be gone through once: what was read leaves this process's memory again."""
-    data = _mapped(path)
-    if len(data) < SMALL or not hasattr(mmap.mmap, "madvise"):
-        yield memoryview(data)
+    """A file's bytes to be gone through once."""
+    mapped = _mapped(path)
+    with _letting_go(mapped):
+        yield memoryview(mapped)
+
+
+@contextmanager
+def _letting_go(mapped: mmap.mmap) -> Iterator[None]:
+    """While this lasts, what was read of a large file leaves this process's memory again."""
+    if len(mapped) < SMALL or not hasattr(mmap.mmap, "madvise"):
+        yield
         return
     done = threading.Event()
 
-    def pass_on() -> None:
+    def let_go() -> None:
         while not done.wait(PAUSE):
-            data.madvise(mmap.MADV_DONTNEED)
+            mapped.madvise(mmap.MADV_DONTNEED)
 
-    thread = threading.Thread(target=pass_on, name="atoll-pages")
+    thread = threading.Thread(target=let_go, name="atoll-pages")
     thread.start()
     try:
-        yield memoryview(data)
+        yield
     finally:
         done.set()
         thread.join()
