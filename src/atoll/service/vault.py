@@ -26,7 +26,7 @@ from atoll.service.tables import assignments, uploads, versions
 from atoll.vectors import Vector, Vectors
 
 #: Files from here on are not left in memory; seconds between two times of letting go.
-SMALL, PAUSE = 1 << 24, 0.01
+SMALL, PAUSE = 1 << 24, 0.002
 #: Seconds after which something that nobody names was left behind; versions that stay.
 LEFT_BEHIND, KEPT = 3600.0, 3
 
