@@ -200,6 +200,11 @@ class Buffered:
                 "Poisson sampling draws whole cohorts, which an asynchronous schedule has not"
             )
 
+    @property
+    def most_faults(self) -> int:
+        """Refused updates, with no step between them, beyond which a run gives up."""
+        return 100 + 10 * self.buffer
+
     def needed(self, population: int) -> int:
         """Members at work at the same time."""
         if self.concurrency > population:

@@ -35,8 +35,9 @@ from atoll.rounds.message import pack
 from atoll.rounds.plan import Plan
 from atoll.rounds.turn import assignment_for, first_memory, take_turn
 from atoll.service import messages
+from atoll.service.blobs import file_digest
 from atoll.service.identity import IdentityError, Token, make_key, token_digest
-from atoll.service.link import Link, Refusal, Stopped, file_digest, find_authority
+from atoll.service.link import Link, Refusal, Stopped, find_authority
 from atoll.service.terms import plan_digest
 from atoll.tracking import checkpoints
 from atoll.tracking.describe import describe
@@ -99,6 +100,7 @@ class Site:
         self._busy: str | None = None
         self._beat = SHORTEST_BEAT
         self._dropped = threading.Event()
+        self._plan_digest = plan_digest(self.plan)
 
     def stop(self) -> None:
         """Ask the agent to leave at the next chance; what is unfinished stays in its folder."""
@@ -267,11 +269,12 @@ class Site:
         self.report(f"{order.reason}: {order.round} of {order.rounds} rounds")
         return target
 
-    def _greeting(self, farewell: bool = False) -> messages.CheckIn:
+    def _greeting(self, *, busy: str | None = None, farewell: bool = False) -> messages.CheckIn:
         return messages.CheckIn(
-            plan=plan_digest(self.plan),
+            plan=self._plan_digest,
             layout=self.plan.learner.layout.digest,
             examples=self.data.size(0) if self.declare else 0,
+            busy=busy,
             farewell=farewell,
             about={**self.resources, **(self._summary() if self.declare else {})},
         )
@@ -285,18 +288,12 @@ class Site:
         known = json.loads((self.folder / "site.json").read_text(encoding="utf-8"))
         key = make_key(self.folder / "key.pem")
         link = self._link(self.link.url, self.folder / "ca.pem", key, known["site"])
-        greeting = self._greeting()
         while not self._stop.wait(self._beat):
             busy = self._busy
             if busy is None:
                 continue
             with contextlib.suppress(AtollError, OSError):
-                order = link.check_in(
-                    messages.CheckIn(
-                        greeting.plan, greeting.layout, greeting.examples, busy,
-                        about=greeting.about,
-                    ), 0,
-                )  # fmt: skip
+                order = link.check_in(self._greeting(busy=busy), 0)
                 if order.kind == "drop" and self._busy == busy:
                     self._dropped.set()
 

@@ -200,6 +200,15 @@ def _check_owner(held: str, owner: str, place: str) -> None:
         )
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    body = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            body.update(piece)
+    return body.hexdigest()
+
+
 def blobs_at(place: str) -> Blobs:
     """Blobs in a folder, or in a bucket by its URL."""
     return Bucket(place) if "://" in place else Folder(Path(place))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +114,6 @@ def byte_range(text: str | None, size: int) -> tuple[int, int, int]:
             416, f"the blob has {size} bytes", headers={"Content-Range": f"bytes */{size}"}
         )
     return start, stop, 206
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        body = sha256()
-        while piece := file.read(1 << 20):
-            body.update(piece)
-    return body.hexdigest()
 
 
 def length(path: Path) -> int:

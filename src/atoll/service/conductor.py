@@ -44,8 +44,6 @@ from atoll.vectors import Vectors
 logger = logging.getLogger("atoll.service")
 #: Seconds between two ticks from which on they were not this process's to use.
 SUSPENDED = 30.0
-#: Refused updates in a row, beyond ten for each of a buffer, that end an asynchronous run.
-FAULTS = 100
 T = TypeVar("T")
 
 
@@ -122,7 +120,9 @@ class Conductor:
         self.server.open()
         await self._refold()
         self._worker = asyncio.create_task(self._work_off(), name="atoll-sums")
-        await self._in_thread(self.vault.tidy)
+        await self._in_thread(
+            lambda: self.vault.tidy(self.version["version"], self.open, self.service.kept)
+        )
         self._ticked = self.clock()
 
     async def close(self) -> None:
@@ -212,7 +212,7 @@ class Conductor:
         refused = answer.verdict is Verdict.MALFORMED
         self._faults = self._faults + 1 if refused else 0
         schedule = self.plan.schedule
-        if isinstance(schedule, Buffered) and self._faults > FAULTS + 10 * schedule.buffer:
+        if isinstance(schedule, Buffered) and self._faults > schedule.most_faults:
             logger.error("%d updates in a row were refused: training diverges", self._faults)
             self.stop(f"the server, after {self._faults} refused updates in a row")
 
@@ -282,9 +282,11 @@ class Conductor:
             return
         first = self.coordinator.round == 1 and self.coordinator.phase is Phase.IDLE
         waiting = first_waits_for(schedule, self.service.sites, self.members) if first else ""
-        roster = self.members.roster(self.open)
-        self._say(waiting or next_waits_for(schedule, roster, patient=now < self._patient_until))
-        if self.waiting:
+        if not waiting:
+            roster = self.members.roster(self.open)
+            waiting = next_waits_for(schedule, roster, patient=now < self._patient_until)
+        self._say(waiting)
+        if waiting:
             return
         attempt = self.coordinator.round, self.coordinator.attempt
         invitations = self.coordinator.open(roster, now)

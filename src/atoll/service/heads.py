@@ -18,7 +18,7 @@ HEAD_PATIENCE = 30.0
 class BoundedHeads(HttpToolsProtocol):
     """A connection that is closed when a head is too long, or too long in coming."""
 
-    _taken = 0
+    _taken = _headers_taken = 0
     _in_head = True
     _timer: asyncio.TimerHandle | None = None
 
@@ -39,11 +39,13 @@ class BoundedHeads(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._headers_taken = 0
         self._wait()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
-        if sum(len(n) + len(v) for n, v in self.headers) > HEAD_LIMIT:
+        self._headers_taken += len(name) + len(value)
+        if self._headers_taken > HEAD_LIMIT:
             self._close()
 
     def on_headers_complete(self) -> None:

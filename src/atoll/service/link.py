@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from atoll.errors import AtollError, CheckpointError, ConfigurationError, require
 from atoll.service import messages
+from atoll.service.blobs import file_digest
 from atoll.service.certificates import client_context, fingerprint
 from atoll.service.identity import (
     ENROL,
@@ -79,12 +80,8 @@ class Link:
     _counter: int = 0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme != "https" or not parts.hostname:
-            raise ConfigurationError(f"the server's address is https://HOST:PORT, not {self.url!r}")
-        self.url = f"https://{parts.netloc}"
-        self._prefix = parts.path.rstrip("/")
-        self._pool = _pool(self.url, client_context(self.authority))
+        self.url, self._prefix = _address(self.url)
+        self._pool = _pool(client_context(self.authority))
 
     def close(self) -> None:
         """Close the connections."""
@@ -276,17 +273,15 @@ def find_authority(url: str, token: Token) -> bytes:
     require("urllib3", "atoll[serve]", "a site's connection")
     from urllib3.exceptions import InsecureRequestWarning
 
-    parts = urlsplit(url)
-    if parts.scheme != "https" or not parts.hostname:
-        raise ConfigurationError(f"the server's address is https://HOST:PORT, not {url!r}")
+    server, prefix = _address(url)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with warnings.catch_warnings(), _pool(f"https://{parts.netloc}", context) as pool:
+    with warnings.catch_warnings(), _pool(context) as pool:
         # The fingerprint in the token is the check that the warning misses.
         warnings.simplefilter("ignore", InsecureRequestWarning)
         answer = pool.request(
-            "GET", f"https://{parts.netloc}{parts.path.rstrip('/')}/v1/ca", timeout=TIMEOUT,
+            "GET", f"{server}{prefix}/v1/ca", timeout=TIMEOUT,
             retries=False, preload_content=False,
         )  # fmt: skip
         # Whoever answers is a stranger still.
@@ -298,6 +293,14 @@ def find_authority(url: str, token: Token) -> bytes:
             "Check the address, and who may be in between"
         )
     return pem
+
+
+def _address(url: str) -> tuple[str, str]:
+    """A server's address as "https://host:port", and the path that a proxy has it under."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname:
+        raise ConfigurationError(f"the server's address is https://HOST:PORT, not {url!r}")
+    return f"https://{parts.netloc}", parts.path.rstrip("/")
 
 
 @contextmanager
@@ -312,16 +315,7 @@ def _on_disk() -> Iterator[None]:
         ) from error
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    body = sha256()
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK):
-            body.update(piece)
-    return body.hexdigest()
-
-
-def _pool(url: str, context: Any) -> urllib3.PoolManager:
+def _pool(context: Any) -> urllib3.PoolManager:
     require("urllib3", "atoll[serve]", "a site's connection")
     import urllib3
 

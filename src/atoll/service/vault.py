@@ -27,8 +27,8 @@ from atoll.vectors import Vector, Vectors
 
 #: Files from here on are not left in memory; seconds between two times of letting go.
 SMALL, PAUSE = 1 << 24, 0.002
-#: Seconds after which something that nobody names was left behind; versions that stay.
-LEFT_BEHIND, KEPT = 3600.0, 3
+#: Seconds after which something that nobody names was left behind.
+LEFT_BEHIND = 3600.0
 
 
 class Vault:
@@ -127,17 +127,13 @@ class Vault:
         self.blobs.take(path, digest)
         self._put.add(digest)
 
-    def tidy(self) -> None:
+    def tidy(self, newest: int, at_work: Mapping[str, Row], kept: int) -> None:
         """At the start: remove what earlier processes left behind.
 
         What is younger than an hour may be another process's, about to be spoken of.
         """
         there = self.blobs.all()
-        newest = self.store.version()
-        open_ = self.store.rows(sa.select(assignments).where(assignments.c.state == "open"))
-        names = self.needed(
-            newest["version"] if newest else 0, {row["id"]: row for row in open_}, KEPT
-        )
+        names = self.needed(newest, at_work, kept)
         self._put |= set(there) & names
         for digest, since in there.items():
             if digest not in names and time.time() - since > LEFT_BEHIND:

@@ -14,12 +14,11 @@ from starlette.responses import Response, StreamingResponse
 
 from atoll.rounds.coordinator import Answer, Phase, Verdict
 from atoll.service import messages
-from atoll.service.blobs import DIGEST, BlobMissing
+from atoll.service.blobs import DIGEST, BlobMissing, file_digest
 from atoll.service.bodies import (
     Refused,
     answered,
     byte_range,
-    file_digest,
     gathered,
     length,
     pieces,

@@ -23,8 +23,6 @@ from atoll.tracking.run import Participant
 from atoll.vectors import Vectors, part, prefixed
 
 RECEIVED = "received/"
-#: Refused updates, beyond ten for each that is needed, after which a run gives up.
-FAULTS = 100
 
 
 @dataclass
@@ -89,7 +87,7 @@ class AsynchronousSimulator(Simulator):
             if not any(results[invitation.id].fault for invitation, _ in fresh):
                 break
             faults = [each.fault for each in results.values() if each.fault]
-            if len(faults) > FAULTS + 10 * self._schedule.buffer:
+            if len(faults) > self._schedule.most_faults:
                 raise RunError(
                     f"{len(faults)} updates of round {round} were refused, the first because "
                     f"{faults[0]}; NaN or infinite values mean that training diverges: try a "
