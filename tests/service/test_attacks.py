@@ -998,6 +998,17 @@ def test_nobody_chooses_the_name_they_are_logged_under(arena):
 # What takes time, or would be fatal.
 
 
+def begun(who, data, sent):
+    """An offer, and a request for all its bytes that breaks off: order, target, offset, bytes."""
+    order = who.assignment()
+    offered = who.offer(order["assignment"], len(data), sha256(data).hexdigest())
+    target, at = offered.headers["Location"], int(offered.headers["Upload-Offset"])
+    about = {"Upload-Offset": str(at), "Content-Length": str(len(data) - at)}
+    sealed = who.headers("PATCH", target, f"{at}:{len(data) - at}")
+    request = request_bytes("PATCH", target, {**sealed, **about}, data[at : at + sent])
+    return order, target, at, request
+
+
 def test_a_slow_body_is_given_up(inner, pair, monkeypatch):
     monkeypatch.setattr(bodies, "BODY_PATIENCE", 0.3)
     started = time.monotonic()
@@ -1009,13 +1020,9 @@ def test_a_slow_body_is_given_up(inner, pair, monkeypatch):
     # What came of an upload is kept.
     eve = pair[0]
     data = packed(delta(inner.plan))
-    order = eve.assignment()
-    offered = eve.offer(order["assignment"], len(data), sha256(data).hexdigest())
-    target = offered.headers["Location"]
-    about = {"Upload-Offset": "0", "Content-Length": str(len(data))}
-    sealed = eve.headers("PATCH", target, f"0:{len(data)}")
+    _, target, _, request = begun(eve, data, 500)
     with inner.connect() as link:
-        link.sendall(request_bytes("PATCH", target, {**sealed, **about}, data[:500]))
+        link.sendall(request)
         assert status_of(drain(link)) == 408
     assert eve.ask("HEAD", target).headers["Upload-Offset"] == "500"
     assert time.monotonic() - started < 5
@@ -1038,13 +1045,9 @@ def test_a_message_that_drips_is_given_up(inner, monkeypatch):
 
 def test_two_do_not_write_one_upload(inner, pair):
     eve, data = pair[0], packed(delta(inner.plan))
-    order = eve.assignment()
-    offered = eve.offer(order["assignment"], len(data), sha256(data).hexdigest())
-    target, at = offered.headers["Location"], int(offered.headers["Upload-Offset"])
-    about = {"Upload-Offset": str(at), "Content-Length": str(len(data) - at)}
-    sealed = eve.headers("PATCH", target, f"{at}:{len(data) - at}")
+    _, target, at, request = begun(eve, data, 100)
     with inner.connect() as link:
-        link.sendall(request_bytes("PATCH", target, {**sealed, **about}, data[at : at + 100]))
+        link.sendall(request)
         time.sleep(0.2)
         answer = eve.patch(target, at, data[at:])
         assert answer.status in (409, 423)
@@ -1055,13 +1058,9 @@ def test_two_do_not_write_one_upload(inner, pair):
 def test_an_offer_that_changes_while_it_is_being_sent(inner, pair):
     """The file that is being written goes away below the writer."""
     eve, data = pair[0], packed(delta(inner.plan, 0.5))
-    order = eve.assignment()
-    offered = eve.offer(order["assignment"], len(data), sha256(data).hexdigest())
-    target = offered.headers["Location"]
-    about = {"Upload-Offset": "0", "Content-Length": str(len(data))}
-    sealed = eve.headers("PATCH", target, f"0:{len(data)}")
+    order, _, _, request = begun(eve, data, 100)
     with inner.connect() as link:
-        link.sendall(request_bytes("PATCH", target, {**sealed, **about}, data[:100]))
+        link.sendall(request)
         time.sleep(0.2)
         assert eve.offer(order["assignment"], 50, "00" * 32).status == 201
         link.sendall(data[100:])
