@@ -20,13 +20,8 @@ from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
 from atoll.keys import Key
 from atoll.learners.base import Assignment, Correction, GradientLearner, Local
-from atoll.learners.metrics import (
-    Sums,
-    add,
-    classification_sums,
-    regression_sums,
-    token_sums,
-)
+from atoll.learners.metrics import Sums
+from atoll.learners.parts import sums_of_outputs, sums_of_parts
 from atoll.learners.torch.checking import checked
 from atoll.learners.torch.cohort import (
     Precision,
@@ -354,26 +349,18 @@ class TorchLearner(GradientLearner):
     ) -> list[Sums]:
         if len(parts) > 1 and self._mixes_when_evaluated:
             return [self.evaluate(model, part, task, classes) for part in parts]
-        whole = joined(parts)
-        ends = np.cumsum([len(part) for part in parts])
-        found: list[list[Sums]] = [[] for _ in parts]
-        with torch.no_grad(), self._outputs(model, whole) as outputs_of:
-            size = self._evaluated_at_once(task)
-            for start in range(0, len(whole), size):
-                x, y = whole.take(slice(start, start + size))
-                outputs = outputs_of(x)
-                if outputs.ndim == 0:  # a module that squeezes, on one example
-                    outputs = outputs.unsqueeze(0)
-                # The parts that have examples in this batch, and which of its rows are theirs.
-                first = int(np.searchsorted(ends, start, side="right"))
-                at = 0
-                while at < len(x):
-                    stop = min(int(ends[first]) - start, len(x))
-                    own, targets = outputs[at:stop], y[at:stop]
-                    loss = float(self._loss(own, torch.from_numpy(targets).to(own.device)))
-                    found[first].append(_sums(own.cpu(), targets, loss, task, classes))
-                    first, at = first + 1, stop
-        return [add(sums) for sums in found]
+        with torch.no_grad(), self._outputs(model, joined(parts)) as run:
+
+            def outputs_of(x: NDArray[Any]) -> Tensor:
+                outputs = run(x)
+                # A module that squeezes, on one example.
+                return outputs.unsqueeze(0) if outputs.ndim == 0 else outputs
+
+            def sums_of(outputs: Tensor, y: NDArray[Any]) -> Sums:
+                loss = float(self._loss(outputs, torch.from_numpy(y).to(outputs.device)))
+                return sums_of_outputs(outputs.cpu().float().numpy(), y, loss, task, classes)
+
+            return sums_of_parts(parts, self._evaluated_at_once(task), outputs_of, sums_of)
 
     @cached_property
     def _mixes_when_evaluated(self) -> bool:
@@ -425,12 +412,3 @@ class TorchLearner(GradientLearner):
 
     def asnumpy(self, array: Array) -> NDArray[Any]:
         return array.detach().cpu().numpy()  # type: ignore[no-any-return]
-
-
-def _sums(outputs: Tensor, y: NDArray[Any], loss: float, task: Task, classes: int | None) -> Sums:
-    values = outputs.float().numpy()
-    if task == "regression":
-        return regression_sums(values, y, loss * len(y))
-    if task == "tokens":
-        return token_sums(values, y, loss * y.size)
-    return classification_sums(values, y, loss * len(y), classes or 0)

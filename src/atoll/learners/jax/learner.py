@@ -1,0 +1,311 @@
+"""Any model that JAX can differentiate as a learner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.data.examples import Examples, Rows, Task
+from atoll.data.federated import FederatedData
+from atoll.errors import ConfigurationError, DataError
+from atoll.keys import Key
+from atoll.learners.base import Assignment, Correction, GradientLearner, Local
+from atoll.learners.jax.cohort import Loop, OptimizerFactory, rounded, train_cohort
+from atoll.learners.jax.losses import LOSSES, Loss
+from atoll.learners.jax.models import Model
+from atoll.learners.jax.variables import Variables, stream
+from atoll.learners.metrics import Sums
+from atoll.learners.parts import sums_of_outputs, sums_of_parts
+from atoll.learners.rates import rate_at
+from atoll.vectors import Array, Layout, Vector, Vectors
+
+
+@dataclass(frozen=True, eq=False)
+class JaxLearner(GradientLearner):
+    """Trains and evaluates a model of pure functions, compiled by XLA.
+
+    Clients are stacked by `vmap`; all local steps are one compiled loop. A model with a state that
+    training changes (BatchNorm) takes one client at a time, in batches of exactly their size.
+
+    Args:
+        model: `learners.jax.pure(init, apply)`, `linen(module, shape)`, `nnx(make)`, or anything
+            with their two methods (and `fixed`, a digest of what does not travel, if there is
+            something).
+        loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit), "mse",
+            "l1", or a callable (outputs, targets) -> the loss of each example [B].
+        optimizer: None for plain SGD, or an optax optimiser or partial of one, called as
+            `optimizer(lr)` afresh for every client and round: nothing is carried over.
+    """
+
+    model: Model
+    loss: str | Loss = "cross_entropy"
+    optimizer: OptimizerFactory | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise ConfigurationError(
+                f"loss {self.loss!r} is not known; use {', '.join(LOSSES)} or a function of "
+                "(outputs, targets) that gives the loss of each example"
+            )
+        if not (hasattr(self.model, "init") and hasattr(self.model, "apply")):
+            raise ConfigurationError(
+                f"model must be one of learners.jax.pure, linen or nnx, not {self.model!r}"
+            )
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise ConfigurationError(
+                f"optimizer must be an optax optimiser such as optax.adam or a partial of one, "
+                f"called with the learning rate, not {self.optimizer!r}"
+            )
+
+    @property
+    def plain_sgd(self) -> bool:  # type: ignore[override]
+        return self.optimizer is None
+
+    @property
+    def forks_safely(self) -> bool:
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of; what it has compiled stays here."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def _variables(self) -> Variables:
+        return Variables.of(self.model)
+
+    @cached_property
+    def _loss(self) -> Loss:
+        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+
+    @cached_property
+    def _loop(self) -> Loop:
+        return Loop(self.model, self._variables, self._loss, self.optimizer, self.max_gradient_norm)
+
+    @property
+    def layout(self) -> Layout:
+        return self._variables.layout
+
+    def init(self, key: Key) -> Vectors:
+        return self._variables.init(self.model, key)
+
+    def fixed(self) -> str:
+        told = getattr(self.model, "fixed", None)
+        return str(told()) if callable(told) else ""
+
+    @property
+    def _stateful(self) -> bool:
+        return bool(self._variables.names[1])
+
+    def stacks(self, examples: Examples) -> str:
+        if not self._stateful:
+            return ""
+        return (
+            "the model keeps statistics of whole batches, which rows that fill a shape would blur"
+        )
+
+    def prefers_stacks(self, examples: Examples) -> bool:
+        # Convolutions with each client's own kernels are slow on a processor.
+        if self._stateful:
+            return False
+        return jax.default_backend() != "cpu" or "conv_general_dilated" not in self._primitives(
+            examples
+        )
+
+    def activation_bytes(self, examples: Examples) -> int:
+        batch = self.batch_size or len(examples)
+        return sum(self._primitives(examples).values()) * batch
+
+    def _primitives(self, examples: Examples) -> dict[str, int]:
+        """The operations of a forward pass, and the bytes that each kind makes per example."""
+        if "_found" not in self.__dict__:
+            x, _ = examples.take(slice(0, 1))
+            params, state = jax.eval_shape(self.model.init, jax.random.key(0))
+            traced = jax.make_jaxpr(self.model.apply, static_argnums=4)(
+                params, state, jnp.asarray(x), jax.random.key(0), True
+            )
+            found: dict[str, int] = {}
+            _count(traced.jaxpr, found)
+            self.__dict__["_found"] = found
+        return self.__dict__["_found"]  # type: ignore[no-any-return]
+
+    def threads_safely(self, examples: Examples) -> bool:
+        return True
+
+    def explain(self, examples: Examples) -> tuple[tuple[str, str, str], ...]:
+        kind = type(self.model).__name__
+        if self._stateful:
+            return (("", kind, "compiled by XLA, step by step, one client at a time"),)
+        return (("", kind, "compiled by XLA: all local steps in one loop, vmapped over clients"),)
+
+    def train(
+        self,
+        model: Vectors,
+        examples: Examples,
+        assignment: Assignment,
+        correction: Correction | None = None,
+    ) -> Local:
+        if self._stateful:
+            return super().train(model, examples, assignment, correction)
+        return self._train(model, [examples], [assignment], correction, single=True)
+
+    def train_cohort(
+        self,
+        model: Vectors,
+        examples: Sequence[Examples],
+        assignments: Sequence[Assignment],
+        correction: Correction | None = None,
+    ) -> Local:
+        if self._stateful:
+            raise ConfigurationError(f"the model cannot be stacked: {self.stacks(examples[0])}")
+        return self._train(model, examples, assignments, correction, single=False)
+
+    def _train(
+        self,
+        model: Vectors,
+        examples: Sequence[Examples],
+        assignments: Sequence[Assignment],
+        correction: Correction | None,
+        *,
+        single: bool,
+    ) -> Local:
+        steps = [
+            a.steps(self.planned_steps(len(e))) for e, a in zip(examples, assignments, strict=True)
+        ]
+
+        def cut(size: int) -> list[slice]:
+            return self._cut(size, self.batch_size or size)
+
+        lr = rate_at(self.lr, assignments[0].round)
+        return train_cohort(
+            self._loop, model, examples, assignments, steps, cut, lr, correction, single=single
+        )
+
+    @contextmanager
+    def descend(self, model: Vectors, examples: Examples, key: Key) -> Iterator[_Descent]:
+        yield _Descent(self._loop, model, examples, key, exact=self._stateful)
+
+    def norm(self, vector: Array) -> float:
+        return float(jnp.linalg.norm(vector))
+
+    def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
+        return self.evaluate_each(model, [examples], task, classes)[0]
+
+    def evaluate_each(
+        self, model: Vectors, parts: Sequence[Examples], task: Task, classes: int | None
+    ) -> list[Sums]:
+        params, state = jnp.asarray(model["params"]), self._variables.state_of(model)
+        most = min(sum(len(part) for part in parts), 64 if task == "tokens" else 1024)
+
+        def outputs_of(x: NDArray[Any]) -> NDArray[Any]:
+            filled = np.concatenate([x, np.repeat(x[:1], rounded(len(x)) - len(x), axis=0)])
+            return np.asarray(self._forward(params, state, filled))[: len(x)]
+
+        def sums_of(outputs: NDArray[Any], y: NDArray[Any]) -> Sums:
+            loss = float(self._loss(jnp.asarray(outputs), jnp.asarray(y)).mean())
+            return sums_of_outputs(outputs.astype(np.float32), y, loss, task, classes)
+
+        return sums_of_parts(parts, most, outputs_of, sums_of)
+
+    @cached_property
+    def _forward(self) -> Any:
+        def forward(flat: jax.Array, state: Any, x: jax.Array) -> jax.Array:
+            tree = self._variables.tree(flat)
+            return self.model.apply(tree, state, x, jax.random.key(0), False)[0]
+
+        return jax.jit(forward)
+
+    def check(self, data: FederatedData) -> None:
+        """Run one example through loss and model, so that a misfit is said before any training."""
+        super().check(data)
+        regression = data.task == "regression"
+        if isinstance(self.loss, str) and regression != (self.loss in ("mse", "l1")):
+            raise DataError(f"{data.name} is a {data.task} set; loss {self.loss!r} does not fit it")
+        few = data.train(0)
+        x, y = few.take(np.arange(min(2, len(few))))
+        model = self.init(Key(0))
+        try:
+            outputs = self._forward(model["params"], self._variables.state_of(model), x)
+            losses = self._loss(outputs, jnp.asarray(y))
+        except Exception as error:
+            raise DataError(
+                f"the model does not fit {data.name}, whose inputs have shape {list(data.shape)}: "
+                f"{error}"
+            ) from error
+        if losses.shape != (len(x),):
+            raise DataError(
+                f"the loss gives shape {list(losses.shape)} for {len(x)} examples; it must give "
+                "the loss of each example, without a mean over them"
+            )
+        binary = self.loss == "binary_cross_entropy"
+        if binary and data.classes != 2:
+            raise DataError(
+                f"loss 'binary_cross_entropy' is for two classes; {data.name} has {data.classes}"
+            )
+        if data.classes and not binary and outputs.shape[-1] != data.classes:
+            raise DataError(
+                f"{data.name} has {data.classes} classes, but the model gives "
+                f"{outputs.shape[-1]} outputs"
+            )
+
+    def asarray(self, vector: NDArray[Any]) -> Array:
+        return jnp.asarray(vector)
+
+
+class _Descent:
+    """One client's training, step by step."""
+
+    def __init__(
+        self, loop: Loop, model: Vectors, examples: Examples, key: Key, *, exact: bool
+    ) -> None:
+        self.params: jax.Array = jnp.asarray(model["params"])
+        self._loop, self._examples, self._exact = loop, examples, exact
+        self._state = loop.variables.state_of(model)
+        self._key, self._step = stream(key), 0
+        self._memory = loop.begin(self.params)
+
+    def gather(self, rows: Rows | slice) -> None:
+        self._x, self._y = self._examples.x[rows], self._examples.y[rows]
+
+    def gradient(self, batch: slice) -> tuple[jax.Array, Any]:
+        x, y = self._x[batch], self._y[batch]
+        real = len(x)
+        if not self._exact:
+            x, y = (_padded(column, rounded(real)) for column in (x, y))
+        key = jax.random.fold_in(self._key, self._step)
+        gradient, loss, self._state = self._loop.jitted("gradient")(
+            self.params, self._state, x, y, real, key
+        )
+        return gradient, loss
+
+    def step(self, direction: Array, lr: float) -> None:
+        change, self._memory = self._loop.jitted("step")(self.params, direction, self._memory, lr)
+        self.params = self.params + change
+        self._step += 1
+
+    def result(self) -> tuple[Vector, Vectors]:
+        return self.params, self._loop.variables.statistics(self._state)  # type: ignore[return-value]
+
+
+def _padded(column: NDArray[Any], size: int) -> NDArray[Any]:
+    return np.concatenate([column, np.repeat(column[:1], size - len(column), axis=0)])
+
+
+def _count(jaxpr: Any, found: dict[str, int]) -> None:
+    """Add up what each kind of operation makes, in bytes, inner functions included."""
+    for equation in jaxpr.eqns:
+        inner = [p for p in equation.params.values() if hasattr(p, "jaxpr") or hasattr(p, "eqns")]
+        for each in inner:
+            _count(getattr(each, "jaxpr", each), found)
+        if not inner:
+            made = sum(math.prod(v.aval.shape) * 4 for v in equation.outvars)
+            found[equation.primitive.name] = found.get(equation.primitive.name, 0) + made

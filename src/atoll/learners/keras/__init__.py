@@ -1,0 +1,59 @@
+"""Keras 3 models as learners, on the backend that Keras runs on here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atoll.errors import ConfigurationError, require
+from atoll.learners.base import GradientLearner
+
+require("keras", "keras>=3", "atoll.learners.KerasLearner")
+
+from atoll.learners.keras.model import OfEach, outputs_checked  # noqa: E402
+
+__all__ = ["KerasLearner"]
+
+
+def KerasLearner(  # noqa: N802
+    model: Any, *, loss: Any = "cross_entropy", **settings: Any
+) -> GradientLearner:
+    """A Keras model as a learner: a `JaxLearner` or a `TorchLearner`, by Keras's backend.
+
+    Trainable weights travel and start from the run's seed; frozen ones stay as they are; other
+    weights (running means) are averaged; dropout draws belong to the client and the round.
+
+    Args:
+        model: a built model that gives logits or values, copied and never changed.
+        loss: "cross_entropy", "binary_cross_entropy", "mse", "l1", or a `keras.losses.Loss`.
+        settings: of the learner: lr, batch_size, epochs, steps, max_gradient_norm, and optimizer,
+            which is optax's on JAX and torch.optim's on torch; and weights="given" to start from
+            the model's own weights, as pretrained ones must.
+    """
+    import keras
+
+    if not isinstance(model, keras.Model):
+        raise ConfigurationError(f"model must be a keras.Model, not {type(model).__name__}")
+    if not model.built:
+        raise ConfigurationError(
+            "the Keras model is not built, so its shapes are not known; begin it with "
+            "keras.Input(shape=...) or call model.build(...)"
+        )
+    outputs_checked(model, loss)
+    weights = settings.pop("weights", "seeded")
+    if weights not in ("seeded", "given"):
+        raise ConfigurationError(f"weights must be seeded or given, not {weights!r}")
+    backend = keras.backend.backend()
+    if backend == "jax":
+        from atoll.learners.jax import JaxLearner
+        from atoll.learners.keras.on_jax import OnJax
+
+        chosen = loss if isinstance(loss, str) else OfEach(loss)
+        return JaxLearner(OnJax(model, weights), loss=chosen, **settings)
+    if backend == "torch":
+        from atoll.learners.keras.on_torch import learner_of
+
+        return learner_of(model, loss, weights, settings)
+    raise ConfigurationError(
+        f"Keras runs on {backend} here; atoll trains Keras models on jax and torch: set "
+        "KERAS_BACKEND=jax or KERAS_BACKEND=torch before keras is imported"
+    )

@@ -1,0 +1,140 @@
+"""What is common to all backends: which weights of a Keras model are what, and fresh copies."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import keras
+import numpy as np
+
+from atoll.errors import ConfigurationError
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The variables of a model by what becomes of them, under names that do not depend on what
+    else was made in this process: the number of the layer, and what it calls the weight."""
+
+    trained: dict[str, Any]
+    averaged: dict[str, Any]
+    frozen: dict[str, Any]
+    #: States of random streams, which are begun from the client's key.
+    streams: list[Any]
+
+    @staticmethod
+    def of(model: Any) -> Weights:
+        """The weights of a built model."""
+        found = Weights({}, {}, {}, [])
+        layers: dict[str, int] = {}
+        trainable = {id(v) for v in model.trainable_variables}
+        freezable = {
+            id(v) for layer in model._flatten_layers() for v in layer._trainable_variables
+        }
+        for variable in model.variables:
+            owner, _, name = variable.path.rpartition("/")
+            if name == "seed_generator_state":
+                found.streams.append(variable)
+                continue
+            full = f"{layers.setdefault(owner, len(layers))}/{name}"
+            if id(variable) in trainable:
+                found.trained[full] = variable
+            elif id(variable) in freezable:
+                found.frozen[full] = variable
+            else:
+                found.averaged[full] = variable
+        return found
+
+    def fixed(self) -> str:
+        """Digest of what does not travel."""
+        digest = sha256()
+        for name, variable in self.frozen.items():
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).data)
+        return digest.hexdigest() if self.frozen else ""
+
+
+def outputs_checked(model: Any, loss: Any) -> None:
+    """Refuse models whose training would silently be another than Keras's own."""
+    if isinstance(loss, str) and loss in ("cross_entropy", "binary_cross_entropy"):
+        last = model.layers[-1] if model.layers else None
+        activation = getattr(getattr(last, "activation", None), "__name__", "linear")
+        if activation in ("softmax", "sigmoid"):
+            raise ConfigurationError(
+                f"the model ends in {activation}, but loss {loss!r} takes logits: leave the last "
+                "activation out, or give a keras.losses.Loss"
+            )
+    for layer in model._flatten_layers():
+        regularised = getattr(layer, "activity_regularizer", None) is not None or any(
+            getattr(variable, "regularizer", None) is not None for variable in layer._trainable_variables
+        )
+        if regularised:
+            raise ConfigurationError(
+                f"layer {layer.name!r} has a regulariser, which is not part of the local loss "
+                "here; use the weight decay of an optimizer instead"
+            )
+
+
+class OfEach:
+    """A Keras loss as the loss of each example [B]."""
+
+    def __init__(self, loss: Any) -> None:
+        if not isinstance(loss, keras.losses.Loss):
+            raise ConfigurationError(f"loss must be a name or a keras.losses.Loss, not {loss!r}")
+        self.loss = loss
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        values = self.loss.call(targets, outputs)
+        return keras.ops.mean(keras.ops.reshape(values, (len(outputs), -1)), axis=1)
+
+    def __repr__(self) -> str:
+        return f"{type(self.loss).__name__} {self.loss.get_config()}"
+
+
+def copied(model: Any) -> Any:
+    """A copy of the model with its weights."""
+    fresh = type(model).from_config(model.get_config())
+    if not fresh.built:
+        fresh.build(model.input_shape)
+    fresh.set_weights(model.get_weights())
+    return fresh
+
+
+def redrawn(model: Any, seed: int) -> Any:
+    """A copy of the model whose initialisers have drawn from `seed`."""
+    with _seeded(seed):
+        fresh = type(model).from_config(model.get_config())
+        if not fresh.built:
+            fresh.build(model.input_shape)
+    return fresh
+
+
+def architecture(model: Any) -> str:
+    """A digest of the configuration, without the names that Keras numbers within a process."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if k not in ("name", "keras_history")}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value if isinstance(value, int | float | str | bool) or value is None else str(value)
+
+    text = json.dumps(plain(model.get_config()), sort_keys=True, default=str)
+    return sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Let Keras draw from `seed`; the caller's own streams are untouched."""
+    before = random.getstate(), np.random.get_state()
+    keras.utils.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
