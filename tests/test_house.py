@@ -21,13 +21,16 @@ FLOORS = [
     {"tracking"},
     {"simulation", "service"},
     {"federation"},
-    {"cli"},
+    {"cli", "testing"},
     {"__init__", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 #: framework: the files that may import it; a folder stands for all of its files.
 FRAMEWORKS = {
-    "torch": {"learners/torch/"},
+    "torch": {"learners/torch/", "learners/keras/on_torch.py"},
+    "jax": {"learners/jax/", "learners/keras/on_jax.py"},
+    "flax": {"learners/jax/models.py"},
+    "keras": {"learners/keras/"},
     "sklearn": {"learners/sklearn.py"},
     "matplotlib": {"pictures.py", "data/picture.py"},
     "cryptography": {"service/"},

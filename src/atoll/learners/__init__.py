@@ -1,5 +1,6 @@
 """Learners: local training and evaluation. A framework is imported when its learner is used."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from atoll.learners import rates
@@ -7,6 +8,8 @@ from atoll.learners.base import Affine, Assignment, Correction, GradientLearner,
 from atoll.learners.numpy import NumpyLearner
 
 if TYPE_CHECKING:
+    from atoll.learners.jax import JaxLearner
+    from atoll.learners.keras import KerasLearner
     from atoll.learners.sklearn import SklearnLearner
     from atoll.learners.torch import TorchLearner
 
@@ -15,6 +18,8 @@ __all__ = [
     "Assignment",
     "Correction",
     "GradientLearner",
+    "JaxLearner",
+    "KerasLearner",
     "Learner",
     "Local",
     "NumpyLearner",
@@ -24,13 +29,16 @@ __all__ = [
 ]
 
 
+#: Learners of frameworks, and the modules that import them.
+_FRAMEWORKS = {
+    "JaxLearner": "atoll.learners.jax",
+    "KerasLearner": "atoll.learners.keras",
+    "SklearnLearner": "atoll.learners.sklearn",
+    "TorchLearner": "atoll.learners.torch",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "TorchLearner":
-        from atoll.learners.torch import TorchLearner
-
-        return TorchLearner
-    if name == "SklearnLearner":
-        from atoll.learners.sklearn import SklearnLearner
-
-        return SklearnLearner
+    if name in _FRAMEWORKS:
+        return getattr(import_module(_FRAMEWORKS[name]), name)
     raise AttributeError(f"module 'atoll.learners' has no attribute {name!r}")

@@ -124,7 +124,9 @@ def step_aside(engine: Local, plan: Plan, data: FederatedData) -> tuple[Local, l
         notes.append("threads instead of processes: this platform cannot fork")
         engine = replace(engine, processes=False)
     if engine.processes and not learner.forks_safely:
-        notes.append("threads instead of processes: the learner's framework cannot be used after a fork")
+        notes.append(
+            "threads instead of processes: the learner's framework cannot be used after a fork"
+        )
         engine = replace(engine, processes=False)
     if engine.processes and engine.threads > 1:
         notes.append(

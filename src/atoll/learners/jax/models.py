@@ -137,7 +137,8 @@ class nnx:  # noqa: N801
         """Structure, parameters, streams of draws, and all other variables."""
         from flax import nnx as flax
 
-        return flax.split(module, flax.Param, flax.RngState, ...)  # type: ignore[misc]
+        parts: Any = flax.split(module, flax.Param, flax.RngState, ...)
+        return tuple(parts)  # type: ignore[return-value]
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         _, params, _, rest = self._split(self._made(key))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-import keras
+import keras  # type: ignore[import-untyped]
 import numpy as np
 
 from atoll.errors import ConfigurationError
@@ -33,9 +33,7 @@ class Weights:
         found = Weights({}, {}, {}, [])
         layers: dict[str, int] = {}
         trainable = {id(v) for v in model.trainable_variables}
-        freezable = {
-            id(v) for layer in model._flatten_layers() for v in layer._trainable_variables
-        }
+        freezable = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
         for variable in model.variables:
             owner, _, name = variable.path.rpartition("/")
             if name == "seed_generator_state":
@@ -71,7 +69,8 @@ def outputs_checked(model: Any, loss: Any) -> None:
             )
     for layer in model._flatten_layers():
         regularised = getattr(layer, "activity_regularizer", None) is not None or any(
-            getattr(variable, "regularizer", None) is not None for variable in layer._trainable_variables
+            getattr(variable, "regularizer", None) is not None
+            for variable in layer._trainable_variables
         )
         if regularised:
             raise ConfigurationError(

@@ -16,6 +16,9 @@ from atoll.learners.torch import TorchLearner
 class OnTorch(nn.Module):
     """A module whose parameters and buffers are the Keras model's weights, by stable names."""
 
+    keras: Any
+    weights: Weights
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         # Hidden from torch, which would find the weights a second time.

@@ -1,0 +1,282 @@
+"""Checks that every learner must pass, atoll's own and other people's.
+
+    import pytest
+    from atoll.testing import LEARNER_CHECKS
+
+    @pytest.mark.parametrize("check", LEARNER_CHECKS, ids=lambda check: check.__name__)
+    def test_my_learner(check):
+        check(MyLearner(...), clients)
+
+`clients` is a small `FederatedData` of two or more clients of different sizes, which the learner
+fits. A check passes, or raises `AssertionError` with a sentence. What a learner does not offer
+(gradients, stacks) is not asked of it. Expected values come from finite differences, from sums and
+from the loop that the documentation promises, never from the learner alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.algorithms.fedavg import FedAvg
+from atoll.data.examples import Examples, joined
+from atoll.data.federated import FederatedData
+from atoll.errors import DataError
+from atoll.federation import Federation
+from atoll.keys import Key
+from atoll.learners.base import Affine, Assignment, Learner, Local
+from atoll.learners.metrics import figures
+from atoll.rounds.schedules import Synchronous
+from atoll.vectors import Vectors
+
+Check = Callable[[Learner, FederatedData], None]
+
+#: Relative difference that float32 may make between two ways of computing the same.
+NEAR = 1e-4
+
+
+def init_fits_the_layout_and_the_seed(learner: Learner, clients: FederatedData) -> None:
+    """The initial model has the layout's sections, and one key gives one model."""
+    model = learner.init(Key(1))
+    learner.layout.check(model)
+    again = learner.init(Key(1))
+    for name, vector in model.items():
+        assert np.array_equal(vector, again[name]), f"init gave two {name} for one key"
+        assert np.isfinite(vector).all(), f"init gave {name} that are not finite"
+
+
+def check_accepts_these_and_refuses_others(learner: Learner, clients: FederatedData) -> None:
+    """`check` is silent on data that fit, and says a `DataError` about inputs of another width."""
+    learner.check(clients)
+    if clients.x.dtype.kind != "f":
+        return
+    wider = replace(clients, x=np.concatenate([clients.x, clients.x[..., :1]], axis=-1))
+    try:
+        learner.check(wider)
+    except DataError:
+        return
+    raise AssertionError("check took inputs that are wider than the model's; it must say DataError")
+
+
+def training_leaves_the_model_alone(learner: Learner, clients: FederatedData) -> None:
+    """The vectors that `train` is given are as they were."""
+    model = learner.init(Key(0))
+    before = {name: vector.copy() for name, vector in model.items()}
+    local = learner.train(model, clients.train(0), _assignment(0))
+    for name, vector in model.items():
+        assert np.array_equal(vector, before[name]), f"train changed the {name} it was given"
+    assert not np.array_equal(_params(learner, local), before["params"]), "train changed nothing"
+
+
+def training_forgets_whom_it_trained(learner: Learner, clients: FederatedData) -> None:
+    """The same work gives the same bytes, whatever was trained and evaluated in between."""
+    model = learner.init(Key(0))
+    first = learner.train(model, clients.train(0), _assignment(0))
+    kept = _params(learner, first).copy()
+    statistics = {name: np.array(v) for name, v in first.statistics.items()}
+    other = learner.train(model, clients.train(1), _assignment(1))
+    learner.evaluate(_moved(learner, model, other), clients.train(1), clients.task, clients.classes)
+    again = learner.train(model, clients.train(0), _assignment(0))
+    assert np.array_equal(kept, _params(learner, again)), "training again gave other parameters"
+    for name, vector in statistics.items():
+        assert np.array_equal(vector, again.statistics[name]), f"training again gave other {name}"
+
+
+def work_is_counted(learner: Learner, clients: FederatedData) -> None:
+    """Steps, examples and the loss are those of the work that was asked for."""
+    examples = clients.train(0)
+    planned = learner.planned_steps(len(examples))
+    model = learner.init(Key(0))
+    for fraction in (1.0, 0.5):
+        assignment = Assignment(1, Key(0).fold("work", 0), fraction)
+        local = learner.train(model, examples, assignment)
+        wanted = assignment.steps(planned)
+        assert local.steps == wanted, f"{local.steps} steps were done, {wanted} were asked for"
+        assert local.examples == len(examples), "Local.examples is what the client holds"
+        assert local.seen > 0, "Local.seen counts the examples gone over"
+        if learner.gives_gradients:
+            assert np.isfinite(float(local.loss)), "Local.loss is the mean training loss"
+            lr = float(learner.lr)  # type: ignore[attr-defined]
+            assert abs(float(local.path) - wanted * lr) < 1e-6 * wanted, "path is steps x lr"
+
+
+def gradients_are_slopes(learner: Learner, clients: FederatedData) -> None:
+    """The gradient agrees with central differences of the evaluated loss, along it and across."""
+    if not learner.gives_gradients:
+        return
+    examples = clients.train(0)
+    model = learner.init(Key(3))
+    if _draws(learner, model, examples) or set(model) != {"params"}:
+        return  # the loss of training is then not that of evaluation
+    gradient = _gradient(learner, model, examples)
+    rng = np.random.default_rng(0)
+    length = float(np.linalg.norm(gradient))
+    across = rng.normal(size=gradient.size)
+    across -= gradient * (across @ gradient) / max(length**2, 1e-30)
+    for direction in (gradient / length, gradient / length + across / np.linalg.norm(across)):
+        step = 1e-2
+        ends = []
+        for sign in (1, -1):
+            moved = (model["params"] + sign * step * direction).astype(np.float32)
+            at = {**model, "params": moved}
+            sums = learner.evaluate(at, examples, clients.task, clients.classes)
+            ends.append(figures(sums, clients.task)["loss"])
+        slope, told = (ends[0] - ends[1]) / (2 * step), float(direction @ gradient)
+        assert abs(slope - told) < 0.02 * length + 1e-3, (
+            f"the loss changes by {slope:.4g} along a direction where the gradient says {told:.4g}"
+        )
+
+
+def one_step_is_down_the_gradient(learner: Learner, clients: FederatedData) -> None:
+    """Plain SGD over everything at once is params - lr * gradient."""
+    if not (learner.gives_gradients and learner.plain_sgd):
+        return
+    examples = clients.train(0)
+    whole = replace(learner, batch_size=None, epochs=1, steps=1, max_gradient_norm=None)  # type: ignore[type-var]
+    model = whole.init(Key(2))
+    if _draws(whole, model, examples):
+        return
+    local = whole.train(model, examples, _assignment(0))
+    wanted = model["params"] - float(whole.lr) * _gradient(whole, model, examples)  # type: ignore[attr-defined]
+    _near(_params(whole, local), wanted, "one step from params - lr * gradient")
+
+
+def corrections_are_obeyed(learner: Learner, clients: FederatedData) -> None:
+    """Training descends along what the correction gives; `Affine` is the function it stands for."""
+    if not learner.gives_gradients:
+        return
+    examples, model = clients.train(0), learner.init(Key(0))
+    still = learner.train(model, examples, _assignment(0), lambda gradient, params: 0 * gradient)
+    if learner.plain_sgd:
+        assert np.array_equal(_params(learner, still), model["params"]), (
+            "a correction that gives zero must leave the parameters where they are"
+        )
+    constant = learner.asarray(np.linspace(-1, 1, learner.layout.size).astype(np.float32))
+    affine = learner.train(model, examples, _assignment(0), Affine(0.5, constant))
+    function = learner.train(
+        model, examples, _assignment(0), lambda g, params: g + 0.5 * params + constant
+    )
+    _near(_params(learner, affine), _params(learner, function), "Affine from its function")
+
+
+def stacks_are_their_clients(learner: Learner, clients: FederatedData) -> None:
+    """A cohort of ragged clients gives what each gives alone."""
+    few = [clients.train(member) for member in range(min(3, len(clients)))]
+    if learner.stacks(few[0]):
+        return
+    model = learner.init(Key(0))
+    work = [
+        Assignment(1, Key(0).fold("work", place), fraction)
+        for place, fraction in zip(range(len(few)), (1.0, 0.4, 0.7), strict=False)
+    ]
+    rng = np.random.default_rng(0)
+    own = rng.normal(0, 0.1, (len(few), learner.layout.size)).astype(np.float32)
+    for constant in (None, own):
+        together = learner.train_cohort(
+            model, few, work,
+            None if constant is None else Affine(0.1, learner.asarray(constant)),
+        )  # fmt: skip
+        rows = np.asarray(learner.asnumpy(together.params))
+        for place, (examples, assignment) in enumerate(zip(few, work, strict=True)):
+            alone = learner.train(
+                model, examples, assignment,
+                None if constant is None else Affine(0.1, learner.asarray(constant[place])),
+            )  # fmt: skip
+            _near(rows[place], _params(learner, alone), f"client {place} in a stack from alone")
+            for name in ("steps", "examples", "seen"):
+                assert getattr(together, name)[place] == getattr(alone, name), name
+            _near(together.loss[place], alone.loss, "the loss in a stack from that alone")
+
+
+def evaluations_add_up(learner: Learner, clients: FederatedData) -> None:
+    """Sums over parts are those of each, add up to those of the whole, and are repeatable."""
+    model = learner.init(Key(4))
+    parts = [clients.train(member) for member in range(min(3, len(clients)))]
+    task, classes = clients.task, clients.classes
+    each = [learner.evaluate(model, part, task, classes) for part in parts]
+    learner.train(model, parts[0], _assignment(0))
+    together = learner.evaluate_each(model, parts, task, classes)
+    whole = learner.evaluate(model, joined(parts), task, classes)
+    for one, same in zip(each, together, strict=True):
+        assert set(one) == set(same)
+        for name, value in one.items():
+            _near(same[name], value, f"{name} of a part among others from it alone", 1e-3)
+    for name, value in whole.items():
+        total = sum(np.asarray(one[name]) for one in each)
+        _near(value, total, f"{name} of everything from the sum over parts", 1e-3)
+    assert whole["count"] == sum(len(p) * (p.y[0].size if task == "tokens" else 1) for p in parts)
+
+
+def runs_learn_and_repeat(learner: Learner, clients: FederatedData) -> None:
+    """Rounds of FedAvg lower the loss; the same seed gives the same bytes on any engine choice."""
+    federation = Federation(
+        learner=learner, algorithm=FedAvg(), schedule=Synchronous(rounds=4, cohort=2)
+    )
+    run = federation.simulate(clients, seed=1)
+    again = federation.simulate(clients, seed=1)
+    for name, vector in run.model.items():
+        assert np.array_equal(vector, again.model[name]), f"a second run gave other {name}"
+    start = federation.learner.init(Key(1).fold("init"))
+    losses = [_loss(learner, model, clients) for model in (start, run.model)]
+    assert losses[1] < losses[0], f"four rounds took the loss from {losses[0]} to {losses[1]}"
+    alone = federation.simulate(clients, seed=1, engine="sequential")
+    _near(alone.model["params"], run.model["params"], "one client at a time from the default", 1e-3)
+
+
+#: Every check; each takes a learner and a small population that it fits.
+LEARNER_CHECKS: tuple[Check, ...] = (
+    init_fits_the_layout_and_the_seed,
+    check_accepts_these_and_refuses_others,
+    training_leaves_the_model_alone,
+    training_forgets_whom_it_trained,
+    work_is_counted,
+    gradients_are_slopes,
+    one_step_is_down_the_gradient,
+    corrections_are_obeyed,
+    stacks_are_their_clients,
+    evaluations_add_up,
+    runs_learn_and_repeat,
+)
+
+
+def _assignment(client: int) -> Assignment:
+    return Assignment(1, Key(0).fold("work", client))
+
+
+def _params(learner: Learner, local: Local) -> NDArray[np.float32]:
+    return np.asarray(learner.asnumpy(local.params))
+
+
+def _moved(learner: Learner, model: Vectors, local: Local) -> Vectors:
+    return {**model, **local.statistics, "params": _params(learner, local).copy()}
+
+
+def _gradient(learner: Learner, model: Vectors, examples: Examples) -> NDArray[np.float64]:
+    gradient, _ = learner.gradient(model, examples, Key(0))
+    return np.asarray(learner.asnumpy(gradient), np.float64).copy()
+
+
+def _draws(learner: Learner, model: Vectors, examples: Examples) -> bool:
+    """Whether the gradient depends on draws, as dropout's does."""
+    one, other = (
+        np.array(learner.asnumpy(learner.gradient(model, examples, Key(seed))[0]))
+        for seed in (0, 1)
+    )
+    return not np.array_equal(one, other)
+
+
+def _near(one: Any, other: Any, what: str, near: float = NEAR) -> None:
+    a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    assert a.shape == b.shape, f"{what}: shapes {a.shape} and {b.shape}"
+    distance = float(np.linalg.norm(a - b))
+    size = float(np.linalg.norm(b)) + 1e-3
+    assert distance <= near * size, f"{what} differs by {distance / size:.2g} of its size"
+
+
+def _loss(learner: Learner, model: Vectors, clients: FederatedData) -> float:
+    sums = learner.evaluate(model, clients.all_train(), clients.task, clients.classes)
+    return figures(sums, clients.task)["loss"]
