@@ -138,7 +138,7 @@ class nnx:  # noqa: N801
         from flax import nnx as flax
 
         parts: Any = flax.split(module, flax.Param, flax.RngState, ...)
-        return tuple(parts)  # type: ignore[return-value]
+        return tuple(parts)
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         _, params, _, rest = self._split(self._made(key))

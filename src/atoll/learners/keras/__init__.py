@@ -29,7 +29,7 @@ def KerasLearner(  # noqa: N802
             which is optax's on JAX and torch.optim's on torch; and weights="given" to start from
             the model's own weights, as pretrained ones must.
     """
-    import keras
+    import keras  # type: ignore[import-untyped]
 
     if not isinstance(model, keras.Model):
         raise ConfigurationError(f"model must be a keras.Model, not {type(model).__name__}")
