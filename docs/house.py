@@ -21,7 +21,11 @@ FLOORS = [
         ("service", "server, site agent, store, identity"),
     ],
     [("federation", "Federation and its verbs")],
-    [("cli", "atoll simulate | show | compare | serve | join | status ...")],
+    [("flower", "Flower apps, unmodified, as our runs")],
+    [
+        ("cli", "atoll simulate | show | compare | serve | join | status ..."),
+        ("testing", "checks for learners"),
+    ],
 ]
 WIDTH, HEIGHT, GAP = 720, 46, 8
 

@@ -21,6 +21,7 @@ FLOORS = [
     {"tracking"},
     {"simulation", "service"},
     {"federation"},
+    {"flower"},
     {"cli", "testing"},
     {"__init__", "__main__"},
 ]
@@ -33,6 +34,7 @@ FRAMEWORKS = {
     "keras": {"learners/keras/"},
     "sklearn": {"learners/sklearn.py"},
     "matplotlib": {"pictures.py", "data/picture.py"},
+    "flwr": {"flower/"},
     "cryptography": {"service/"},
     "sqlalchemy": {"service/", "cli/state.py"},
     "starlette": {"service/"},

@@ -106,6 +106,22 @@ def parser() -> argparse.ArgumentParser:
     _drawing(compare)
     compare.set_defaults(module="compare")
 
+    flower = commands.add_parser("flower", help="run a Flower app on this machine")
+    flower.add_argument("path", metavar="PATH", help="the app's folder, or a script")
+    flower.add_argument("--clients", type=positive, help="how many; default: what the app says, "
+                        "or 10")  # fmt: skip
+    flower.add_argument("--seed", type=int, default=0)
+    flower.add_argument("--workers", type=positive, default=1, help="processes for clients; "
+                        "default: 1")  # fmt: skip
+    flower.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="change the app's run config, e.g. --set num-server-rounds=10",
+    )  # fmt: skip
+    flower.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders go")
+    flower.add_argument("--name", help="name of the run folder (the app's name and a number)")
+    flower.add_argument("--verbose", action="store_true", help="let Flower say all it has to say")
+    flower.set_defaults(module="flower")
+
     data = commands.add_parser("data", help="list data sets, or show what one holds")
     data.add_argument("name", nargs="?", help="a data set to load and describe")
     data.set_defaults(module="data")

@@ -51,6 +51,11 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
+#: What results may depend on, where it is installed.
+PACKAGES = (
+    "atoll", "numpy", "torch", "scikit-learn", "jax", "flax", "keras", "transformers", "peft",
+    "flwr",
+)  # fmt: skip
 LINES = ("rounds.jsonl", "ledger.jsonl", "timings.jsonl")
 
 
@@ -69,18 +74,26 @@ class RunFolder(Observer):
 
     Args:
         path: the folder; made if need be.
-        every: rounds between checkpoints; the last round always has one.
+        every: rounds between checkpoints; the last round always has one. None makes none, for runs
+            that cannot go on from one.
         keep: how many of the latest checkpoints stay.
         best: the metric by which the best model is kept; None is accuracy or, without one, loss.
+        figures: whether to draw pictures at the end.
     """
 
     def __init__(
-        self, path: str | Path, *, every: int = 10, keep: int = 3, best: str | None = None
+        self,
+        path: str | Path,
+        *,
+        every: int | None = 10,
+        keep: int = 3,
+        best: str | None = None,
+        figures: bool = True,
     ) -> None:
-        if every < 1 or keep < 1:
+        if (every is not None and every < 1) or keep < 1:
             raise ConfigurationError("every and keep must be at least 1")
         self.path = Path(path)
-        self.every, self.keep, self.best = every, keep, best
+        self.every, self.keep, self.best, self.figures = every, keep, best, figures
         self._files: dict[str, TextIO] = {}
         self._written: dict[int, int] = {}
         self._kept: dict[int, dict[int, int]] = {}
@@ -135,21 +148,23 @@ class RunFolder(Observer):
             checkpoints.write_json(self.path / "spread.json", run.per_client)
             self._spread = run.per_client
         self._keep_best(run, record)
-        if record.round % self.every == 0 or record.round == run.rounds:
+        if self.every and (record.round % self.every == 0 or record.round == run.rounds):
             self._checkpoint(run, end.snapshot)
 
     def interrupted(self, run: Run, snapshot: Snapshot) -> None:
         if not self._files:
             return  # it never began
-        if run.history and snapshot.round != self._saved:
+        if self.every and run.history and snapshot.round != self._saved:
             self._checkpoint(run, snapshot)
         self._status("interrupted")
 
     def end(self, run: Run) -> None:
-        checkpoints.save(
-            self.path / "model.safetensors", "model", {"identity": identity(run)}, run.model
-        )
-        self._draw(run)
+        if run.model:
+            checkpoints.save(
+                self.path / "model.safetensors", "model", {"identity": identity(run)}, run.model
+            )
+        if self.figures:
+            self._draw(run)
         self._status("finished")
 
     def close(self) -> None:
@@ -322,7 +337,7 @@ class RunFolder(Observer):
     def _note_best(self, run: Run, record: Record) -> bool:
         metric = self.best or main_metric(record.metrics)
         value = record.metrics.get(metric)
-        if value is None or math.isnan(value):
+        if value is None or math.isnan(value) or not run.model:
             return False
         score = value if metric in HIGHER_IS_BETTER else -value
         better = self._best is None or score > self._best
@@ -379,7 +394,7 @@ def new_folder(root: Path, name: str) -> Path:
 def environment() -> dict[str, Any]:
     """Versions and machine, as far as results may depend on them."""
     packages = {}
-    for name in ("atoll", "numpy", "torch", "scikit-learn", "jax"):
+    for name in PACKAGES:
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

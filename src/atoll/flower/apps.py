@@ -1,0 +1,195 @@
+"""Apps: a folder as `flwr new` makes it, or a script that calls `flwr.simulation`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from atoll.errors import AtollError, ConfigurationError
+
+#: What a run's configuration may hold, as Flower has it.
+Settings = dict[str, bool | float | int | str]
+#: Clients, where the app does not say.
+CLIENTS = 10
+
+
+@dataclass(frozen=True)
+class App:
+    """What is run: two objects of Flower's, and what they are told.
+
+    Args:
+        name: for people.
+        server: the `ServerApp`.
+        client: the `ClientApp`.
+        config: what `context.run_config` will say.
+        clients: how many clients there are.
+        references: where the two were found, `module:object`.
+        place: the folder they are imported from; empty for a script.
+    """
+
+    name: str
+    server: ServerApp
+    client: ClientApp
+    config: Settings = field(default_factory=dict)
+    clients: int = CLIENTS
+    references: tuple[str, str] = ("", "")
+    place: str = ""
+
+    def told(self, settings: Mapping[str, str], clients: int | None) -> App:
+        """The app with some of its settings, given as text, changed."""
+        changed: Settings = dict(self.config)
+        for name, text in settings.items():
+            if name not in self.config:
+                known = ", ".join(self.config) or "none"
+                raise ConfigurationError(f"{self.name} has no setting {name!r}; it has {known}")
+            changed[name] = _like(self.config[name], text, name)
+        return replace(self, config=changed, clients=clients or self.clients)
+
+
+def read_app(path: str | Path) -> App:
+    """The app in a folder with a `pyproject.toml`, or the one that a script would simulate."""
+    place = Path(path)
+    if place.suffix == ".py" and place.is_file():
+        return _script(place)
+    project = place / "pyproject.toml"
+    if not project.is_file():
+        raise ConfigurationError(
+            f"{place} is not a Flower app: it has no pyproject.toml with [tool.flwr.app], and is "
+            "no Python file that calls run_simulation"
+        )
+    try:
+        whole = tomllib.loads(project.read_text(encoding="utf-8"))
+        flwr = whole["tool"]["flwr"]
+        parts = flwr["app"]["components"]
+        references = str(parts["serverapp"]), str(parts["clientapp"])
+    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{project} does not say [tool.flwr.app.components] serverapp and clientapp: {error}"
+        ) from error
+    sys.path.insert(0, str(place.resolve()))
+    server, client = (_found(reference, place) for reference in references)
+    if not isinstance(server, ServerApp) or not isinstance(client, ClientApp):
+        raise ConfigurationError(
+            f"{references[0]} must be a ServerApp and {references[1]} a ClientApp, not "
+            f"{type(server).__name__} and {type(client).__name__}"
+        )
+    name = str(whole.get("project", {}).get("name", place.resolve().name))
+    config = _flat(flwr["app"].get("config", {}))
+    return App(name, server, client, config, _clients(flwr), references, str(place.resolve()))
+
+
+def _found(reference: str, place: Path) -> Any:
+    module, _, names = reference.partition(":")
+    try:
+        value: Any = import_module(module)
+        for name in names.split("."):
+            value = getattr(value, name)
+        return value
+    except AtollError:
+        raise
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"{place} needs the module {error.name!r}, which is not installed; install what its "
+            "pyproject.toml lists under dependencies"
+        ) from error
+    except AttributeError as error:
+        raise ConfigurationError(f"{place} does not define {reference}: {error}") from error
+
+
+def _clients(flwr: Mapping[str, Any]) -> int:
+    """How many clients the app's own federation has."""
+    federations = flwr.get("federations", {})
+    chosen = federations.get(str(federations.get("default", "")), {})
+    told = chosen.get("options", {}).get("num-supernodes", CLIENTS)
+    return told if isinstance(told, int) and told > 0 else CLIENTS
+
+
+class _Called(BaseException):
+    """A script has said what to simulate. Not an `Exception`, which it might catch."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+
+def _script(path: Path) -> App:
+    """Run a script up to where it would begin a simulation."""
+
+    def run_simulation(
+        server_app: ServerApp, client_app: ClientApp, num_supernodes: int, *_: Any, **__: Any
+    ) -> None:
+        raise _Called(App(path.stem, server_app, client_app, {}, num_supernodes))
+
+    def start_simulation(*, client_fn: Any, num_clients: int, **settings: Any) -> None:
+        raise _Called(_old(path.stem, client_fn, num_clients, settings))
+
+    # Here, because importing it takes a second that folders need not wait.
+    from flwr import simulation
+
+    kept = simulation.run_simulation, simulation.start_simulation
+    simulation.run_simulation = run_simulation
+    simulation.start_simulation = start_simulation
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except _Called as called:
+        return called.app
+    finally:
+        simulation.run_simulation, simulation.start_simulation = kept
+    raise ConfigurationError(
+        f"{path} ended without a call of flwr.simulation.run_simulation or start_simulation"
+    )
+
+
+def _old(name: str, client_fn: Any, clients: int, settings: Mapping[str, Any]) -> App:
+    """The two apps that `start_simulation` of old stood for."""
+    from flwr.server import ServerAppComponents
+
+    known = {k: settings[k] for k in ("server", "config", "strategy", "client_manager")
+             if k in settings}  # fmt: skip
+    server = ServerApp(server_fn=lambda context: ServerAppComponents(**known))
+
+    def made(context: Context) -> Any:
+        # Before contexts, a client was made from its number as text.
+        partition = context.node_config["partition-id"]
+        client = client_fn(_argument(client_fn, context, str(partition)))
+        return client.to_client() if hasattr(client, "to_client") else client
+
+    return App(name, server, ClientApp(client_fn=made), {}, clients)
+
+
+def _argument(function: Any, context: Context, cid: str) -> Any:
+    names = function.__code__.co_varnames[:1] if hasattr(function, "__code__") else ()
+    return cid if names and names[0] in ("cid", "client_id") else context
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Nested tables as dotted names, which is how Flower passes them on."""
+    found: Settings = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _like(present: bool | float | int | str, text: str, name: str) -> bool | float | int | str:
+    """A text as a value of the same kind as the present one."""
+    try:
+        if isinstance(present, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(present)(text)
+    except (ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"{name}={text} does not fit: it is {present!r} now, a {type(present).__name__}"
+        ) from error

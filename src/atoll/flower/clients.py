@@ -1,0 +1,120 @@
+"""Clients: who answers a message, in this process or in others of this machine.
+
+Each answer draws from a key of its own, so that where and when it is given changes nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from atoll.errors import ConfigurationError
+from atoll.flower.apps import App, Settings
+from atoll.flower.draws import seeded
+from atoll.keys import Key
+
+#: Flower's code of an error that a ClientApp raised.
+RAISED = 2
+
+
+class Clients(ABC):
+    """The clients of an app, by their numbers; safe to call from several threads."""
+
+    def __init__(self, app: App) -> None:
+        self._contexts = {
+            client: _context(client, app.clients, app.config) for client in range(app.clients)
+        }
+
+    @abstractmethod
+    def answer(self, client: int, message: Message, key: Key) -> Message:
+        """What a client says to a message, drawing from `key`."""
+
+    def close(self) -> None:
+        """Let workers go."""
+
+
+class Here(Clients):
+    """One client after the other, in this process."""
+
+    def __init__(self, app: App) -> None:
+        super().__init__(app)
+        self._app = app.client
+        # The streams of draws are the process's own.
+        self._lock = threading.Lock()
+
+    def answer(self, client: int, message: Message, key: Key) -> Message:
+        with self._lock:
+            return answered(self._app, message, self._contexts[client], key)
+
+
+class Workers(Clients):
+    """Several clients at once, each in one of some processes that have imported the app."""
+
+    def __init__(self, app: App, count: int) -> None:
+        super().__init__(app)
+        if not app.place:
+            raise ConfigurationError(
+                f"{app.name} is a script, whose client cannot be imported elsewhere; run it with "
+                "one worker"
+            )
+        # Not by a fork: the libraries of most apps do not survive one.
+        self._pool = ProcessPoolExecutor(
+            count, multiprocessing.get_context("spawn"), _begin, (app.place, app.references[1])
+        )
+
+    def answer(self, client: int, message: Message, key: Key) -> Message:
+        context = self._contexts[client]
+        future = self._pool.submit(_answered, message, context, key)
+        reply, context.state = future.result()
+        return reply
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def answered(app: ClientApp, message: Message, context: Context, key: Key) -> Message:
+    """The reply of an app; whatever it raises is an error in words, as Flower has it."""
+    with seeded(key):
+        try:
+            reply: Any = app(message, context)
+        except Exception as error:
+            return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    if not isinstance(reply, Message):
+        text = f"the ClientApp gave {type(reply).__name__}, not a Message"
+        return Message(Error(RAISED, text), reply_to=message)
+    return reply
+
+
+def _context(client: int, clients: int, config: Mapping[str, Any]) -> Context:
+    place: Settings = {"partition-id": client, "num-partitions": clients}
+    return Context(1, client + 1, place, RecordDict(), dict(config))
+
+
+_app: ClientApp | None = None
+
+
+def _begin(place: str, reference: str) -> None:
+    global _app  # noqa: PLW0603
+    from flwr.supercore.task_identity import TaskIdentity
+
+    sys.path.insert(0, place)
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    module, _, names = reference.partition(":")
+    found: Any = import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    _app = found
+
+
+def _answered(message: Message, context: Context, key: Key) -> tuple[Message, RecordDict]:
+    assert _app is not None
+    return answered(_app, message, context, key), context.state

@@ -1,0 +1,118 @@
+"""The grid: Flower's four verbs between a ServerApp and its clients, on one machine.
+
+Clients are numbered in order and draw from streams of their own, so that what a server samples and
+what a client draws depend on the seed alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.task_identity import TaskIdentity
+
+from atoll.flower.clients import RAISED, Clients
+from atoll.keys import Key
+
+#: Told of each message and its reply; the number is that of the client.
+Watcher = Callable[[int, Message, Message], None]
+
+
+class LocalGrid(Grid):
+    """All clients of an app behind Flower's interface; safe to call from several threads.
+
+    Args:
+        clients: who answers.
+        count: how many there are.
+        workers: how many may answer at the same time.
+        key: where their draws come from.
+        watch: is told of every message and reply.
+    """
+
+    def __init__(
+        self, clients: Clients, count: int, workers: int, key: Key, watch: Watcher
+    ) -> None:
+        self._run = FlowerRun.create_empty(run_id=1)
+        self._clients, self._count, self._key, self._watch = clients, count, key, watch
+        self._several = ThreadPoolExecutor(workers) if workers > 1 else None
+        self._lock = threading.Lock()
+        self._sent: Counter[int] = Counter()
+        self._number = 0
+        self._replies: dict[str, Message] = {}
+        # A Message reads these when a server makes it; they are the process's own.
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+    def set_run(self, run: FlowerRun) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> FlowerRun:
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self._count + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver messages; when this returns, their clients have answered."""
+        work = [(message, *self._stamped(message)) for message in messages]
+        if self._several is None or len(work) == 1:
+            return [self._deliver(*each) for each in work]
+        return list(self._several.map(lambda each: self._deliver(*each), work))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        with self._lock:
+            return [self._replies.pop(each) for each in message_ids if each in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Replies in the order of the messages; those that come after the time are left out."""
+        begun = time.time()
+        names = self.push_messages(messages)
+        replies = list(self.pull_messages(names))
+        if timeout is None:
+            return replies
+        return [each for each in replies if each.metadata.created_at - begun <= timeout]
+
+    def _stamped(self, message: Message) -> tuple[str, Key]:
+        """A number for a message, and where its client draws from: settled before any answers."""
+        node = message.metadata.dst_node_id
+        with self._lock:
+            self._number += 1
+            self._sent[node] += 1
+            return str(self._number), self._key.fold("client", node, self._sent[node])
+
+    def _deliver(self, message: Message, name: str, key: Key) -> str:
+        node = message.metadata.dst_node_id
+        # Strategies send one content to all, and clients may change what they are given.
+        content = RecordDict({k: record.copy() for k, record in message.content.items()})
+        own = Message(
+            content, node, message.metadata.message_type, ttl=message.metadata.ttl,
+            group_id=message.metadata.group_id,
+        )  # fmt: skip
+        own.metadata.__dict__["_message_id"] = name
+        if 1 <= node <= self._count:
+            reply = self._clients.answer(node - 1, own, key)
+        else:
+            reply = Message(Error(RAISED, f"there is no client {node}"), reply_to=own)
+        reply.metadata.__dict__["_message_id"] = f"reply-{name}"
+        with self._lock:
+            self._watch(node - 1, message, reply)
+            self._replies[name] = reply
+        return name

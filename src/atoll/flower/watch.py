@@ -1,0 +1,259 @@
+"""Watching an app: its messages and its strategy's results, as the rounds of one of our runs."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from atoll.tracking.memories import Memories
+from atoll.tracking.observer import Observer, RoundEnd, Snapshot
+from atoll.tracking.run import Participant, Record, Run
+from atoll.vectors import Layout
+
+Figures = dict[str, float]
+
+
+class Watch:
+    """Keeps `run` up to date and tells observers, round by round.
+
+    A round is the number that strategies put into their messages; it closes when the next one
+    begins, or at the end.
+    """
+
+    def __init__(self, run: Run, observers: Sequence[Observer]) -> None:
+        self.run, self._observers = run, observers
+        self._round = 0
+        self._begun = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._parts: list[Participant] = []
+        self._trained: dict[int, tuple[float, Figures]] = {}
+        self._tested: dict[int, tuple[float, Figures]] = {}
+        self._central: Figures = {}
+        self._started = time.perf_counter()
+
+    def begin(self, rounds: int | None = None) -> None:
+        """The app is about to send its first message; `rounds` are to come, if that is known."""
+        if self._begun:
+            return
+        self._begun = True
+        self.run.rounds = rounds or self.run.rounds
+        for observer in self._observers:
+            observer.begin(self.run)
+        self._started = time.perf_counter()
+
+    def message(self, client: int, sent: Message, reply: Message) -> None:
+        """A client has answered."""
+        self.begin()
+        kind = sent.metadata.message_type.partition(".")[0]
+        number = _round_of(sent) or self._round or 1
+        if number > self._round:
+            self.close()
+            self._round = number
+        failed = reply.has_error()
+        up = 0 if failed else _bytes(reply.content)
+        if kind == "train":
+            outcome = "lost" if failed else "accepted"
+            self._parts.append(Participant(str(client), outcome, _bytes(sent.content), up))
+        if failed:
+            self.run.refusals.append(f"round {number}, client {client}: {reply.error.reason}")
+            return
+        weight, figures = _figures(reply.content)
+        if kind == "train":
+            self._trained[client] = weight, figures
+        elif kind == "evaluate":
+            self._tested[client] = weight, figures
+
+    def evaluated(self, number: int, figures: Figures) -> None:
+        """The server has evaluated the model of a round; 0 is the initial one."""
+        if number and number == self._round:
+            self._central = figures
+
+    def close(self) -> None:
+        """The round that is open has ended, if one is."""
+        if not self._parts:
+            self._clear()
+            return
+        # Threads and workers answer in any order.
+        self._parts.sort(key=lambda part: int(part.client))
+        accepted = sum(part.outcome == "accepted" for part in self._parts)
+        tested, trained = _mean(self._tested), _mean(self._trained)
+        # What the server measures has the plain names.
+        metrics = {**{f"client_{n}" if n in self._central else n: v for n, v in tested.items()},
+                   **self._central}  # fmt: skip
+        record = Record(
+            len(self.run.history) + 1, metrics, trained, len(self._parts), accepted, 1,
+            sum(part.up for part in self._parts), sum(part.down for part in self._parts), 0.0,
+        )  # fmt: skip
+        spread: dict[str, dict[str, float]] = defaultdict(dict)
+        for client, (_, figures) in sorted(self._tested.items()):
+            for name, value in figures.items():
+                spread[name][str(client)] = value
+        if spread:
+            self.run.per_client = dict(spread)
+        self.run.history.append(record)
+        self.run.rounds = max(self.run.rounds, len(self.run.history))
+        seconds = time.perf_counter() - self._started
+        self.run.seconds += seconds
+        end = RoundEnd(record, self._parts, self._nothing(), seconds)
+        for observer in self._observers:
+            observer.round(self.run, end)
+        self._clear()
+
+    def finished(self, arrays: ArrayRecord | None) -> None:
+        """The strategy has ended with these arrays."""
+        if arrays is None:
+            return
+        named = {name: array.numpy() for name, array in arrays.items()}
+        floating = {n: a.astype(np.float32) for n, a in named.items() if a.dtype.kind == "f"}
+        others = {n: a.astype(np.int64) for n, a in named.items() if a.dtype.kind in "iub"}
+        layout = Layout.of(floating, others)
+        self.run.model = layout.pack({**floating, **others})
+
+    def end(self) -> None:
+        """The app has ended by itself."""
+        self.close()
+        if self._begun:
+            for observer in self._observers:
+                observer.end(self.run)
+
+    def interrupted(self) -> None:
+        """The app has ended before its time."""
+        if self._begun:
+            self.close()
+            for observer in self._observers:
+                observer.interrupted(self.run, self._nothing())
+
+    def _nothing(self) -> Snapshot:
+        """An app's state is its own: there is nothing to go on from."""
+        return Snapshot(len(self.run.history), {}, Memories(), {}, 0.0)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear of what passes inside Flower's strategies: rounds, evaluations, the final model."""
+        from flwr.server.server import Server
+        from flwr.serverapp.strategy import Strategy
+
+        kept = Strategy.start, Server.fit
+        Strategy.start = self._started_as(kept[0])  # type: ignore[method-assign]
+        Server.fit = self._fitted_as(kept[1])  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Strategy.start, Server.fit = kept  # type: ignore[method-assign]
+
+    def _started_as(self, original: Any) -> Any:
+        def start(
+            strategy: Any, grid: Any, initial_arrays: Any, num_rounds: int = 3, *args: Any,
+            evaluate_fn: Any = None, **given: Any,
+        ) -> Any:  # fmt: skip
+            def evaluate(number: int, arrays: ArrayRecord) -> Any:
+                found = evaluate_fn(number, arrays)
+                if found is not None:
+                    self.evaluated(number, _numbers(found))
+                return found
+
+            self.begin(num_rounds)
+            told = None if evaluate_fn is None else evaluate
+            result = original(
+                strategy, grid, initial_arrays, num_rounds, *args, evaluate_fn=told, **given
+            )
+            self.finished(result.arrays)
+            return result
+
+        return start
+
+    def _fitted_as(self, original: Any) -> Any:
+        """The loop of apps of the old kind, whose threads end in any order."""
+
+        def fit(server: Any, num_rounds: int, timeout: float | None) -> Any:
+            from flwr.common import parameters_to_ndarrays
+
+            strategy = server.strategy
+            evaluate = strategy.evaluate
+            aggregates = strategy.aggregate_fit, strategy.aggregate_evaluate
+
+            def told(server_round: int, parameters: Any) -> Any:
+                found = evaluate(server_round, parameters)
+                if found is not None:
+                    loss, metrics = found
+                    self.evaluated(server_round, _numbers({"loss": loss, **metrics}))
+                return found
+
+            def ordered(aggregate: Any) -> Any:
+                def sums(server_round: int, results: Any, failures: Any) -> Any:
+                    by_client = sorted(results, key=lambda each: int(each[0].cid))
+                    return aggregate(server_round, by_client, failures)
+
+                return sums
+
+            strategy.evaluate = told
+            strategy.aggregate_fit, strategy.aggregate_evaluate = map(ordered, aggregates)
+            self.begin(num_rounds)
+            try:
+                result = original(server, num_rounds, timeout)
+            finally:
+                strategy.evaluate = evaluate
+                strategy.aggregate_fit, strategy.aggregate_evaluate = aggregates
+            arrays = parameters_to_ndarrays(server.parameters)
+            self.finished(ArrayRecord(arrays) if arrays else None)
+            return result
+
+        return fit
+
+
+def _round_of(message: Message) -> int:
+    """The number of a message's round; 0 where the app does not say."""
+    for record in message.content.values():
+        if isinstance(record, ConfigRecord) and isinstance(record.get("server-round"), int):
+            return int(record["server-round"])  # type: ignore[arg-type]
+    group = message.metadata.group_id
+    return int(group) if group.isdecimal() else 0
+
+
+def _figures(content: RecordDict) -> tuple[float, Figures]:
+    """The weight and the numbers of a reply, of today's kind or of the old one."""
+    numbers: Figures = {}
+    for name, record in content.items():
+        if isinstance(record, MetricRecord | ConfigRecord):
+            old = name.startswith(("fitres.", "evaluateres."))
+            if name.endswith(".status"):
+                continue
+            found = _numbers(record)
+            if old and set(found) == {"num_examples"}:
+                found = {"num-examples": found["num_examples"]}
+            numbers |= found
+    weight = numbers.pop("num-examples", 1.0)
+    return weight, numbers
+
+
+def _numbers(record: Any) -> Figures:
+    return {
+        str(name): float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    }
+
+
+def _mean(by_client: dict[int, tuple[float, Figures]]) -> Figures:
+    """Weighted means of what each client has."""
+    parts = [by_client[client] for client in sorted(by_client)]
+    names = dict.fromkeys(name for _, figures in parts for name in figures)
+    means = {}
+    for name in names:
+        having = [(weight, figures[name]) for weight, figures in parts if name in figures]
+        total = sum(weight for weight, _ in having)
+        if total > 0:
+            means[name] = sum(weight * value for weight, value in having) / total
+    return means
+
+
+def _bytes(content: RecordDict) -> int:
+    return sum(record.count_bytes() for record in content.values())

@@ -1,0 +1,1 @@
+"""legacyapp: an app of Flower's, which knows nothing of atoll."""

@@ -1,0 +1,1 @@
+"""numpyapp: an app of Flower's, which knows nothing of atoll."""

@@ -1,0 +1,1 @@
+"""torchapp: an app of Flower's, which knows nothing of atoll."""
