@@ -80,6 +80,17 @@ def test_one_seed_gives_the_same_draws_and_another_gives_others():
     assert len(set(noise[0])) == 3
 
 
+def test_work_that_takes_long_is_spread_and_stays_the_same(monkeypatch):
+    from atoll.flower import clients
+
+    app = read_app(APPS / "numpyapp").told({}, 3)
+    one = run_app(app, workers=1)
+    monkeypatch.setattr(clients, "PATIENCE", 0.0)
+    monkeypatch.setattr(clients, "cores", lambda: 2)
+    spread = run_app(app)
+    assert [record.json() for record in one.history] == [r.json() for r in spread.history]
+
+
 def test_an_app_of_the_old_kind_gives_what_hands_compute():
     run = run_app(read_app(APPS / "legacyapp").told({}, 4))
     # Clients 0 to 3 go half way to their number and weigh 1 to 4: 1, then 1.5, then 1.75.
@@ -208,7 +219,7 @@ def test_a_late_answer_is_left_out():
         return Message(RecordDict(), reply_to=message)
 
     app = App("late", None, client, clients=3)
-    grid = LocalGrid(Here(app), 3, 1, Key(0), lambda *_: None)
+    grid = LocalGrid(Here(app), 3, Key(0), lambda *_: None)
     messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
     # They run one after the other: the last answers after 0.05 + 0.1 + 0.15 seconds.
     answered = list(grid.send_and_receive(messages, timeout=0.2))

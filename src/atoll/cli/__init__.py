@@ -111,8 +111,8 @@ def parser() -> argparse.ArgumentParser:
     flower.add_argument("--clients", type=positive, help="how many; default: what the app says, "
                         "or 10")  # fmt: skip
     flower.add_argument("--seed", type=int, default=0)
-    flower.add_argument("--workers", type=positive, default=1, help="processes for clients; "
-                        "default: 1")  # fmt: skip
+    flower.add_argument("--workers", type=positive, help="processes for clients; default: "
+                        "this one, and every core when clients take long")  # fmt: skip
     flower.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="change the app's run config, e.g. --set num-server-rounds=10",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -21,16 +22,23 @@ from atoll.errors import ConfigurationError
 from atoll.flower.apps import App, Settings
 from atoll.flower.draws import seeded
 from atoll.keys import Key
+from atoll.simulation.engine import cores
 
 #: Flower's code of an error that a ClientApp raised.
 RAISED = 2
+#: Seconds of answers after which starting other processes is likely to pay.
+PATIENCE = 3.0
 
 
 class Clients(ABC):
     """The clients of an app, by their numbers; safe to call from several threads."""
 
+    #: How many may answer at the same time.
+    width = 1
+
     def __init__(self, app: App) -> None:
-        self._contexts = {
+        #: What clients keep from one message to the next.
+        self.contexts = {
             client: _context(client, app.clients, app.config) for client in range(app.clients)
         }
 
@@ -53,7 +61,7 @@ class Here(Clients):
 
     def answer(self, client: int, message: Message, key: Key) -> Message:
         with self._lock:
-            return answered(self._app, message, self._contexts[client], key)
+            return answered(self._app, message, self.contexts[client], key)
 
 
 class Workers(Clients):
@@ -61,6 +69,7 @@ class Workers(Clients):
 
     def __init__(self, app: App, count: int) -> None:
         super().__init__(app)
+        self.width = count
         if not app.place:
             raise ConfigurationError(
                 f"{app.name} is a script, whose client cannot be imported elsewhere; run it with "
@@ -72,13 +81,41 @@ class Workers(Clients):
         )
 
     def answer(self, client: int, message: Message, key: Key) -> Message:
-        context = self._contexts[client]
+        context = self.contexts[client]
         future = self._pool.submit(_answered, message, context, key)
         reply, context.state = future.result()
         return reply
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+class Spreading(Clients):
+    """Here, until that has taken a while; then on every core, if the app can be imported there."""
+
+    def __init__(self, app: App) -> None:
+        super().__init__(app)
+        self._app, self._spent = app, 0.0
+        self._now: Clients = Here(app)
+        self._now.contexts = self.contexts
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        alone = isinstance(self._now, Here)
+        if alone and self._spent > PATIENCE and cores() > 1 and self._app.place:
+            self._now = Workers(self._app, min(cores(), self._app.clients))
+            self._now.contexts = self.contexts
+        return self._now.width
+
+    def answer(self, client: int, message: Message, key: Key) -> Message:
+        started = time.perf_counter()
+        try:
+            return self._now.answer(client, message, key)
+        finally:
+            self._spent += time.perf_counter() - started
+
+    def close(self) -> None:
+        self._now.close()
 
 
 def answered(app: ClientApp, message: Message, context: Context, key: Key) -> Message:

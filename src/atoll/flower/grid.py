@@ -30,17 +30,13 @@ class LocalGrid(Grid):
     Args:
         clients: who answers.
         count: how many there are.
-        workers: how many may answer at the same time.
         key: where their draws come from.
         watch: is told of every message and reply.
     """
 
-    def __init__(
-        self, clients: Clients, count: int, workers: int, key: Key, watch: Watcher
-    ) -> None:
+    def __init__(self, clients: Clients, count: int, key: Key, watch: Watcher) -> None:
         self._run = FlowerRun.create_empty(run_id=1)
         self._clients, self._count, self._key, self._watch = clients, count, key, watch
-        self._several = ThreadPoolExecutor(workers) if workers > 1 else None
         self._lock = threading.Lock()
         self._sent: Counter[int] = Counter()
         self._number = 0
@@ -71,9 +67,8 @@ class LocalGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver messages; when this returns, their clients have answered."""
         work = [(message, *self._stamped(message)) for message in messages]
-        if self._several is None or len(work) == 1:
-            return [self._deliver(*each) for each in work]
-        return list(self._several.map(lambda each: self._deliver(*each), work))
+        with ThreadPoolExecutor(self._clients.width) as several:
+            return list(several.map(lambda each: self._deliver(*each), work))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         with self._lock:
