@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from atoll import __version__
 from atoll.cli.grammar import add_serving, positive
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         help="how clients are run: auto, sequential, stacked, or 'stacked(block=10, workers=2)'; "
         "default: chosen by rule",
     )
+    _page(simulate)
     simulate.set_defaults(module="simulate")
 
     explain = commands.add_parser("explain", help="say how a federation would be run, and why")
@@ -99,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("run", metavar="RUN", help="a run folder, or its name")
     _drawing(show)
     show.add_argument("--json", action="store_true", help="print the rounds as JSON lines")
+    _page(show)
     show.set_defaults(module="show")
 
     compare = commands.add_parser("compare", help="compare runs in a table and a plot")
@@ -106,6 +109,16 @@ def parser() -> argparse.ArgumentParser:
     _drawing(compare)
     compare.set_defaults(module="compare")
 
+    _flower(commands)
+
+    data = commands.add_parser("data", help="list data sets, or show what one holds")
+    data.add_argument("name", nargs="?", help="a data set to load and describe")
+    data.set_defaults(module="data")
+    add_serving(commands)
+    return top
+
+
+def _flower(commands: Any) -> None:
     flower = commands.add_parser("flower", help="run a Flower app on this machine")
     flower.add_argument("path", metavar="PATH", help="the app's folder, or a script")
     flower.add_argument("--clients", type=positive, help="how many; default: what the app says, "
@@ -122,11 +135,10 @@ def parser() -> argparse.ArgumentParser:
     flower.add_argument("--verbose", action="store_true", help="let Flower say all it has to say")
     flower.set_defaults(module="flower")
 
-    data = commands.add_parser("data", help="list data sets, or show what one holds")
-    data.add_argument("name", nargs="?", help="a data set to load and describe")
-    data.set_defaults(module="data")
-    add_serving(commands)
-    return top
+
+def _page(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--web", action="store_true", help="open a live page on 127.0.0.1")
+    command.add_argument("--port", type=int, default=0, help="of the page; default: a free one")
 
 
 def _drawing(command: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from atoll.tracking.run import main_metric
 def run(options: argparse.Namespace) -> int:
     """What was tried, what came of it, and a picture if one is asked for."""
     folder = find_run(options.run, options.runs)
+    if options.web:
+        return _web(folder, options.port)
     shown = read_run(folder)
     if options.json:
         for record in shown.history:
@@ -34,6 +37,18 @@ def run(options: argparse.Namespace) -> int:
         figures = sorted((folder / "figures").glob("*.png"))
         if figures:
             print(f"figures: {', '.join(str(path) for path in figures)}")
+    return 0
+
+
+def _web(folder: Path, port: int) -> int:
+    """The page, until Ctrl-C."""
+    from atoll.page.local import LocalPage
+
+    place = folder.resolve()
+    with LocalPage(place.parent, place.name, port) as page:
+        print(f"{folder.name} is at {page.url} until Ctrl-C", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            page.wait()
     return 0
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from atoll.cli.files import find_run, read_federation
 from atoll.cli.overrides import override
 from atoll.cli.report import print_comparison, print_run
+from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, RunError
+from atoll.federation import Federation
+from atoll.simulation.devices import Devices
 from atoll.simulation.interrupt import Interrupted
 from atoll.tracking.folder import RunFolder, new_folder
 from atoll.tracking.progress import progress
@@ -31,6 +34,30 @@ def run(options: argparse.Namespace) -> int:
         root = Path(options.runs)
         folder = root / name if name else new_folder(root, Path(options.file).stem)
         seed = options.seed or 0
+    with contextlib.ExitStack() as open_for:
+        page = None
+        if options.web:
+            from atoll.page.local import LocalPage
+
+            page = open_for.enter_context(LocalPage(folder.parent, folder.name, options.port))
+            print(f"watch it at {page.url}", flush=True)
+        code = _simulate(options, federation, clients, devices, seed, folder, resume)
+        if page is not None and code == 0:
+            print(f"the page stays at {page.url} until Ctrl-C", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                page.wait()
+        return code
+
+
+def _simulate(
+    options: argparse.Namespace,
+    federation: Federation,
+    clients: FederatedData,
+    devices: Devices | None,
+    seed: int,
+    folder: Path,
+    resume: bool,
+) -> int:
     keeper = RunFolder(folder, every=options.checkpoint_every, best=federation.evaluation.best)
     try:
         result = federation.simulate(

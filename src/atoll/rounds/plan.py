@@ -34,6 +34,11 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.every < 1 or (self.clients_every is not None and self.clients_every < 1):
             raise ConfigurationError("evaluation intervals must be at least 1 round")
+        named = self.spread is None or isinstance(self.spread, list | tuple)
+        if not named or not all(isinstance(name, str) for name in self.spread or ()):
+            raise ConfigurationError(
+                f"spread must be names of metrics, such as ('accuracy', 'loss'), not {self.spread!r}"
+            )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

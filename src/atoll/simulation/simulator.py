@@ -149,11 +149,18 @@ class Simulator:
         started = time.perf_counter()
         round = self.coordinator.round
         gathered = self._gather(round, interruption)
+        clients = time.perf_counter()
         participants = gathered.participants
         measurements = self.server.close(round, len(self.data), gathered.pulled)
         self.run.model = self.server.model()
         self.run.engine, self.run.engine_notes = str(self.crew.engine), self.crew.notes
+        stepped = time.perf_counter()
         metrics = self._evaluate(round)
+        evaluated = time.perf_counter()
+        phases = {
+            "clients": clients - started, "step": stepped - clients,
+            "evaluation": evaluated - stepped,
+        }  # fmt: skip
         record = Record(
             round,
             metrics,
@@ -172,7 +179,7 @@ class Simulator:
         for member, memory in gathered.learned.items():
             self.memories[member] = (round, memory)
         self._closed = self._snapshot()
-        end = RoundEnd(record, participants, self._closed, seconds)
+        end = RoundEnd(record, participants, self._closed, seconds, phases)
         for observer in self.observers:
             observer.round(self.run, end)
         if interruption.requested:

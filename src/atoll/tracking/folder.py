@@ -3,7 +3,8 @@
 config.json         the resolved plan, the data and the seed
 rounds.jsonl        one line per round; the same bytes for the same plan, data and seed
 ledger.jsonl        who took part in each round, and the bytes it sent and received
-timings.jsonl       real seconds per round, which are nobody's promise
+timings.jsonl       real seconds per round and phase, which are nobody's promise
+refusals.jsonl      why updates were refused and attempts abandoned, in words
 environment.json    versions and machine
 checkpoints/        the last few, and the best model
 clients/            what clients remember, one file per client and round that changed it
@@ -40,6 +41,7 @@ from atoll.tracking.reading import (
     read_config,
     read_history,
     read_lines,
+    read_refusals,
     read_seconds,
     read_spread,
 )
@@ -56,7 +58,7 @@ PACKAGES = (
     "atoll", "numpy", "torch", "scikit-learn", "jax", "flax", "keras", "transformers", "peft",
     "flwr",
 )  # fmt: skip
-LINES = ("rounds.jsonl", "ledger.jsonl", "timings.jsonl")
+LINES = ("rounds.jsonl", "ledger.jsonl", "timings.jsonl", "refusals.jsonl")
 
 
 def identity(run: Run) -> str:
@@ -99,6 +101,7 @@ class RunFolder(Observer):
         self._kept: dict[int, dict[int, int]] = {}
         self._best: float | None = None
         self._saved = -1
+        self._refused = 0
         self._held: TextIO | None = None
         self._spread: dict[str, dict[str, float]] = {}
         self._engine = ""
@@ -139,7 +142,12 @@ class RunFolder(Observer):
         parts = [[p.client, p.outcome, p.down, p.up] for p in end.participants]
         self._line("rounds.jsonl", record.json())
         self._line("ledger.jsonl", {"round": record.round, "participants": parts})
-        self._line("timings.jsonl", {"round": record.round, "seconds": round(end.seconds, 6)})
+        phases = {name: round(seconds, 6) for name, seconds in end.phases.items()}
+        timing = {"round": record.round, "seconds": round(end.seconds, 6), "phases": phases}
+        self._line("timings.jsonl", timing)
+        for reason in run.refusals[self._refused :]:
+            self._line("refusals.jsonl", {"round": record.round, "reason": reason})
+        self._refused = len(run.refusals)
         if run.engine != self._engine:
             about = {"engine": run.engine, "notes": run.engine_notes}
             checkpoints.write_json(self.path / "engine.json", about)
@@ -181,14 +189,17 @@ class RunFolder(Observer):
         """Keep other processes out of the folder, for as long as this one lives."""
         if self._held is None and fcntl is not None:
             self._held = (self.path / ".lock").open("w")
-            try:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._held.close()
-                self._held = None
-                raise CheckpointError(
-                    f"{self.path} is in use by a run that is still going on"
-                ) from None
+            for patience in (0.05, 0.1, 0.2, None):
+                try:
+                    fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except OSError:
+                    # Whoever only looks whether it is in use holds it for a moment.
+                    if patience is not None:
+                        time.sleep(patience)
+            self._held.close()
+            self._held = None
+            raise CheckpointError(f"{self.path} is in use by a run that is still going on")
 
     def resume(self, run: Run) -> Snapshot | None:
         """Fill `run` with the folder's rounds and give its latest checkpoint.
@@ -237,6 +248,8 @@ class RunFolder(Observer):
         self._written = snapshot.memories.rounds()
         self._saved = snapshot.round
         run.seconds = read_seconds(self.path)
+        run.refusals[:] = read_refusals(self.path)
+        self._refused = len(run.refusals)
         run.per_client = self._spread = read_spread(self.path)
         return snapshot
 

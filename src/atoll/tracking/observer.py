@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from atoll.tracking.memories import Memories
 from atoll.tracking.run import Participant, Record, Run
 from atoll.vectors import Vectors
-
-#: A client's memory and the round it is from, by member.
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,15 @@ class Snapshot:
 class RoundEnd:
     """What observers are told when a round has closed.
 
-    `participants` covers all its attempts. `snapshot` holds until the next round closes.
+    `participants` covers all its attempts. `snapshot` holds until the next round closes. `phases`
+    are the real seconds of its parts, as far as they were measured.
     """
 
     record: Record
     participants: Sequence[Participant]
     snapshot: Snapshot
     seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)
 
 
 class Observer:

@@ -21,6 +21,7 @@ def read_run(path: str | Path) -> Run:
     if (folder / "model.safetensors").exists():
         run.model = checkpoints.load(folder / "model.safetensors", "model")[1]
     run.per_client = read_spread(folder)
+    run.refusals = read_refusals(folder)
     return run
 
 
@@ -72,6 +73,11 @@ def read_seconds(path: Path) -> float:
     return float(sum(s for line in lines if isinstance(s := line.get("seconds"), int | float)))
 
 
+def read_refusals(path: Path) -> list[str]:
+    """Why updates were refused and attempts abandoned, in words."""
+    return [str(line.get("reason", "")) for line in read_lines(path / "refusals.jsonl")]
+
+
 def read_spread(path: Path) -> dict[str, dict[str, float]]:
     """The last evaluation on each client's own test part, if there was one."""
     return _read_json(path / "spread.json") if (path / "spread.json").exists() else {}
@@ -91,6 +97,22 @@ def read_status(path: Path) -> str:
         return str(json.loads((path / "status.json").read_text(encoding="utf-8"))["status"])
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process is at work on a run folder; on Windows, whether it says so."""
+    try:
+        import fcntl
+    except ImportError:
+        return read_status(path) == "running"
+    try:
+        with (path / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def find_runs(root: Path) -> list[Path]:
