@@ -16,6 +16,7 @@ FLOORS = [
     [("algorithms", "one file per algorithm")],
     [("rounds", "plan, selection, coordinator: no clock, no I/O")],
     [("tracking", "run folders, progress, plots, loggers")],
+    [("page", "the live page, over run folders or a server")],
     [
         ("simulation", "virtual clock, devices, engines, crews"),
         ("service", "server, site agent, store, identity"),

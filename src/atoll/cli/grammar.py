@@ -125,6 +125,7 @@ def _operations(commands: Any) -> None:
     _state(commands, "sites", "who has joined a federation", either)
     _state(commands, "revoke", "refuse a site from now on", either).add_argument("name")
     _state(commands, "stop", "end a federation; it can be served again", either)
+    _state(commands, "page", "a link to the live page of a federation", either)
     audit = commands.add_parser("audit", help="check or show the audit log")
     audit.add_argument("what", choices=("verify", "show"))
     audit.add_argument("state", metavar="STATE", help="a state folder")

@@ -23,6 +23,7 @@ from atoll.service.folder import StateFolder, check_name
 from atoll.service.identity import Token, make_key
 from atoll.service.link import Link, find_authority
 from atoll.service.tables import assignments, rounds, sites, tokens
+from atoll.service.visits import OPERATOR, issue
 from atoll.tracking.checkpoints import write_atomically, write_json
 from atoll.tracking.run import human_bytes
 
@@ -202,6 +203,21 @@ def _stop(options: argparse.Namespace) -> int:
         ):
             change.set("stop", True)
     print("stopping: sites are told when they next ask; `atoll serve` goes on from here")
+    return 0
+
+
+def _page(options: argparse.Namespace) -> int:
+    place = Path(options.state)
+    if (place / "site.json").exists():
+        url = json.loads((place / "site.json").read_text(encoding="utf-8"))["url"]
+        ticket = _ask(place, "POST", "/v1/page")["ticket"]
+    else:
+        folder = StateFolder.open(place)
+        with closing(folder.store()) as store, store.change(leading=False) as change:
+            ticket = issue(change, OPERATOR, "")
+            change.audit("operator", "asked for the page")
+        url = "https://HOST:PORT"
+    print(f"{url}/page/#{ticket}\ngood for five minutes, once")
     return 0
 
 

@@ -37,7 +37,7 @@ class Evaluation:
         named = self.spread is None or isinstance(self.spread, list | tuple)
         if not named or not all(isinstance(name, str) for name in self.spread or ()):
             raise ConfigurationError(
-                f"spread must be names of metrics, such as ('accuracy', 'loss'), not {self.spread!r}"
+                f"spread must be names of metrics, e.g. ('accuracy', 'loss'), not {self.spread!r}"
             )
 
 

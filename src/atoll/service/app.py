@@ -14,10 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from atoll.page.app import Page
 from atoll.service import messages
 from atoll.service.desk import Desk
 from atoll.service.joining import Joining
 from atoll.service.looking import Looking
+from atoll.service.visits import Visiting
+from atoll.service.watching import Watching
 from atoll.service.working import Working
 
 
@@ -27,6 +30,8 @@ class App(Desk):
     def asgi(self) -> Starlette:
         """The ASGI application."""
         joining, working, looking = Joining(self), Working(self), Looking(self)
+        visiting, watching = Visiting(self), Watching(self)
+        page = Page(lambda: watching, visiting.admit, self.closing)
 
         def route(path: str, endpoint: Callable[..., Awaitable[Response]], method: str) -> Route:
             return Route(path, self.counted(endpoint, path), methods=[method])
@@ -51,6 +56,10 @@ class App(Desk):
                 route("/v1/sites", looking.sites, "GET"),
                 route("/v1/sites/{site}/revoke", looking.revoke, "POST"),
                 route("/v1/stop", looking.stop, "POST"),
+                route("/v1/page", visiting.ticket, "POST"),
+                route("/page/login", visiting.login, "POST"),
+                route("/page/logout", visiting.logout, "POST"),
+                *page.routes("/page/", self.counted),
             ],
             exception_handlers={HTTPException: _problem, Exception: _broken},
         )

@@ -375,6 +375,7 @@ class Conductor:
             lambda: self.vault.step(self.server, round, row["population"], pulled)
         )
         made = await self._in_thread(lambda: self.vault.keep(self.server))
+        stepped = time.perf_counter()
         metrics = {}
         if self._evaluate is not None:
             evaluate, model = self._evaluate, self.server.model()
@@ -390,8 +391,12 @@ class Conductor:
             "measurements": measurements,
             "accepted": sorted(part["site"] for part in parts if part),
             "bytes_up": sum(part["size"] for part in parts if part),
-            "seconds": time.perf_counter() - started,
-        }
+            "broadcast": self.vault.size(self.version["broadcast"]),
+            "phases": {
+                "clients": row["ended"] - row["opened"], "step": stepped - started,
+                "evaluation": time.perf_counter() - stepped,
+            },
+        }  # fmt: skip
         now = self.clock()
         with Deciding(self) as change:
             ledger.stepped(change, round, made, record, now)

@@ -63,7 +63,7 @@ class Desk:
         if session is None:
             raise Refused(401, "there is no such session, or it has ended: open one")
         text = body if isinstance(body, str) else sha256(body).hexdigest()
-        query = request.url.query
+        query = request.scope["query_string"].decode("latin-1")
         target = request.scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
         counter = request.headers.get("atoll-counter", "")
         good = counter.isdecimal() and len(counter) < 16 and hmac.compare_digest(

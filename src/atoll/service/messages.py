@@ -139,6 +139,12 @@ class Failure(Message, frozen=True):
     reason: Words
 
 
+class Login(Message, frozen=True):
+    """A browser brings a ticket for the live page."""
+
+    ticket: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{43}$(?![\s\S])", max_length=43)]
+
+
 class Problem(Message, frozen=True):
     """Why a request was refused, and what to do about it."""
 

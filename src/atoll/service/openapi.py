@@ -155,6 +155,15 @@ def description() -> dict[str, Any]:
                     "parameters": [*SEAL, _path("site", {"type": "string"})],
                 }
             },
+            "/v1/page": {
+                "post": {
+                    **_plain(
+                        "A ticket for the live page (analyst)",
+                        {200: None, 401: "Problem", 403: "Problem"},
+                    ),
+                    "parameters": SEAL,
+                }
+            },
             "/v1/stop": {
                 "post": {
                     **_plain("Stop (admin)", {204: None, 401: "Problem", 403: "Problem"}),

@@ -83,6 +83,16 @@ uploads = sa.Table(
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("opened", sa.Float, nullable=False),
 )
+#: Who may see the live page: a ticket is good once, a visit is a browser's cookie.
+visits = sa.Table(
+    "visits",
+    metadata,
+    sa.Column("digest", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+)
 #: `state` is the digest of the server's vectors, `broadcast` of what sites receive, `model` of the
 #: model by itself. Version v is the model after v rounds.
 versions = sa.Table(
@@ -121,8 +131,17 @@ def _first(connection: sa.Connection) -> None:
     metadata.create_all(connection)
 
 
+def _second(connection: sa.Connection) -> None:
+    """Visits of the live page, and what it looks assignments up by."""
+    visits.create(connection, checkfirst=True)
+    for name in ("round", "counted"):
+        connection.execute(
+            sa.text(f"CREATE INDEX IF NOT EXISTS assignments_{name} ON assignments ({name})")
+        )
+
+
 #: What turns format n into format n + 1; a change of tables adds one and never edits another.
-MIGRATIONS: Sequence[Callable[[sa.Connection], None]] = (_first,)
+MIGRATIONS: Sequence[Callable[[sa.Connection], None]] = (_first, _second)
 
 
 def migrate(connection: sa.Connection) -> None:

@@ -82,7 +82,7 @@ async function get(path) {
   if (answer.status === 401 || answer.status === 403) { showLogin(); throw new Refused(answer.status, "log in"); }
   if (!answer.ok) {
     const said = await answer.json().catch(() => ({}));
-    throw new Refused(answer.status, said.error ?? said.reason ?? `the server says ${answer.status}`);
+    throw new Refused(answer.status, said.error ?? `the server says ${answer.status}`);
   }
   return answer.json();
 }
@@ -103,7 +103,7 @@ async function enter(ticket) {
   history.replaceState(null, "", location.pathname + location.search);
   if (!answer.ok) {
     const said = await answer.json().catch(() => ({}));
-    say(said.reason ?? said.error ?? "that did not work");
+    say(said.error ?? "that did not work");
     return showLogin();
   }
   say("");

@@ -1,0 +1,114 @@
+"""Visits: who may look at the live page. No passwords: an identity asks for a ticket, a browser
+brings it once and gets a cookie, and both are kept as digests, so that a restart ends no visit."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+import sqlalchemy as sa
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from atoll.service import messages
+from atoll.service.bodies import Refused, short_body
+from atoll.service.desk import Desk
+from atoll.service.identity import token_digest
+from atoll.service.store import Change, Store
+from atoll.service.tables import visits
+
+TICKET_SECONDS, VISIT_SECONDS = 300.0, 12 * 3600.0
+#: Only this host, only over TLS, whatever a page elsewhere may try.
+COOKIE = "__Host-atoll"
+OPERATOR = "operator"
+
+
+def issue(change: Change, name: str, key: str) -> str:
+    """A ticket for one visit; `key` is the identity's, or empty for the server's own operator."""
+    return _add(change, "ticket", name, key, TICKET_SECONDS)
+
+
+def _add(change: Change, kind: str, name: str, key: str, seconds: float) -> str:
+    secret, now = secrets.token_urlsafe(32), time.time()
+    change.run(visits.delete().where(visits.c.expires < now))
+    change.run(
+        visits.insert().values(
+            digest=token_digest(secret), kind=kind, name=name, key=key, expires=now + seconds
+        )
+    )
+    return secret
+
+
+class Visiting:
+    """The endpoints of logging in and out, and the check of everyone who looks."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def ticket(self, request: Request) -> Response:
+        """An analyst's or admin's ticket."""
+        session = await self.desk.who(request, "analyst", await short_body(request))
+        with self.desk.leading().store.change() as change:
+            secret = issue(change, session.site, session.public)
+            change.audit(session.site, "asked for the page")
+        return JSONResponse({"ticket": secret})
+
+    async def login(self, request: Request) -> Response:
+        """A ticket for a cookie."""
+        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            # Which another site's form cannot send.
+            raise Refused(415, "a ticket comes as JSON")
+        ticket = messages.read(messages.Login, await short_body(request)).ticket
+        with self.desk.leading().store.change() as change:
+            mine = visits.c.digest == token_digest(ticket)
+            row = change.connection.execute(
+                sa.select(visits).where(mine, visits.c.kind == "ticket")
+            ).mappings().first()  # fmt: skip
+            used = row is not None and change.run(visits.delete().where(mine)) == 1
+            if row is None or not used or row["expires"] < time.time():
+                raise Refused(
+                    401, "this link was used or is too old; run atoll page again",
+                    audited="login",
+                )  # fmt: skip
+            secret = _add(change, "visit", row["name"], row["key"], VISIT_SECONDS)
+            change.audit(row["name"], "opened the page")
+        response = Response(status_code=204)
+        response.set_cookie(
+            COOKIE, secret, max_age=int(VISIT_SECONDS), path="/", secure=True, httponly=True,
+            samesite="strict",
+        )  # fmt: skip
+        return response
+
+    async def logout(self, request: Request) -> Response:
+        """End a visit."""
+        digest = token_digest(request.cookies.get(COOKIE, ""))
+        with self.desk.leading().store.change() as change:
+            change.run(visits.delete().where(visits.c.digest == digest))
+        response = Response(status_code=204)
+        response.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
+        return response
+
+    async def admit(self, request: Request) -> None:
+        """Raise unless the cookie is a visitor's who is still welcome."""
+        if not welcome(self.desk.leading().store, request.cookies.get(COOKIE, "")):
+            raise Refused(401, "log in first: run atoll page FOLDER")
+
+
+def welcome(store: Store, secret: str) -> bool:
+    """Whether a cookie's visit goes on: not too old, and of someone who was not revoked since."""
+    query = sa.select(visits).where(
+        visits.c.digest == token_digest(secret), visits.c.kind == "visit"
+    )
+    found = store.rows(query)
+    if not secret or not found or found[0]["expires"] < time.time():
+        return False
+    name, key = found[0]["name"], found[0]["key"]
+    if not key:
+        return True
+    row = store.site(name)
+    return (
+        row is not None
+        and row["status"] == "active"
+        and row["key"] == key
+        and row["role"] in ("analyst", "admin")
+    )
