@@ -34,7 +34,8 @@ class LocalPage(AbstractContextManager["LocalPage"]):
             ) from error
         source = FolderSource(root, first)
         config = uvicorn.Config(
-            asgi(Page(lambda: source)), log_config=None, access_log=False, lifespan="off",
+            asgi(Page(lambda: source)), log_config=None, log_level="critical", access_log=False,
+            lifespan="off",
             ws="none", timeout_graceful_shutdown=1,
         )  # fmt: skip
         self._server = uvicorn.Server(config)

@@ -78,7 +78,8 @@ class Refused extends Error {
 }
 
 async function get(path) {
-  const answer = await fetch(path, { credentials: "same-origin" });
+  const answer = await fetch(path, { credentials: "same-origin" })
+    .catch(() => { throw new Refused(0, "the server cannot be reached"); });
   if (answer.status === 401 || answer.status === 403) { showLogin(); throw new Refused(answer.status, "log in"); }
   if (!answer.ok) {
     const said = await answer.json().catch(() => ({}));
@@ -125,19 +126,23 @@ function pill(text, kind) {
 async function begin() {
   try {
     runs = await get("api/runs");
+    if (!runs.length) {
+      say("There is no run here yet; this page looks again by itself.");
+      setTimeout(begin, 2000);
+      return;
+    }
+    say("");
+    $("main").hidden = false;
+    $("chooser").hidden = runs.length < 2;
+    fill($("run"), [...runs].reverse().map((each) => element("option", { value: each.id, textContent: each.name })));
+    const asked = new URLSearchParams(location.search).get("run");
+    await open(runs.some((each) => each.id === asked) ? asked : runs.at(-1).id);
   } catch (error) {
-    if (error instanceof Refused && [401, 403].includes(error.status)) return;
+    if (!(error instanceof Refused)) throw error;
+    if ([401, 403].includes(error.status)) return;
     pill("reconnecting", "bad");
     setTimeout(begin, 1500);
-    return;
   }
-  if (!runs.length) { say("There is no run here yet; this page looks again by itself."); setTimeout(begin, 2000); return; }
-  say("");
-  $("main").hidden = false;
-  $("chooser").hidden = runs.length < 2;
-  fill($("run"), [...runs].reverse().map((each) => element("option", { value: each.id, textContent: each.name })));
-  const asked = new URLSearchParams(location.search).get("run");
-  await open(runs.some((each) => each.id === asked) ? asked : runs.at(-1).id);
 }
 
 async function open(id) {
