@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from browser import browser as started_browser
 
@@ -49,7 +47,3 @@ def page_of():
     yield serve
     for page in opened:
         page.__exit__()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -134,7 +134,9 @@ class Page:
         told, quiet = None, 0.0
         try:
             yield "retry: 1000\n\n"
-            while not self._closing.is_set():
+            while True:
+                # Looked at first: whoever watches learns of the end before the server leaves.
+                last_look = self._closing.is_set()
                 rows, state = await source.since(run, last)
                 for row in rows:
                     last = row["round"]
@@ -148,6 +150,8 @@ class Page:
                     await self._seen(request)
                     yield ": still here\n\n"
                     quiet = 0.0
+                if last_look:
+                    return
                 try:
                     await asyncio.wait_for(self._closing.wait(), LOOK)
                 except TimeoutError:

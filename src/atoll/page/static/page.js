@@ -176,7 +176,8 @@ function follow(path) {
   stream.onopen = () => { say(""); showStatus(); };
   stream.onerror = () => {
     if (mine !== stream) return;
-    pill("reconnecting", "bad");
+    // A server that has finished its federation leaves; nothing more will come.
+    if (state.status !== "finished") pill("reconnecting", "bad");
     if (stream.readyState === EventSource.CLOSED) {
       setTimeout(async () => {
         if (mine !== stream) return;
@@ -188,7 +189,7 @@ function follow(path) {
   };
 }
 
-let loaded = 0;
+let loaded = 0, loading = null;
 async function loadClients() {
   const id = run;
   loaded = Date.now();
@@ -203,7 +204,8 @@ function later() {
   due = true;
   // Not at once: many rounds may come together.
   setTimeout(() => { due = false; show(); }, 120);
-  if (Date.now() - loaded > 3000) loadClients();
+  // The table of clients may be long, so not with every round; but after the last one, once more.
+  loading ??= setTimeout(() => { loading = null; loadClients(); }, Math.max(0, loaded + 3000 - Date.now()));
 }
 
 // ---- what is shown
@@ -297,8 +299,9 @@ function draw(id, data, series, settings = {}) {
   place.replaceChildren();
   const axis = { stroke: colour("--soft"), grid: { stroke: colour("--grid") }, ticks: { stroke: colour("--grid") } };
   const plot = new uPlot({
-    width: place.clientWidth || 300, height: place.clientHeight - 34,
-    scales: { x: { time: false, range: settings.range } },
+    // The legend comes below, in as many lines as it needs.
+    width: place.clientWidth || 300, height: place.classList.contains("tall") ? (innerWidth < 740 ? 210 : 290) : 160,
+    scales: { x: { time: false, range: settings.range }, y: settings.zero ? { range: (_, low, high) => [Math.min(0, low), high > 0 ? high * 1.08 : 1] } : {} },
     axes: [{ ...axis, label: settings.x ?? "round", labelSize: 18, size: 34, labelFont: "12px system-ui" },
       { ...axis, size: 58, values: (_, ticks) => ticks.map(settings.y ?? figure) }],
     series: [{ label: settings.x ?? "round" }, ...series.map((each) => ({ width: 2, points: { show: data[0].length < 40 }, spanGaps: true, value: (_, v) => (v == null ? "–" : (settings.y ?? figure)(v)), ...each }))],
@@ -339,7 +342,7 @@ function showLearning() {
   series.push({ label: words(metric), stroke: accent });
   if (banded) {
     const edge = { stroke: "transparent", points: { show: false } };
-    series.push({ ...edge, label: "clients: mean + deviation" }, { ...edge, label: "clients: mean − deviation" });
+    series.push({ ...edge, label: "mean + σ" }, { ...edge, label: "mean − σ" });
     bands.push({ series: [2, 3], fill: colour("--band") });
   }
   let number = 1;
@@ -357,7 +360,7 @@ function showLearning() {
   const [now, round] = latest(metric);
   const text = `${words(metric)}: ${figure(now)} in round ${round}`;
   $("learning-chart").setAttribute("aria-label", `Curve of ${text}`);
-  $("learning-hint").textContent = banded ? `${text}. The band is one standard deviation around the mean over clients.` : `${text}.`;
+  $("learning-hint").textContent = banded ? `${text}. The band is one standard deviation (σ) around the mean over clients.` : `${text}.`;
 }
 
 function spreadOf(row, metric, sign) {
@@ -368,14 +371,14 @@ function spreadOf(row, metric, sign) {
 function showParts() {
   const x = rows.map((row) => row.round);
   draw("part-chart", [x, rows.map((row) => row.invited), rows.map((row) => row.accepted)],
-    [{ label: "invited", stroke: colour("--soft"), dash: [4, 4], width: 1.5 }, { label: "averaged", stroke: colour("--good"), fill: colour("--band") }]);
+    [{ label: "invited", stroke: colour("--soft"), dash: [4, 4], width: 1.5 }, { label: "averaged", stroke: colour("--good"), fill: colour("--band") }], { zero: true });
   const last = rows.at(-1);
   $("part-chart").setAttribute("aria-label", last ? `In round ${last.round}, ${last.accepted} of ${last.invited ?? "?"} updates were averaged` : "No round yet");
 }
 
 function showBytes() {
   draw("bytes-chart", [rows.map((row) => row.round), rows.map((row) => row.up ?? null), rows.map((row) => row.down ?? null)],
-    [{ label: "sent by clients", stroke: colour("--accent") }, { label: "received", stroke: COLOURS[1], dash: [6, 3] }], { y: bytes });
+    [{ label: "sent by clients", stroke: colour("--accent") }, { label: "received", stroke: COLOURS[1], dash: [6, 3] }], { y: bytes, zero: true });
   const last = rows.at(-1);
   $("bytes-chart").setAttribute("aria-label", last ? `In round ${last.round}: ${bytes(last.up)} sent, ${bytes(last.down)} received` : "No round yet");
 }
@@ -386,7 +389,7 @@ function showTime() {
   const lines = phases.length
     ? phases.map((name, number) => [{ label: name, stroke: COLOURS[number % COLOURS.length] }, timed.map((row) => row.phases?.[name] ?? null)])
     : [[{ label: "whole round", stroke: colour("--accent") }, timed.map((row) => row.seconds)]];
-  draw("time-chart", [timed.map((row) => row.round), ...lines.map(([, data]) => data)], lines.map(([series]) => series), { y: duration });
+  draw("time-chart", [timed.map((row) => row.round), ...lines.map(([, data]) => data)], lines.map(([series]) => series), { y: duration, zero: true });
   const sums = phases.map((name) => [name, timed.reduce((sum, row) => sum + (row.phases?.[name] ?? 0), 0)]);
   const text = sums.map(([name, sum]) => `${name} ${duration(sum)}`).join(", ");
   $("time-hint").textContent = text ? `In all: ${text}.` : "";
@@ -401,7 +404,7 @@ function showSpread() {
   found.sort((a, b) => (HIGHER.has(metric) ? a - b : b - a));
   draw("spread-chart", [found.map((_, place) => place + 1), found],
     [{ label: words(metric ?? ""), stroke: colour("--accent"), fill: colour("--band"), paths: uPlot.paths.bars({ size: [0.9, 60] }), points: { show: false } }],
-    { x: "clients, worst first", empty: "Clients were not evaluated one by one.", range: (_, low, high) => [low - 0.7, high + 0.7] });
+    { x: "clients, worst first", empty: "Clients were not evaluated one by one.", range: (_, low, high) => [low - 0.7, high + 0.7], zero: true });
   if (!found.length) { $("spread-hint").textContent = ""; return; }
   const mean = found.reduce((a, b) => a + b, 0) / found.length, tail = found.slice(0, Math.ceil(found.length / 10));
   const text = `mean ${figure(mean)}, worst tenth ${figure(tail.reduce((a, b) => a + b, 0) / tail.length)}, of ${found.length} clients`;

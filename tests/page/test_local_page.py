@@ -14,7 +14,6 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("sklearn")
 
 from browser import tab, until
-from conftest import lines
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.learners import NumpyLearner
@@ -22,6 +21,10 @@ from atoll.page.folders import FolderRun, status_of
 from atoll.page.local import LocalPage
 from atoll.tracking import Observer, RunFolder
 from atoll.tracking.reading import read_run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def get(url, **headers):
