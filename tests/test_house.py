@@ -29,7 +29,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 #: framework: the files that may import it; a folder stands for all of its files.
 FRAMEWORKS = {
-    "torch": {"learners/torch/", "learners/keras/on_torch.py"},
+    "torch": {"learners/torch/", "learners/keras/on_torch.py", "learners/huggingface.py"},
     "jax": {"learners/jax/", "learners/keras/on_jax.py"},
     "flax": {"learners/jax/models.py"},
     "keras": {"learners/keras/"},

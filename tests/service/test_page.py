@@ -122,7 +122,7 @@ def test_a_killed_server_leaves_no_gap_in_the_curve(place):
         # The same visit, the same stream of rounds: none is missing and none is twice.
         assert page.evaluate("rows.map((row) => row.round)") == list(range(1, 31))
         # The server leaves when every site knows; whoever comes later may look all the same.
-        assert page.text_content("#status") == "finished"
+        until(page, "$('status').textContent === 'finished'", 5)
         assert place.wait("server", 60) == 0, place.log("server")
         place.serve("--sites", "3", "--linger", "60")
         page.reload()

@@ -8,6 +8,7 @@ from atoll.learners.base import Affine, Assignment, Correction, GradientLearner,
 from atoll.learners.numpy import NumpyLearner
 
 if TYPE_CHECKING:
+    from atoll.learners.huggingface import HuggingFaceLearner
     from atoll.learners.jax import JaxLearner
     from atoll.learners.keras import KerasLearner
     from atoll.learners.sklearn import SklearnLearner
@@ -18,6 +19,7 @@ __all__ = [
     "Assignment",
     "Correction",
     "GradientLearner",
+    "HuggingFaceLearner",
     "JaxLearner",
     "KerasLearner",
     "Learner",
@@ -31,6 +33,7 @@ __all__ = [
 
 #: Learners of frameworks, and the modules that import them.
 _FRAMEWORKS = {
+    "HuggingFaceLearner": "atoll.learners.huggingface",
     "JaxLearner": "atoll.learners.jax",
     "KerasLearner": "atoll.learners.keras",
     "SklearnLearner": "atoll.learners.sklearn",

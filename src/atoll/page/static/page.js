@@ -221,7 +221,7 @@ function showStatus() {
   document.title = `${about.name ?? "atoll"} · atoll`;
   const kinds = { running: "live", finished: "good", interrupted: "bad", stopped: "bad", failed: "bad" };
   const named = state.phase ? `${state.status}: ${words(state.phase)}` : state.status ?? "";
-  if (stream?.readyState !== EventSource.CONNECTING) pill(named, kinds[state.status] ?? "");
+  if (state.status === "finished" || stream?.readyState !== EventSource.CONNECTING) pill(named, kinds[state.status] ?? "");
   const done = rows.length ? rows.at(-1).round : 0, total = Math.max(state.total ?? 0, done);
   $("bar").max = total || 1;
   $("bar").value = done;
