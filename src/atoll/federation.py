@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from atoll.data.federated import FederatedData
@@ -17,6 +17,7 @@ from atoll.simulation.devices import Devices
 from atoll.simulation.engine import Engine
 from atoll.simulation.explain import Explanation, explain
 from atoll.simulation.simulator import Simulator, check_population
+from atoll.tracking.checkpoints import write_json
 from atoll.tracking.describe import describe
 from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer
@@ -101,6 +102,7 @@ class Federation(Plan):
         seed: int = 0,
         central_rounds: int | None = None,
         local_rounds: int | None = None,
+        folder: str | Path | None = None,
     ) -> Baselines:
         """Train the same learner centrally, and on each client alone.
 
@@ -111,8 +113,13 @@ class Federation(Plan):
                 example as often as the federation does.
             local_rounds: rounds of local work of each client alone; None is as many as the
                 federation has, as if the client had taken part in all of them.
+            folder: a run's folder to keep them in, for its report.
         """
-        return train_baselines(self, check_population(clients), seed, central_rounds, local_rounds)
+        data = check_population(clients)
+        found = train_baselines(self, data, seed, central_rounds, local_rounds)
+        if folder is not None:
+            write_json(Path(folder) / "baselines.json", asdict(found))
+        return found
 
     def describe(self) -> dict[str, object]:
         """The resolved configuration, ready for JSON."""

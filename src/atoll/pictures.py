@@ -23,6 +23,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "figure.dpi": 120,
     "svg.hashsalt": "atoll",
+    "svg.fonttype": "none",
 }
 
 

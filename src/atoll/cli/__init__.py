@@ -109,6 +109,12 @@ def parser() -> argparse.ArgumentParser:
     _drawing(compare)
     compare.set_defaults(module="compare")
 
+    report = commands.add_parser("report", help="write one HTML file about a run")
+    report.add_argument("run", metavar="RUN", help="a run folder, or its name")
+    report.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders are")
+    report.add_argument("--output", metavar="FILE", help="default: report.html in the run's folder")
+    report.set_defaults(module="report")
+
     _flower(commands)
 
     data = commands.add_parser("data", help="list data sets, or show what one holds")

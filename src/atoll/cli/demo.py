@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 from atoll.algorithms import FedAvg
-from atoll.cli.report import print_comparison
+from atoll.cli.outcome import print_comparison
 from atoll.cli.tables import console
 from atoll.data.catalogue import load
 from atoll.errors import MissingPackage

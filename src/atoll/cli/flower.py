@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from atoll.cli.report import print_run
+from atoll.cli.outcome import print_run
 from atoll.errors import AtollError, ConfigurationError
 from atoll.flower import read_app, run_app
 from atoll.tracking.folder import RunFolder, new_folder

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from atoll.cli.files import find_run
-from atoll.cli.report import print_run
+from atoll.cli.outcome import print_run
 from atoll.tracking.reading import read_engine, read_run, read_status
 from atoll.tracking.run import main_metric
 

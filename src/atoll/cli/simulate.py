@@ -10,7 +10,7 @@ from pathlib import Path
 
 from atoll.cli.files import find_run, read_federation
 from atoll.cli.overrides import override
-from atoll.cli.report import print_comparison, print_run
+from atoll.cli.outcome import print_comparison, print_run
 from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, RunError
 from atoll.federation import Federation
@@ -89,6 +89,6 @@ def _simulate(
         ) from error
     print_run(result)
     if options.baselines:
-        print_comparison(result, federation.baselines(clients, seed=seed))
+        print_comparison(result, federation.baselines(clients, seed=seed, folder=folder))
     print(f"run folder: {folder}")
     return 0

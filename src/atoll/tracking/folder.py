@@ -11,6 +11,7 @@ clients/            what clients remember, one file per client and round that ch
 engine.json         the engine that ran it, in the words that ask for it again, and why
 spread.json         the last evaluation on each client's own test part
 model.safetensors   the final model
+baselines.json      what training apart and in one place gave, if that was tried
 figures/            pictures, once the run is complete
 """
 

@@ -83,6 +83,16 @@ def read_spread(path: Path) -> dict[str, dict[str, float]]:
     return _read_json(path / "spread.json") if (path / "spread.json").exists() else {}
 
 
+def read_baselines(path: Path) -> dict[str, Any]:
+    """What training apart and in one place gave, if that was tried: kind -> pooled and own."""
+    return _read_json(path / "baselines.json") if (path / "baselines.json").exists() else {}
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Versions and machine, as they were noted."""
+    return _read_json(path / "environment.json") if (path / "environment.json").exists() else {}
+
+
 def read_engine(path: Path) -> str | None:
     """The engine that ran a folder's rounds; only it makes the same bytes again."""
     if not (path / "engine.json").exists():
