@@ -11,6 +11,7 @@ FLOORS = [
     [("errors", "sentences for people")],
     [("keys", "keyed random generators"), ("vectors", "Layout: names ↔ one vector")],
     [("updates", "what travels"), ("wire", "arrays ↔ bytes"), ("pictures", "one style of figure")],
+    [("display", "HTML that notebooks and reports show")],
     [("data", "who holds what"), ("aggregation", "the pipeline: stages, exact sums")],
     [("learners", "local training and evaluation")],
     [("algorithms", "one file per algorithm")],

@@ -14,6 +14,7 @@ FLOORS = [
     {"errors"},
     {"keys", "vectors"},
     {"updates", "wire", "pictures"},
+    {"display"},
     {"data", "aggregation"},
     {"learners"},
     {"algorithms"},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from atoll import display
 from atoll.data.federated import FederatedData
 from atoll.errors import CheckpointError
 from atoll.rounds.plan import Plan
@@ -18,7 +19,7 @@ from atoll.simulation.engine import Engine
 from atoll.simulation.explain import Explanation, explain
 from atoll.simulation.simulator import Simulator, check_population
 from atoll.tracking.checkpoints import write_json
-from atoll.tracking.describe import describe
+from atoll.tracking.describe import describe, short
 from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer
 from atoll.tracking.reading import read_engine
@@ -120,6 +121,12 @@ class Federation(Plan):
         if folder is not None:
             write_json(Path(folder) / "baselines.json", asdict(found))
         return found
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: what the parties agree on."""
+        plain = self.describe()
+        rows = [(name, short(value)) for name, value in plain.items() if name != "kind"]
+        return display.block("Federation", display.table(["", ""], rows))
 
     def describe(self) -> dict[str, object]:
         """The resolved configuration, ready for JSON."""

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         clients, seed=options.seed, folder=RunFolder(folder), observers=[progress()]
     )
     out.print("\nthe same model, trained by each client alone and on all data in one place ...\n")
-    baselines = federation.baselines(clients, seed=options.seed)
+    baselines = federation.baselines(clients, seed=options.seed, folder=folder)
     print_comparison(result, baselines)
     with contextlib.suppress(MissingPackage):
         clients.plot(folder / "figures" / "clients.png")
@@ -54,5 +54,5 @@ def run(options: argparse.Namespace) -> int:
         )
         out.print(f"\npicture: {folder / 'figures' / 'demo.png'}")
     out.print(f"run folder: {folder}  (trained in {human_seconds(result.seconds)})")
-    out.print(f"look closer: atoll show {folder}")
+    out.print(f"look closer: atoll show {folder} --web, or atoll report {folder}")
     return 0

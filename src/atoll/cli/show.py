@@ -9,6 +9,7 @@ from pathlib import Path
 
 from atoll.cli.files import find_run
 from atoll.cli.outcome import print_run
+from atoll.tracking.describe import short
 from atoll.tracking.reading import read_engine, read_run, read_status
 from atoll.tracking.run import main_metric
 
@@ -25,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"{folder}: {read_status(folder)}, seed {shown.seed}")
     for name in ("algorithm", "pipeline", "schedule", "learner"):
-        print(f"  {name:<9}  {_short(shown.config[name])}")
+        print(f"  {name:<9}  {short(shown.config[name])}")
     engine = read_engine(folder)
     if engine is not None:
         print(f"  engine     {engine}")
@@ -50,20 +51,3 @@ def _web(folder: Path, port: int) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             page.wait()
     return 0
-
-
-def _short(value: object) -> str:
-    """A described configuration as it could have been written."""
-    if isinstance(value, dict) and "kind" in value:
-        inner = ", ".join(
-            f"{name}={_short(item)}"
-            for name, item in value.items()
-            if name not in ("kind", "layout") and item is not None
-        )
-        return f"{str(value['kind']).rpartition('.')[2]}({inner})"
-    if isinstance(value, list):
-        stages = any(isinstance(item, dict) for item in value)
-        shown = [_short(item) for item in value]
-        return " >> ".join(shown) if stages else f"({', '.join(shown)})"
-    text = " ".join(str(value).split())
-    return text if len(text) < 120 else f"{text[:117]}..."

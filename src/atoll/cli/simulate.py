@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from atoll.cli.files import find_run, read_federation
-from atoll.cli.overrides import override
 from atoll.cli.outcome import print_comparison, print_run
+from atoll.cli.overrides import override
 from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, RunError
 from atoll.federation import Federation

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll import display
 from atoll.data.examples import Examples, Rows, Task
 from atoll.errors import DataError
 from atoll.keys import Key
@@ -163,6 +164,20 @@ class FederatedData:
                 for name, row in zip(self.names, counts, strict=True)
             ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the figures, and a bar for each client, by label where there are."""
+        first, *others = str(self).splitlines()[:2]
+        shown = min(len(self), 200)
+        labelled = self.task == "classification" and len(self) <= 2000 and len(self.y)
+        stacks = (
+            self.label_distribution()[:shown].tolist()
+            if labelled
+            else [[float(size)] for size in self.sizes()[:shown]]
+        )
+        caption = f"training examples of {'the first ' * (shown < len(self))}{shown} clients"
+        parts = [*map(display.line, others), display.bars(stacks, caption), display.line(caption)]
+        return display.block(first, *parts)
 
     def plot(self, path: str | Path) -> Path:
         """Draw who holds which labels (or how much, without labels) into an image file."""

@@ -55,6 +55,23 @@ def describe(value: Any) -> Any:
     return _name(type(value)) if " at 0x" in text else text
 
 
+def short(value: Any) -> str:
+    """A described configuration as it could have been written."""
+    if isinstance(value, dict) and "kind" in value:
+        inner = ", ".join(
+            f"{name}={short(item)}"
+            for name, item in value.items()
+            if name not in ("kind", "layout") and item is not None
+        )
+        return f"{str(value['kind']).rpartition('.')[2]}({inner})"
+    if isinstance(value, list):
+        stages = any(isinstance(item, dict) for item in value)
+        shown = [short(item) for item in value]
+        return " >> ".join(shown) if stages else f"({', '.join(shown)})"
+    text = " ".join(str(value).split())
+    return text if len(text) < 120 else f"{text[:117]}..."
+
+
 def digest(plain: Any) -> str:
     """SHA-256 (hex) of a described value."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
-from typing import TextIO
+from html import escape
+from typing import Any, TextIO
 
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.run import Record, Run, human_bytes, human_seconds, main_metric
 
 
 def progress(stream: TextIO | None = None) -> Observer:
-    """The progress that fits a stream (standard error if none is given)."""
+    """The progress that fits where this runs: a notebook, a terminal, or a plain stream."""
+    if stream is None and in_notebook():
+        return NotebookProgress()
     stream = stream or sys.stderr
     return LiveProgress(stream) if stream.isatty() else PlainProgress(stream)
+
+
+def in_notebook() -> bool:
+    """Whether there is a notebook that shows what is displayed."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and hasattr(shell, "kernel")
 
 
 class PlainProgress(Observer):
@@ -73,6 +84,32 @@ class LiveProgress(Observer):
 
     def close(self) -> None:
         self._bar.stop()
+
+
+class NotebookProgress(Observer):
+    """A bar in the output of a notebook's cell, redrawn in place."""
+
+    def begin(self, run: Run) -> None:
+        show: Any = importlib.import_module("IPython.display").display
+        self._started, self._before = time.perf_counter(), len(run.history)
+        self._drawn = 0.0
+        self._shown = show(self._bar(run, "starting"), display_id=True)
+
+    def round(self, run: Run, end: RoundEnd) -> None:
+        now = time.perf_counter()
+        if now - self._drawn >= 0.1 or end.record.round == run.rounds:
+            self._drawn = now
+            left = _time_left(run, now - self._started, self._before)
+            self._shown.update(self._bar(run, f"{_figures(run, end.record)}  {left}"))
+
+    def interrupted(self, run: Run, snapshot: Snapshot) -> None:
+        self._shown.update(self._bar(run, f"stopped after round {snapshot.round}"))
+
+    def _bar(self, run: Run, text: str) -> Any:
+        made: Any = importlib.import_module("IPython.display").HTML
+        done = len(run.history)
+        bar = f"<progress value='{done}' max='{max(run.rounds, 1)}'></progress>"
+        return made(f"<div>round {done}/{run.rounds} {bar} {escape(text)}</div>")
 
 
 def _figures(run: Run, record: Record) -> str:

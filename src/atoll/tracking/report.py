@@ -7,13 +7,14 @@ import math
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from atoll.display import table
 from atoll.errors import ConfigurationError
 from atoll.learners.metrics import HIGHER_IS_BETTER
 from atoll.tracking import checkpoints
@@ -98,7 +99,7 @@ def _learned(run: Run, baselines: Mapping[str, Any]) -> str:
         best = max(values) if name in HIGHER_IS_BETTER else min(values)
         at = rounds[values.index(best)]
         rows.append([_words(name), _figure(values[-1]), f"{_figure(best)} in round {at}"])
-    text = _table(["metric", "at the end", "best"], rows) if rows else "<p>Not evaluated.</p>"
+    text = table(["metric", "at the end", "best"], rows) if rows else "<p>Not evaluated.</p>"
     levels = {}
     metric = main_metric(run.metrics)
     if baselines:
@@ -112,7 +113,7 @@ def _learned(run: Run, baselines: Mapping[str, Any]) -> str:
         mine = run.metrics.get(f"{metric}_client_mean")
         lines.insert(1, ["together", _figure(run.metrics.get(metric)), _figure(mine)])
         head = ["training", f"{_words(metric)}, everyone's test data", "own test data, mean"]
-        text += "<h3>Baselines</h3>" + _table(head, lines)
+        text += "<h3>Baselines</h3>" + table(head, lines)
     shown = [name for name in dict.fromkeys((metric, "loss")) if name in run.metrics]
     for name in shown or ["train_loss"]:
         if any(name in r.metrics or name in r.measurements for r in run.history):
@@ -122,7 +123,7 @@ def _learned(run: Run, baselines: Mapping[str, Any]) -> str:
 
 def _whom(run: Run, folder: Path) -> str:
     data = {name: value for name, value in run.data.items() if name != "digest"}
-    text = _table(["data", ""], [[_words(k), _plain(v)] for k, v in data.items()])
+    text = table(["data", ""], [[_words(k), _plain(v)] for k, v in data.items()])
     outcomes: Counter[str] = Counter()
     clients: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for line in read_lines(folder / "ledger.jsonl"):
@@ -131,14 +132,14 @@ def _whom(run: Run, folder: Path) -> str:
             clients[client][0 if outcome == "accepted" else 1] += 1
             clients[client][2] += up
     if outcomes:
-        text += "<h3>Invitations</h3>" + _table(
+        text += "<h3>Invitations</h3>" + table(
             ["what came of it", "how often"], [[k, str(v)] for k, v in outcomes.most_common()]
         )
         rare = sorted(clients.items(), key=lambda each: (-each[1][1], each[1][0], each[0]))
         rows = [[name, str(a), str(b), human_bytes(up)] for name, (a, b, up) in rare[:LISTED]]
         said = f"the {LISTED} that missed most, of {len(rare)}" if len(rare) > LISTED else "all"
         text += f"<h3>Clients: {said}</h3>"
-        text += _table(["client", "averaged", "missed", "sent"], rows)
+        text += table(["client", "averaged", "missed", "sent"], rows)
     return f"<section><h2>From whom</h2>{text}</section>"
 
 
@@ -163,7 +164,7 @@ def _fairness(run: Run) -> str:
             ["worst", _figure(worst_first[0])], ["best", _figure(worst_first[-1])],
         ]  # fmt: skip
         title = f"{_words(metric)} on own test data"
-        text += f"<h3>{escape(title)}, {len(values)} clients</h3>{_table(['', ''], rows)}"
+        text += f"<h3>{escape(title)}, {len(values)} clients</h3>{table(['', ''], rows)}"
         text += _picture(lambda path, m=metric: draw_spread(run, path, m), title)
     return f"<section><h2>Clients apart</h2>{text}</section>"
 
@@ -175,7 +176,7 @@ def _communication(run: Run, folder: Path) -> str:
         ["sent by clients", human_bytes(run.bytes_up), human_bytes(run.bytes_up / rounds)],
         ["received by clients", human_bytes(run.bytes_down), human_bytes(run.bytes_down / rounds)],
     ]
-    text = _table(["", "in all", "per round"], rows)
+    text = table(["", "in all", "per round"], rows)
     text += f"<p>{_figure(invited / rounds)} clients were invited to a round, on average.</p>"
     metric = main_metric(run.metrics)
     if metric in run.metrics:
@@ -186,7 +187,7 @@ def _communication(run: Run, folder: Path) -> str:
             phases[name] += seconds
     if phases:
         times = [[name, human_seconds(seconds)] for name, seconds in phases.items()]
-        text += "<h3>Time</h3>" + _table(["phase", "in all"], times)
+        text += "<h3>Time</h3>" + table(["phase", "in all"], times)
     return f"<section><h2>Communication and time</h2>{text}</section>"
 
 
@@ -203,7 +204,7 @@ def _privacy(run: Run) -> str:
     text = f"<p>Updates went through: {escape(pipeline)}.</p>"
     if spent:
         rows = [[_words(name), _figure(value)] for name, value in spent.items()]
-        text += _table(["privacy spent", ""], rows)
+        text += table(["privacy spent", ""], rows)
     else:
         text += (
             "<p>The run reports no privacy budget: nothing in it bounds, in the sense of "
@@ -226,10 +227,10 @@ def _how(run: Run, folder: Path) -> str:
     rows = [[name, value] for name, value in flat(run.config)]
     engine = read_engine(folder)
     rows += [["engine", engine]] if engine else []
-    text = _table(["setting", "value"], rows)
+    text = table(["setting", "value"], rows)
     about = read_environment(folder)
     machine = [[name, _plain(value)] for name, value in flat(about)]
-    text += "<h3>Environment</h3>" + _table(["", ""], machine)
+    text += "<h3>Environment</h3>" + table(["", ""], machine)
     return f"<section><h2>How</h2>{text}</section>"
 
 
@@ -241,7 +242,7 @@ def _again(run: Run, folder: Path) -> str:
         if (folder / name).exists():
             digests.append([f"{label} ({name})", _file_digest(folder / name)])
     text = "<p>The same plan, data and seed give the same bytes. SHA-256 of each:</p>"
-    text += _table(["of", "digest"], digests)
+    text += table(["of", "digest"], digests)
     arguments = read_environment(folder).get("arguments")
     if isinstance(arguments, list) and arguments:
         text += f"<p>It was run by:</p><pre>{escape(' '.join(map(str, arguments)))}</pre>"
@@ -263,15 +264,6 @@ def _picture(draw: Any, title: str) -> str:
         text = draw(Path(place) / "picture.svg").read_text(encoding="utf-8")
     inner = text[text.index("<svg") :]
     return f"<figure role='img' aria-label='{escape(title, quote=True)}'>{inner}</figure>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    columns = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
-    top = f"<thead><tr>{columns}</tr></thead>" if any(head) else ""
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table>{top}<tbody>{body}</tbody></table>"
 
 
 def _file_digest(path: Path) -> str:

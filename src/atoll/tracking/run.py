@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atoll import display
 from atoll.errors import ConfigurationError
 from atoll.vectors import Vectors
 
@@ -136,6 +137,25 @@ class Run:
         from atoll.tracking.plots import draw_spread
 
         return draw_spread(self, Path(path), metric or main_metric(self.per_client))
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: where the run stands, its figures, and the curve of the main one."""
+        parts = [display.line(str(self))]
+        rows = [
+            [name.replace("_", " "), f"{value:.4g}"]
+            for name, value in self.metrics.items()
+            if "_client_" not in name
+        ]
+        parts += [display.table(["", ""], rows)] if rows else []
+        metric = main_metric(self.metrics)
+        if metric in self.metrics:
+            rounds, values = self.series(metric)
+            known = [(r, v) for r, v in zip(rounds, values, strict=True) if math.isfinite(v)]
+            if len(known) > 1:
+                title = f"{metric} by round"
+                places, heights = [float(r) for r, _ in known], [v for _, v in known]
+                parts += [display.curve(places, heights, title), display.line(title)]
+        return display.block(str(self.data.get("name", "run")), *parts)
 
     def __str__(self) -> str:
         last = self.metrics
