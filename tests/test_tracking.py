@@ -395,11 +395,37 @@ def test_mlflow_keeps_what_was_logged(blobs, federation, tmp_path):
     assert kept.data.params["schedule.rounds"] == "6"
 
 
+def wandb_records(whole):
+    """The records of a .wandb file: LevelDB's log format, blocks of 32 kB after seven bytes."""
+    at, parts = 7, b""
+    while at + 7 <= len(whole):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left  # what is left of a block is too short for a header
+            continue
+        length, kind = int.from_bytes(whole[at + 4 : at + 6], "little"), whole[at + 6]
+        parts += whole[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield parts
+            parts = b""
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_offline(blobs, federation, tmp_path):
     pytest.importorskip("wandb")
-    federation.simulate(blobs, observers=[loggers.WeightsAndBiases(dir=str(tmp_path))])
-    assert list(tmp_path.rglob("*.wandb"))
+    from wandb.proto import wandb_internal_pb2
+
+    run = federation.simulate(blobs, observers=[loggers.WeightsAndBiases(dir=str(tmp_path))])
+    (path,) = tmp_path.rglob("*.wandb")
+    logged = []
+    for written in wandb_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(written)
+        for item in record.history.item:
+            if (item.key or "/".join(item.nested_key)) == "accuracy":
+                logged.append(float(item.value_json))
+    assert logged == pytest.approx(run.series("accuracy")[1])
 
 
 @pytest.mark.parametrize(
