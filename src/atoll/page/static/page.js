@@ -303,7 +303,7 @@ function draw(id, data, series, settings = {}) {
     width: place.clientWidth || 300, height: place.classList.contains("tall") ? (innerWidth < 740 ? 210 : 290) : 160,
     scales: { x: { time: false, range: settings.range }, y: settings.zero ? { range: (_, low, high) => [Math.min(0, low), high > 0 ? high * 1.08 : 1] } : {} },
     axes: [{ ...axis, label: settings.x ?? "round", labelSize: 18, size: 34, labelFont: "12px system-ui" },
-      { ...axis, size: 58, values: (_, ticks) => ticks.map(settings.y ?? figure) }],
+      { ...axis, size: 70, values: (_, ticks) => ticks.map(settings.y ?? figure) }],
     series: [{ label: settings.x ?? "round" }, ...series.map((each) => ({ width: 2, points: { show: data[0].length < 40 }, spanGaps: true, value: (_, v) => (v == null ? "–" : (settings.y ?? figure)(v)), ...each }))],
     bands: settings.bands ?? [],
     cursor: { y: false },
