@@ -1,6 +1,9 @@
 """The live page over run folders, in a real browser."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -16,6 +19,7 @@ pytest.importorskip("sklearn")
 from browser import tab, until
 
 from atoll import Federation, algorithms, data, schedules
+from atoll.errors import ConfigurationError
 from atoll.learners import NumpyLearner
 from atoll.page.folders import FolderRun, status_of
 from atoll.page.local import LocalPage
@@ -318,3 +322,60 @@ def test_a_resumed_run_is_read_anew(tmp_path):
     assert (state["status"], state["total"]) == ("finished", 6)
     assert set(rows[0]["phases"]) == {"clients", "step", "evaluation"}
     assert followed.participants(5)[0]["outcome"] == "accepted"
+
+
+def started(arguments, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", "atoll", *arguments], cwd=cwd, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def test_show_serves_a_page_until_ctrl_c(runs, tmp_path):
+    process = started(["show", str(runs / "quick"), "--web"], tmp_path)
+    try:
+        line = process.stdout.readline()
+        url = line.split(" is at ")[1].split(" until")[0]
+        assert json.loads(get(url + "api/runs"))[-1]["id"] == "quick"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+FEDERATION = """
+from atoll import Federation, algorithms, data, schedules
+from atoll.learners import NumpyLearner
+
+clients = data.load("digits").dirichlet(clients=6, alpha=0.5, seed=0)
+federation = Federation(
+    learner=NumpyLearner(layers=(64, 10), lr=0.1, batch_size=16),
+    algorithm=algorithms.FedAvg(),
+    schedule=schedules.Synchronous(rounds=5, cohort=3),
+)
+"""
+
+
+def test_simulate_is_watched_from_its_start_to_after_its_end(tmp_path):
+    (tmp_path / "fed.py").write_text(FEDERATION)
+    process = started(["simulate", "fed.py", "--web"], tmp_path)
+    try:
+        url = process.stdout.readline().split("watch it at ")[1].strip()
+        for line in process.stdout:
+            if "the page stays" in line:
+                break
+        rows = json.loads(get(url + "api/runs/fed-1/rows"))
+        assert [row["round"] for row in rows["rows"]] == [1, 2, 3, 4, 5]
+        assert rows["state"]["status"] == "finished"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+def test_a_port_that_is_taken_is_said(runs, page_of):
+    port = int(page_of(runs).url.rstrip("/").rpartition(":")[2])
+    with pytest.raises(ConfigurationError, match="cannot be listened on"):
+        LocalPage(runs, None, port)
