@@ -13,7 +13,7 @@ pytest.importorskip("flwr")
 
 from atoll.cli import main
 from atoll.errors import ConfigurationError
-from atoll.flower import read_app, run_app
+from atoll.flower import App, read_app, run_app, simulations_of
 from atoll.tracking import RunFolder
 from atoll.tracking.reading import read_run
 
@@ -80,17 +80,6 @@ def test_one_seed_gives_the_same_draws_and_another_gives_others():
     assert len(set(noise[0])) == 3
 
 
-def test_work_that_takes_long_is_spread_and_stays_the_same(monkeypatch):
-    from atoll.flower import clients
-
-    app = read_app(APPS / "numpyapp").told({}, 3)
-    one = run_app(app, workers=1)
-    monkeypatch.setattr(clients, "PATIENCE", 0.0)
-    monkeypatch.setattr(clients, "cores", lambda: 2)
-    spread = run_app(app)
-    assert [record.json() for record in one.history] == [r.json() for r in spread.history]
-
-
 def test_an_app_of_the_old_kind_gives_what_hands_compute():
     run = run_app(read_app(APPS / "legacyapp").told({}, 4))
     # Clients 0 to 3 go half way to their number and weigh 1 to 4: 1, then 1.5, then 1.75.
@@ -102,14 +91,19 @@ def test_an_app_of_the_old_kind_gives_what_hands_compute():
     np.testing.assert_array_equal(run.model["params"], np.float32([1.75, 1.75]))
 
 
-def test_a_script_is_run_up_to_its_simulation():
-    app = read_app(APPS / "script.py")
-    assert app.clients == 4
-    run = run_app(app)
+def test_a_script_runs_with_its_simulations_and_what_follows():
+    runs = []
+    count = simulations_of(APPS / "script.py", lambda app: runs.append(run_app(app)), ["--twice"])
+    assert count == 2 and [run.data["name"] for run in runs] == ["script", "script-2"]
     # The mean of 0, 1, 2 and 3 is added twice, to zeros.
-    assert run.metrics["loss"] == pytest.approx(3.0)
+    assert [run.metrics["loss"] for run in runs] == [pytest.approx(3.0)] * 2
+    # It read the history that Flower would have given it.
+    assert Path("losses.json").read_text() == "[1.5, 3.0]"
+
+
+def test_a_script_cannot_be_spread():
     with pytest.raises(ConfigurationError, match="cannot be imported elsewhere"):
-        run_app(app, workers=2)
+        simulations_of(APPS / "script.py", lambda app: run_app(app, workers=2))
 
 
 def test_a_torch_app_learns_and_repeats():
@@ -227,6 +221,114 @@ def test_a_late_answer_is_left_out():
     assert all(not reply.has_error() for reply in grid.send_and_receive(messages))
     (lost,) = grid.send_and_receive([Message(RecordDict(), 9, "query")])
     assert "there is no client 9" in lost.error.reason
+
+
+def one_value(value, **more):
+    """An app of three clients whose training gives `value(message, context)`."""
+    from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+    from flwr.serverapp.strategy import FedAvg
+
+    client, server = ClientApp(), ServerApp()
+
+    @client.train()
+    def train(message, context):
+        metrics = {"num-examples": 1 + context.node_id, "loss": value(message, context)}
+        content = {"arrays": ArrayRecord([np.zeros(2)]), "metrics": MetricRecord(metrics)}
+        return Message(RecordDict(content), reply_to=message)
+
+    @server.main()
+    def main(grid, context):
+        arrays = ArrayRecord([np.zeros(2)])
+        # Everything by its place, as people may.
+        strategy = FedAvg(fraction_evaluate=0.0, **more)
+        strategy.start(grid, arrays, 2, 3600, None, None, lambda number, _: None)
+
+    return App("one", server, client, {}, 3)
+
+
+def test_a_client_that_fails_keeps_nothing_and_one_that_exits_ends_nothing():
+    from flwr.app import MetricRecord
+
+    def count(message, context):
+        before = context.state.get("n", MetricRecord({"n": 0}))["n"]
+        context.state["n"] = MetricRecord({"n": before + 1})
+        if context.node_id == 1 and message.content["config"]["server-round"] == 1:
+            raise ValueError("not now")
+        if context.node_id == 2:
+            raise SystemExit(3)
+        return float(before + 1)
+
+    run = run_app(one_value(count))
+    assert [record.accepted for record in run.history] == [1, 2]
+    # Client 1 failed in its first round, and counts from one in the second; weights 2 and 4.
+    assert run.history[1].measurements["loss"] == pytest.approx((2 * 1 + 4 * 2) / 6)
+    assert "SystemExit: 3" in " ".join(run.refusals)
+
+
+def test_metrics_are_those_that_the_strategy_makes():
+    from flwr.app import MetricRecord
+
+    app = one_value(
+        lambda message, context: float(context.node_id),
+        train_metrics_aggr_fn=lambda contents, key: MetricRecord({"worst": 3.0}),
+    )
+    assert run_app(app).history[0].measurements == {"worst": 3.0}
+
+
+def test_clients_do_not_share_what_they_are_given():
+    def grow(message, context):
+        config = message.content["config"]
+        config["seen"] = [*config.get("seen", []), 1]
+        message.content["arrays"].clear()
+        return float(len(config["seen"]))
+
+    run = run_app(one_value(grow))
+    assert [record.measurements["loss"] for record in run.history] == [1.0, 1.0]
+
+
+def test_apps_with_modules_of_the_same_name_are_two(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pyproject.toml").write_text(
+            "[tool.flwr.app.components]\nserverapp = 'same_app:server'\n"
+            "clientapp = 'same_app:client'\n"
+        )
+        (tmp_path / name / "same_app.py").write_text(
+            "from flwr.clientapp import ClientApp\nfrom flwr.serverapp import ServerApp\n"
+            f"client, server = ClientApp(), ServerApp()\nclient.name = '{name}'\n"
+        )
+    assert read_app(tmp_path / "first").client.name == "first"
+    assert read_app(tmp_path / "second").client.name == "second"
+
+
+def test_loops_of_their_own_have_rounds_and_can_match_replies():
+    from flwr.app import Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
+    client, server = ClientApp(), ServerApp()
+    matched = []
+
+    @client.query()
+    def query(message, context):
+        # An empty list, as protocols of secure aggregation send them.
+        content = RecordDict({"m": MetricRecord({"nobody": []})})
+        return Message(content, reply_to=message)
+
+    @server.main()
+    def main(grid, context):
+        for _ in range(3):
+            sent = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+            names = grid.push_messages(sent)
+            known = {message.metadata.message_id for message in sent}
+            for reply in grid.pull_messages(names):
+                matched.append(reply.metadata.reply_to_message_id in known)
+
+    run = run_app(App("own", server, client, {}, 4))
+    assert matched == [True] * 12
+    assert [record.invited for record in run.history] == [4, 4, 4]
 
 
 REAL = """

@@ -1,6 +1,7 @@
 """The live page over run folders, in a real browser."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,7 +185,7 @@ def test_rounds_come_by_themselves_and_a_restart_leaves_no_gap(browser, tmp_path
                 record.metrics["accuracy"] for record in history
             ]
             # It went on from what it had: no round was loaded twice.
-            assert seen > 3 and not [u for u in page.asked if u.endswith("after=0")][1:]
+            assert seen > 3 and not [u for u in page.asked if u.endswith(".0")][1:]
             assert page.evaluate("charts.get('learning-chart').plot.data[0].length") == 40
     thread.join()
 
@@ -285,15 +286,109 @@ def test_strangers_and_wrong_names_are_refused(runs, page_of):
 
 def test_events_go_on_from_the_id_that_is_said(runs, page_of):
     url = page_of(runs, "quick").url + "api/runs/quick/events"
-    request = urllib.request.Request(url + "?after=3", headers={"Last-Event-ID": "9"})
+    state = json.loads(get(url.replace("events", "rows")))["state"]
+    epoch = state["epoch"]
+    request = urllib.request.Request(
+        f"{url}?after={epoch}.3", headers={"Last-Event-ID": f"{epoch}.9"}
+    )
     with urllib.request.urlopen(request, timeout=10) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         ids = []
         while len(ids) < 3:
             text = answer.readline().decode()
             if text.startswith("id: "):
-                ids.append(int(text[4:]))
-    assert ids == [10, 11, 12]
+                ids.append(text[4:].strip())
+    assert ids == [f"{epoch}.10", f"{epoch}.11", f"{epoch}.12"]
+    # Whoever was told of another run by this name begins anew.
+    request = urllib.request.Request(url, headers={"Last-Event-ID": "another.9"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        lines = [answer.readline().decode() for _ in range(8)]
+    assert "event: reset\n" in lines and f"id: {epoch}.1\n" in lines
+
+
+def test_another_run_by_the_same_name_takes_its_place(browser, tmp_path, page_of):
+    clients = data.load("digits").dirichlet(clients=4, alpha=0.5, seed=0)
+    federation = Federation(
+        learner=NumpyLearner(layers=(64, 10), lr=0.1, batch_size=16),
+        algorithm=algorithms.FedAvg(),
+        schedule=schedules.Synchronous(rounds=20, cohort=2),
+    )
+    first = threading.Thread(
+        target=federation.simulate, args=(clients,),
+        kwargs={"folder": tmp_path / "x", "observers": [Slowly(0.05)]},
+    )  # fmt: skip
+    first.start()
+    with tab(browser, page_of(tmp_path, "x").url) as page:
+        until(page, "typeof rows !== 'undefined' && rows.length >= 3", 20)
+        first.join()
+        shutil.rmtree(tmp_path / "x")
+        federation.simulate(clients, seed=9, folder=tmp_path / "x", observers=[Slowly(0.1)])
+        wanted = [r.metrics["accuracy"] for r in read_run(tmp_path / "x").history]
+        shown = "JSON.stringify(rows.map((row) => row.metrics.accuracy))"
+        until(page, f"{shown} === {json.dumps(json.dumps(wanted, separators=(',', ':')))}", 15)
+
+
+def test_every_round_is_told_with_its_seconds(tmp_path):
+    """Read as fast as it can be while it is written: no timing may be lost."""
+    clients = data.load("digits").dirichlet(clients=4, alpha=0.5, seed=0)
+    federation = Federation(
+        learner=NumpyLearner(layers=(64, 10), lr=0.1, steps=1),
+        algorithm=algorithms.FedAvg(),
+        schedule=schedules.Synchronous(rounds=300, cohort=2),
+    )
+    thread = threading.Thread(
+        target=federation.simulate, args=(clients,), kwargs={"folder": tmp_path / "run"}
+    )
+    thread.start()
+    while not (tmp_path / "run" / "environment.json").exists():
+        time.sleep(0.001)
+    followed, told, last = FolderRun(tmp_path / "run"), [], 0
+    while last < 300:
+        for row in followed.since(last)[0]:
+            told.append(row)
+            last = row["round"]
+    thread.join()
+    assert [row["round"] for row in told] == list(range(1, 301))
+    assert all(row["seconds"] > 0 and row["phases"] for row in told)
+
+
+def test_a_damaged_run_is_said_in_words(browser, runs, tmp_path, page_of):
+    shutil.copytree(runs / "quick", tmp_path / "runs" / "good")
+    shutil.copytree(runs / "quick", tmp_path / "runs" / "bad")
+    path = tmp_path / "runs" / "bad" / "rounds.jsonl"
+    path.write_text(path.read_text().replace('{"round":5', '{"round"5'))
+    url = page_of(tmp_path / "runs", "good").url
+    with tab(browser, url) as page:
+        page.wait_for_selector("#clients tbody tr")
+        page.select_option("#run", "bad")
+        until(page, "$('notice').textContent.includes('is damaged at byte')")
+        page.select_option("#run", "good")
+        until(page, "rows.length === 12 && $('notice').hidden")
+        page.click("#others input")
+        until(page, "$('notice').textContent.includes('cannot be compared')")
+        assert not page.is_checked("#others input")
+
+
+def test_a_diverged_run_does_not_look_healthy(browser, tmp_path, page_of):
+    big_run(tmp_path / "nan", rounds=12, clients=2)
+    path = tmp_path / "nan" / "rounds.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in kept[4:]:
+        line["metrics"]["loss"] = None
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    with tab(browser, page_of(tmp_path).url) as page:
+        until(page, "typeof rows !== 'undefined' && rows.length === 12")
+        until(page, "$('failures').innerText.includes('round 5: the loss is not a finite number')")
+        assert "not finite" in page.inner_text("#tiles")
+        page.select_option("#metric", "loss")
+        assert page.evaluate("charts.get('learning-chart').plot.data[0].at(-1)") == 12
+
+
+def test_a_run_that_has_ended_holds_no_connection(browser, runs, page_of):
+    with tab(browser, page_of(runs, "quick").url) as page:
+        page.wait_for_selector("#clients tbody tr")
+        assert page.evaluate("stream") is None
+        assert not [url for url in page.asked if "events" in url]
 
 
 def test_a_resumed_run_is_read_anew(tmp_path):

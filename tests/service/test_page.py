@@ -20,10 +20,11 @@ from atoll.service import tables
 from atoll.service.store import Store
 
 
-def ask(place, path, *, body=None, cookie="", kind="application/json"):
+def ask(place, path, *, body=None, cookie="", kind="application/json", more=None):
     """Status, headers and text of a request from outside."""
     context = ssl.create_default_context(cafile=place.state / "ca.pem")
     headers = {"content-type": kind} | ({"cookie": cookie} if cookie else {})
+    headers |= more or {}
     request = urllib.request.Request(place.url + path, data=body, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10, context=context) as answer:
@@ -54,20 +55,24 @@ def test_only_tickets_let_in_and_only_once(place):
     assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
     for path in ("runs", "runs/federation", "runs/federation/rows", "runs/federation/events"):
         assert ask(place, f"/page/api/{path}")[0] == 401
-        assert ask(place, f"/page/api/{path}", cookie="__Host-atoll=" + "a" * 43)[0] == 401
+        assert ask(place, f"/page/api/{path}", cookie="__Host-atoll-00000000=" + "a" * 43)[0] == 401
     analyst(place)
     ticket = ticket_of(place, "ann")
     body = json.dumps({"ticket": ticket}).encode()
     assert ask(place, "/page/login", body=body, kind="text/plain")[0] == 415
     assert ask(place, "/page/login", body=b'{"ticket": "short"}')[0] == 400
-    # A ticket is no cookie.
-    assert ask(place, "/page/api/runs", cookie=f"__Host-atoll={ticket}")[0] == 401
     status, headers, _ = ask(place, "/page/login", body=body)
     assert status == 204
     cookie = headers["set-cookie"]
     for flag in ("Secure", "HttpOnly", "SameSite=strict", "Path=/"):
         assert flag.lower() in cookie.lower()
     mine = cookie.partition(";")[0]
+    # A ticket is no cookie, and a cookie of another federation's is none here.
+    name, _, secret = mine.partition("=")
+    assert ask(place, "/page/api/runs", cookie=f"{name}={ticket}")[0] == 401
+    assert ask(place, "/page/api/runs", cookie=f"__Host-atoll-other={secret}")[0] == 401
+    crossing = {"sec-fetch-site": "cross-site"}
+    assert ask(place, "/page/api/runs", cookie=mine, more=crossing)[0] == 403
     assert json.loads(ask(place, "/page/api/runs", cookie=mine)[2])[0]["name"] == "state"
     status, _, text = ask(place, "/page/login", body=body)
     assert status == 401 and "used or is too old" in text
@@ -91,6 +96,43 @@ def test_only_tickets_let_in_and_only_once(place):
     assert place.cli("audit", "verify", "state")
     shown = place.cli("audit", "show", "state")
     assert "ann: opened the page" in shown and "refused" in shown
+
+
+def test_whoever_is_revoked_hears_no_more(place):
+    place.write(schedule="Synchronous(rounds=400)")
+    place.serve("--sites", "1", "--linger", "5")
+    place.until(lambda: ask(place, "/health")[0] == 200, what="the server")
+    analyst(place)
+    body = json.dumps({"ticket": ticket_of(place, "ann")}).encode()
+    mine = ask(place, "/page/login", body=body)[1]["set-cookie"].partition(";")[0]
+    context = ssl.create_default_context(cafile=place.state / "ca.pem")
+    request = urllib.request.Request(
+        f"{place.url}/page/api/runs/federation/events", headers={"cookie": mine}
+    )
+    place.join("0", place.invite("0"))
+    with urllib.request.urlopen(request, timeout=20, context=context) as stream:
+        while not stream.readline().startswith(b"event: round"):
+            pass
+        place.cli("revoke", "state", "ann")
+        ended = time.monotonic() + 15
+        while stream.readline():
+            assert time.monotonic() < ended, "the stream goes on"
+
+
+def test_a_federation_that_fails_says_why(place):
+    place.write(schedule="Synchronous(rounds=3, minimum=2, deadline=1.0, attempts=30, pause=1.0)")
+    place.serve("--sites", "1", "--linger", "30")
+    place.join("0", place.invite("0"))
+    place.until(lambda: ask(place, "/health")[0] == 200, what="the server")
+    body = json.dumps({"ticket": ticket_of(place)}).encode()
+    mine = ask(place, "/page/login", body=body)[1]["set-cookie"].partition(";")[0]
+
+    def failures():
+        text = ask(place, "/page/api/runs/federation/rows", cookie=mine)[2]
+        return json.loads(text).get("state", {}).get("failures") if text.startswith("{") else None
+
+    place.until(failures, what="the failure")
+    assert failures()[0]["round"] == 1 and "abandoned: " in failures()[0]["text"]
 
 
 def test_sites_have_no_business_there(place):
@@ -125,6 +167,7 @@ def test_a_killed_server_leaves_no_gap_in_the_curve(place):
         until(page, "$('status').textContent === 'finished'", 5)
         assert place.wait("server", 60) == 0, place.log("server")
         place.serve("--sites", "3", "--linger", "60")
+        place.until(lambda: ask(place, "/health")[0] == 200, what="the server")
         page.reload()
         until(page, "clients.length === 3 && clients.every((c) => c.accepted + c.missed >= 30)", 30)
         assert page.evaluate("charts.get('part-chart').plot.data[2]") == [3] * 30

@@ -127,11 +127,12 @@ def parser() -> argparse.ArgumentParser:
 def _flower(commands: Any) -> None:
     flower = commands.add_parser("flower", help="run a Flower app on this machine")
     flower.add_argument("path", metavar="PATH", help="the app's folder, or a script")
+    flower.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="of the script; after --")
     flower.add_argument("--clients", type=positive, help="how many; default: what the app says, "
                         "or 10")  # fmt: skip
     flower.add_argument("--seed", type=int, default=0)
-    flower.add_argument("--workers", type=positive, help="processes for clients; default: "
-                        "this one, and every core when clients take long")  # fmt: skip
+    flower.add_argument("--workers", type=positive, default=1, help="processes for clients; "
+                        "default: this one")  # fmt: skip
     flower.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="change the app's run config, e.g. --set num-server-rounds=10",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from atoll.cli.outcome import print_run
 from atoll.errors import AtollError, ConfigurationError
-from atoll.flower import read_app, run_app
+from atoll.flower import App, read_app, run_app, simulations_of
 from atoll.tracking.folder import RunFolder, new_folder
 from atoll.tracking.progress import progress
 
@@ -20,30 +20,36 @@ def run(options: argparse.Namespace) -> int:
     # Flower says every round in several lines; progress is one.
     logging.getLogger("flwr").setLevel(logging.INFO if options.verbose else logging.ERROR)
     settings = dict(_pair(text) for text in options.set)
+    path = Path(options.path)
+    barren: list[bool] = []
+
+    def simulate(app: App) -> None:
+        barren.append(_kept(app.told(settings, options.clients), options))
+
     try:
-        app = read_app(options.path).told(settings, options.clients)
+        if path.suffix == ".py" and path.is_file():
+            simulations_of(path, simulate, options.arguments)
+        else:
+            simulate(read_app(path))
     except AtollError:
         raise
     except Exception as error:
         return _broken(error, options.path)
+    return 1 if any(barren) else 0
+
+
+def _kept(app: App, options: argparse.Namespace) -> bool:
+    """Run an app into a folder; whether nobody ever delivered."""
     root = Path(options.runs)
     folder = root / options.name if options.name else new_folder(root, app.name)
     keeper = RunFolder(folder, every=None, figures=False)
-    try:
-        found = run_app(
-            app, seed=options.seed, workers=options.workers, observers=[keeper, progress()]
-        )
-    except AtollError:
-        raise
-    except Exception as error:
-        return _broken(error, options.path)
+    found = run_app(app, seed=options.seed, workers=options.workers, observers=[keeper, progress()])
     print_run(found)
-    if found.history and all(record.accepted == 0 for record in found.history):
-        print(f"atoll: no client ever delivered; the first said: {found.refusals[0]}",
-              file=sys.stderr)  # fmt: skip
-        return 1
     print(f"run folder: {folder}")
-    return 0
+    if not found.refusals or any(record.accepted for record in found.history):
+        return False
+    print(f"atoll: no client ever delivered; the first said: {found.refusals[0]}", file=sys.stderr)
+    return True
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from atoll.cli.tables import figure, print_table
 from atoll.errors import ConfigurationError
 from atoll.service.agent import approve
 from atoll.service.audit import lines, verify
-from atoll.service.certificates import make_server
+from atoll.service.certificates import hosts_of, make_server
 from atoll.service.folder import StateFolder, check_name
 from atoll.service.identity import Token, make_key
 from atoll.service.link import Link, find_authority
@@ -216,7 +216,7 @@ def _page(options: argparse.Namespace) -> int:
         with closing(folder.store()) as store, store.change(leading=False) as change:
             ticket = issue(change, OPERATOR, "")
             change.audit("operator", "asked for the page")
-        url = "https://HOST:PORT"
+            url = f"https://{hosts_of(place)[0]}:{store.setting('port') or 8443}"
     print(f"{url}/page/#{ticket}\ngood for five minutes, once")
     return 0
 

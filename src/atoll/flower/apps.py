@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import runpy
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -57,10 +58,8 @@ class App:
 
 
 def read_app(path: str | Path) -> App:
-    """The app in a folder with a `pyproject.toml`, or the one that a script would simulate."""
+    """The app in a folder with a `pyproject.toml`; a script has `simulations_of` it."""
     place = Path(path)
-    if place.suffix == ".py" and place.is_file():
-        return _script(place)
     project = place / "pyproject.toml"
     if not project.is_file():
         raise ConfigurationError(
@@ -76,6 +75,7 @@ def read_app(path: str | Path) -> App:
         raise ConfigurationError(
             f"{project} does not say [tool.flwr.app.components] serverapp and clientapp: {error}"
         ) from error
+    _leave_others(place.resolve())
     sys.path.insert(0, str(place.resolve()))
     server, client = (_found(reference, place) for reference in references)
     if not isinstance(server, ServerApp) or not isinstance(client, ClientApp):
@@ -86,6 +86,21 @@ def read_app(path: str | Path) -> App:
     name = str(whole.get("project", {}).get("name", place.resolve().name))
     config = _flat(flwr["app"].get("config", {}))
     return App(name, server, client, config, _clients(flwr), references, str(place.resolve()))
+
+
+_places: list[Path] = []
+
+
+def _leave_others(place: Path) -> None:
+    """Forget the modules of apps read before: theirs may have the same names."""
+    for other in _places:
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file and Path(file).is_relative_to(other):
+                del sys.modules[name]
+        while str(other) in sys.path:
+            sys.path.remove(str(other))
+    _places[:] = [place]
 
 
 def _found(reference: str, place: Path) -> Any:
@@ -114,62 +129,75 @@ def _clients(flwr: Mapping[str, Any]) -> int:
     return told if isinstance(told, int) and told > 0 else CLIENTS
 
 
-class _Called(BaseException):
-    """A script has said what to simulate. Not an `Exception`, which it might catch."""
+def simulations_of(path: Path, run: Callable[[App], Any], arguments: Sequence[str] = ()) -> int:
+    """Run a script, with its simulations run by `run`; how many there were."""
+    # Here, because importing it takes a second that folders need not wait.
+    from flwr import simulation
 
-    def __init__(self, app: App) -> None:
-        self.app = app
+    count = 0
 
-
-def _script(path: Path) -> App:
-    """Run a script up to where it would begin a simulation."""
+    def simulated(app: App) -> None:
+        nonlocal count
+        count += 1
+        run(app if count == 1 else replace(app, name=f"{app.name}-{count}"))
 
     def run_simulation(
         server_app: ServerApp, client_app: ClientApp, num_supernodes: int, *_: Any, **__: Any
     ) -> None:
-        raise _Called(App(path.stem, server_app, client_app, {}, num_supernodes))
+        simulated(App(path.stem, server_app, client_app, {}, num_supernodes))
 
-    def start_simulation(*, client_fn: Any, num_clients: int, **settings: Any) -> None:
-        raise _Called(_old(path.stem, client_fn, num_clients, settings))
+    def start_simulation(*, client_fn: Any, num_clients: int, **settings: Any) -> Any:
+        app, histories = _old(path.stem, client_fn, num_clients, settings)
+        simulated(app)
+        return histories[-1] if histories else None
 
-    # Here, because importing it takes a second that folders need not wait.
-    from flwr import simulation
-
-    kept = simulation.run_simulation, simulation.start_simulation
+    kept = simulation.run_simulation, simulation.start_simulation, sys.argv
     simulation.run_simulation = run_simulation
     simulation.start_simulation = start_simulation
+    sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         runpy.run_path(str(path), run_name="__main__")
-    except _Called as called:
-        return called.app
     finally:
-        simulation.run_simulation, simulation.start_simulation = kept
-    raise ConfigurationError(
-        f"{path} ended without a call of flwr.simulation.run_simulation or start_simulation"
-    )
+        simulation.run_simulation, simulation.start_simulation, sys.argv = kept
+        sys.path.pop(0)
+    if not count:
+        raise ConfigurationError(
+            f"{path} ended without a call of flwr.simulation.run_simulation or start_simulation"
+        )
+    return count
 
 
-def _old(name: str, client_fn: Any, clients: int, settings: Mapping[str, Any]) -> App:
-    """The two apps that `start_simulation` of old stood for."""
-    from flwr.server import ServerAppComponents
+def _old(
+    name: str, client_fn: Any, clients: int, settings: Mapping[str, Any]
+) -> tuple[App, list[Any]]:
+    """The two apps that `start_simulation` of old stood for, and where its history will be."""
+    from flwr.server.compat import start_grid
 
-    known = {k: settings[k] for k in ("server", "config", "strategy", "client_manager")
-             if k in settings}  # fmt: skip
-    server = ServerApp(server_fn=lambda context: ServerAppComponents(**known))
+    parts = ("server", "config", "strategy", "client_manager")
+    known = {part: settings[part] for part in parts if part in settings}
+    histories: list[Any] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Any, context: Context) -> None:
+        histories.append(start_grid(grid=grid, **known))
 
     def made(context: Context) -> Any:
         # Before contexts, a client was made from its number as text.
-        partition = context.node_config["partition-id"]
-        client = client_fn(_argument(client_fn, context, str(partition)))
+        number = str(context.node_config["partition-id"])
+        client = client_fn(number if _takes_number(client_fn) else context)
         return client.to_client() if hasattr(client, "to_client") else client
 
-    return App(name, server, ClientApp(client_fn=made), {}, clients)
+    return App(name, server, ClientApp(client_fn=made), {}, clients), histories
 
 
-def _argument(function: Any, context: Context, cid: str) -> Any:
-    names = function.__code__.co_varnames[:1] if hasattr(function, "__code__") else ()
-    return cid if names and names[0] in ("cid", "client_id") else context
+def _takes_number(function: Any) -> bool:
+    """Whether a client function is of the kind that takes `cid`, and not a context."""
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    return first is not None and (
+        first.name in ("cid", "client_id") or first.annotation in (str, "str")
+    )
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Settings:
@@ -188,7 +216,9 @@ def _like(present: bool | float | int | str, text: str, name: str) -> bool | flo
     try:
         if isinstance(present, bool):
             return {"true": True, "false": False}[text.lower()]
-        return type(present)(text)
+        # A whole number may become a fraction, as for Flower.
+        whole = text.lstrip("+-").isdecimal()
+        return float(text) if type(present) is int and not whole else type(present)(text)
     except (ValueError, KeyError) as error:
         raise ConfigurationError(
             f"{name}={text} does not fit: it is {present!r} now, a {type(present).__name__}"

@@ -5,13 +5,14 @@ Each answer draws from a key of its own, so that where and when it is given chan
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import sys
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from typing import Any
 
@@ -22,12 +23,9 @@ from atoll.errors import ConfigurationError
 from atoll.flower.apps import App, Settings
 from atoll.flower.draws import seeded
 from atoll.keys import Key
-from atoll.simulation.engine import cores
 
 #: Flower's code of an error that a ClientApp raised.
 RAISED = 2
-#: Seconds of answers after which starting other processes is likely to pay.
-PATIENCE = 3.0
 
 
 class Clients(ABC):
@@ -61,7 +59,8 @@ class Here(Clients):
 
     def answer(self, client: int, message: Message, key: Key) -> Message:
         with self._lock:
-            return answered(self._app, message, self.contexts[client], key)
+            reply, self.contexts[client] = answered(self._app, message, self.contexts[client], key)
+            return reply
 
 
 class Workers(Clients):
@@ -75,60 +74,49 @@ class Workers(Clients):
                 f"{app.name} is a script, whose client cannot be imported elsewhere; run it with "
                 "one worker"
             )
+        self._begun = app.place, app.references[1]
+        self._lock = threading.Lock()
+        self._pool = self._fresh()
+
+    def _fresh(self) -> ProcessPoolExecutor:
         # Not by a fork: the libraries of most apps do not survive one.
-        self._pool = ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), _begin, (app.place, app.references[1])
-        )
+        spawned = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.width, spawned, _begin, self._begun)
 
     def answer(self, client: int, message: Message, key: Key) -> Message:
-        context = self.contexts[client]
-        future = self._pool.submit(_answered, message, context, key)
-        reply, context.state = future.result()
+        pool = self._pool
+        try:
+            reply, context = pool.submit(_answered, message, self.contexts[client], key).result()
+        except BrokenProcessPool:
+            with self._lock:
+                if pool is self._pool:
+                    self._pool = self._fresh()
+            return Message(Error(RAISED, "the client's process died"), reply_to=message)
+        self.contexts[client] = context
         return reply
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 
-class Spreading(Clients):
-    """Here, until that has taken a while; then on every core, if the app can be imported there."""
+def answered(
+    app: ClientApp, message: Message, context: Context, key: Key
+) -> tuple[Message, Context]:
+    """The reply of an app, and what its client keeps.
 
-    def __init__(self, app: App) -> None:
-        super().__init__(app)
-        self._app, self._spent = app, 0.0
-        self._now: Clients = Here(app)
-        self._now.contexts = self.contexts
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        alone = isinstance(self._now, Here)
-        if alone and self._spent > PATIENCE and cores() > 1 and self._app.place:
-            self._now = Workers(self._app, min(cores(), self._app.clients))
-            self._now.contexts = self.contexts
-        return self._now.width
-
-    def answer(self, client: int, message: Message, key: Key) -> Message:
-        started = time.perf_counter()
-        try:
-            return self._now.answer(client, message, key)
-        finally:
-            self._spent += time.perf_counter() - started
-
-    def close(self) -> None:
-        self._now.close()
-
-
-def answered(app: ClientApp, message: Message, context: Context, key: Key) -> Message:
-    """The reply of an app; whatever it raises is an error in words, as Flower has it."""
+    Whatever it raises is an error in words, as Flower has it, and then the client keeps nothing.
+    """
+    own = copy.deepcopy(context)
     with seeded(key):
         try:
-            reply: Any = app(message, context)
-        except Exception as error:
-            return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+            reply: Any = app(message, own)
+        except (Exception, SystemExit) as error:
+            text = f"{type(error).__name__}: {error}"
+            return Message(Error(RAISED, text), reply_to=message), context
     if not isinstance(reply, Message):
         text = f"the ClientApp gave {type(reply).__name__}, not a Message"
-        return Message(Error(RAISED, text), reply_to=message)
-    return reply
+        return Message(Error(RAISED, text), reply_to=message), context
+    return reply, own
 
 
 def _context(client: int, clients: int, config: Mapping[str, Any]) -> Context:
@@ -152,6 +140,6 @@ def _begin(place: str, reference: str) -> None:
     _app = found
 
 
-def _answered(message: Message, context: Context, key: Key) -> tuple[Message, RecordDict]:
+def _answered(message: Message, context: Context, key: Key) -> tuple[Message, Context]:
     assert _app is not None
-    return answered(_app, message, context, key), context.state
+    return answered(_app, message, context, key)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +20,15 @@ def seeded(key: Key) -> Iterator[None]:
 
     An app that seeds them itself gets what it asks for, until it returns.
     """
-    torch = sys.modules.get("torch")
+    # Also where a client is yet to import it: its first draw is one of these.
+    torch: Any = import_module("torch") if find_spec("torch") else None
     before = random.getstate(), np.random.get_state()
     kept = torch.random.get_rng_state() if torch else None
     word = key.integer()
     random.seed(word)
     np.random.seed(word % 2**32)
     if torch:
-        torch.random.default_generator.manual_seed(word)
+        torch.manual_seed(word)
     try:
         yield
     finally:

@@ -6,13 +6,15 @@ what a client draws depend on the seed alone.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
@@ -96,12 +98,14 @@ class LocalGrid(Grid):
     def _deliver(self, message: Message, name: str, key: Key) -> str:
         node = message.metadata.dst_node_id
         # Strategies send one content to all, and clients may change what they are given.
-        content = RecordDict({k: record.copy() for k, record in message.content.items()})
+        content = RecordDict({k: _copied(record) for k, record in message.content.items()})
         own = Message(
             content, node, message.metadata.message_type, ttl=message.metadata.ttl,
             group_id=message.metadata.group_id,
         )  # fmt: skip
-        own.metadata.__dict__["_message_id"] = name
+        # On the server's too: its loop may look replies up by it.
+        for each in (own, message):
+            each.metadata.__dict__["_message_id"] = name
         if 1 <= node <= self._count:
             reply = self._clients.answer(node - 1, own, key)
         else:
@@ -111,3 +115,8 @@ class LocalGrid(Grid):
             self._watch(node - 1, message, reply)
             self._replies[name] = reply
         return name
+
+
+def _copied(record: Any) -> Any:
+    """A record of a client's own; what is in an array are bytes, which nobody changes."""
+    return record.copy() if isinstance(record, ArrayRecord) else copy.deepcopy(record)

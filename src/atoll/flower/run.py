@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from flwr.app import Context, RecordDict
 
 from atoll.flower.apps import App
-from atoll.flower.clients import Clients, Here, Spreading, Workers
+from atoll.flower.clients import Here, Workers
 from atoll.flower.draws import seeded
 from atoll.flower.grid import LocalGrid
 from atoll.flower.watch import Watch
@@ -16,12 +15,9 @@ from atoll.keys import Key
 from atoll.tracking.observer import Observer
 from atoll.tracking.run import Run
 
-# Flower reports to its makers unless it is told not to.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-
 
 def run_app(
-    app: App, *, seed: int = 0, workers: int | None = None, observers: Sequence[Observer] = ()
+    app: App, *, seed: int = 0, workers: int = 1, observers: Sequence[Observer] = ()
 ) -> Run:
     """Run a Flower app on this machine, without Ray and without servers.
 
@@ -29,8 +25,7 @@ def run_app(
         app: from `read_app`.
         seed: of every draw of the server and of each client that does not seed for itself.
         workers: how many clients work at the same time: 1 is in this process, more are processes
-            of their own; None begins with the one and goes on with as many as there are cores when
-            clients turn out to take long. The numbers are the same.
+            of their own. The numbers are the same, unless clients keep things in globals.
         observers: what is told about each round, e.g. a `tracking.RunFolder`.
 
     Returns:
@@ -45,18 +40,18 @@ def run_app(
     watch = Watch(run, observers)
     key = Key(seed).fold("flower")
     context = Context(1, 1, {}, RecordDict(), dict(app.config))
-    if workers is None:
-        clients: Clients = Spreading(app)
-    else:
-        clients = Workers(app, workers) if workers > 1 else Here(app)
+    clients = Workers(app, workers) if workers > 1 else Here(app)
     grid = LocalGrid(clients, app.clients, key, watch.message)
     try:
         with watch.listening(), seeded(key.fold("server")):
             app.server(grid, context)
         watch.end()
-    except BaseException:
-        watch.interrupted()
-        raise
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            watch.end()
+        else:
+            watch.interrupted()
+            raise
     finally:
         clients.close()
         for observer in observers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,10 @@ class Watch:
         self._clear()
 
     def _clear(self) -> None:
-        self._parts: list[Participant] = []
+        self._parts: dict[int, Participant] = {}
+        self._asked: set[tuple[int, str]] = set()
+        #: What the strategy made of the metrics of training and of evaluation.
+        self._made: list[Figures | None] = [None, None]
         self._trained: dict[int, tuple[float, Figures]] = {}
         self._tested: dict[int, tuple[float, Figures]] = {}
         self._central: Figures = {}
@@ -53,17 +57,27 @@ class Watch:
         """A client has answered."""
         self.begin()
         kind = sent.metadata.message_type.partition(".")[0]
-        number = _round_of(sent) or self._round or 1
-        if number > self._round:
+        number = _round_of(sent)
+        # Without numbers, whoever is asked the same again is asked in another round.
+        again = not number and (client, sent.metadata.message_type) in self._asked
+        if again or (number and number != self._round):
             self.close()
-            self._round = number
+            self._round = number or self._round + 1
+        self._asked.add((client, sent.metadata.message_type))
         failed = reply.has_error()
         up = 0 if failed else _bytes(reply.content)
-        if kind == "train":
-            outcome = "lost" if failed else "accepted"
-            self._parts.append(Participant(str(client), outcome, _bytes(sent.content), up))
+        if kind in ("train", "query"):
+            # A protocol of several stages asks a client several times in a round.
+            before = self._parts.get(client)
+            down = _bytes(sent.content)
+            if before is not None:
+                down, up = down + before.down, up + before.up
+            lost = failed or (before is not None and before.outcome == "lost")
+            outcome = "lost" if lost else "accepted"
+            self._parts[client] = Participant(str(client), outcome, down, up)
         if failed:
-            self.run.refusals.append(f"round {number}, client {client}: {reply.error.reason}")
+            place = f"round {self._round or 1}, client {client}"
+            self.run.refusals.append(f"{place}: {reply.error.reason}")
             return
         weight, figures = _figures(reply.content)
         if kind == "train":
@@ -78,19 +92,21 @@ class Watch:
 
     def close(self) -> None:
         """The round that is open has ended, if one is."""
-        if not self._parts:
+        if not self._parts and not self._tested:
             self._clear()
             return
         # Threads and workers answer in any order.
-        self._parts.sort(key=lambda part: int(part.client))
-        accepted = sum(part.outcome == "accepted" for part in self._parts)
-        tested, trained = _mean(self._tested), _mean(self._trained)
+        parts = [self._parts[client] for client in sorted(self._parts)]
+        accepted = sum(part.outcome == "accepted" for part in parts)
+        trained, tested = self._made
+        trained = _mean(self._trained) if trained is None else trained
+        tested = _mean(self._tested) if tested is None else tested
         # What the server measures has the plain names.
         metrics = {**{f"client_{n}" if n in self._central else n: v for n, v in tested.items()},
                    **self._central}  # fmt: skip
         record = Record(
-            len(self.run.history) + 1, metrics, trained, len(self._parts), accepted, 1,
-            sum(part.up for part in self._parts), sum(part.down for part in self._parts), 0.0,
+            len(self.run.history) + 1, metrics, trained, len(parts), accepted, 1,
+            sum(part.up for part in parts), sum(part.down for part in parts), 0.0,
         )  # fmt: skip
         spread: dict[str, dict[str, float]] = defaultdict(dict)
         for client, (_, figures) in sorted(self._tested.items()):
@@ -102,7 +118,7 @@ class Watch:
         self.run.rounds = max(self.run.rounds, len(self.run.history))
         seconds = time.perf_counter() - self._started
         self.run.seconds += seconds
-        end = RoundEnd(record, self._parts, self._nothing(), seconds)
+        end = RoundEnd(record, parts, self._nothing(), seconds)
         for observer in self._observers:
             observer.round(self.run, end)
         self._clear()
@@ -150,25 +166,54 @@ class Watch:
             Strategy.start, Server.fit = kept  # type: ignore[method-assign]
 
     def _started_as(self, original: Any) -> Any:
-        def start(
-            strategy: Any, grid: Any, initial_arrays: Any, num_rounds: int = 3, *args: Any,
-            evaluate_fn: Any = None, **given: Any,
-        ) -> Any:  # fmt: skip
-            def evaluate(number: int, arrays: ArrayRecord) -> Any:
-                found = evaluate_fn(number, arrays)
+        parameters = inspect.signature(original)
+
+        def start(*given: Any, **named: Any) -> Any:
+            bound = parameters.bind(*given, **named)
+            bound.apply_defaults()
+            strategy, evaluate = bound.arguments["self"], bound.arguments["evaluate_fn"]
+
+            def evaluated(number: int, arrays: ArrayRecord) -> Any:
+                found = evaluate(number, arrays)
                 if found is not None:
                     self.evaluated(number, _numbers(found))
                 return found
 
-            self.begin(num_rounds)
-            told = None if evaluate_fn is None else evaluate
-            result = original(
-                strategy, grid, initial_arrays, num_rounds, *args, evaluate_fn=told, **given
-            )
+            if evaluate is not None:
+                bound.arguments["evaluate_fn"] = evaluated
+            # A strategy may be the second of its app, and count from one again.
+            self.close()
+            self._round = 0
+            self.begin(bound.arguments["num_rounds"])
+            with self._aggregates(strategy):
+                result = original(*bound.args, **bound.kwargs)
             self.finished(result.arrays)
             return result
 
         return start
+
+    @contextmanager
+    def _aggregates(self, strategy: Any) -> Iterator[None]:
+        """Hear what the strategy makes of the metrics of clients: its word is what counts."""
+        kept = strategy.aggregate_train, strategy.aggregate_evaluate
+
+        def train(server_round: int, replies: Any) -> Any:
+            arrays, metrics = kept[0](server_round, replies)
+            if metrics is not None:
+                self._made[0] = _numbers(metrics)
+            return arrays, metrics
+
+        def evaluate(server_round: int, replies: Any) -> Any:
+            metrics = kept[1](server_round, replies)
+            if metrics is not None:
+                self._made[1] = _numbers(metrics)
+            return metrics
+
+        strategy.aggregate_train, strategy.aggregate_evaluate = train, evaluate
+        try:
+            yield
+        finally:
+            strategy.aggregate_train, strategy.aggregate_evaluate = kept
 
     def _fitted_as(self, original: Any) -> Any:
         """The loop of apps of the old kind, whose threads end in any order."""
@@ -256,4 +301,17 @@ def _mean(by_client: dict[int, tuple[float, Figures]]) -> Figures:
 
 
 def _bytes(content: RecordDict) -> int:
-    return sum(record.count_bytes() for record in content.values())
+    """Bytes of what a message holds: arrays as they are sent, eight for a number."""
+    total = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(array.data) for array in record.values())
+        else:
+            total += sum(_size(value) for value in record.values())
+    return total
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 8

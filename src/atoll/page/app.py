@@ -1,14 +1,18 @@
 """The page's HTTP side: static files, JSON, and a stream of events that can be picked up again.
 
-An event's id is the number of its round, as the store has it. A browser that was cut off says the
-last one it saw, and gets what came since: after a lost connection and after a restart alike.
+An event's id is the number of its round, as the store has it, behind the store's epoch. A browser
+that was cut off says the last one it saw, and gets what came since: after a lost connection and
+after a restart alike. Where the epoch is another, it begins anew.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any
@@ -41,10 +45,11 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-#: Seconds between looks for news, and until a silent stream says that it is there.
-LOOK, PULSE = 0.5, 15.0
-#: Streams at the same time.
-STREAMS = 200
+#: Seconds between looks for news, until a silent stream says that it is there, and between looks
+#: whether whoever watches may still do so.
+LOOK, PULSE, RECHECK = 0.5, 15.0, 3.0
+#: Streams at the same time, of everyone and of one visitor.
+STREAMS, EACH = 200, 10
 
 
 class Page:
@@ -64,7 +69,7 @@ class Page:
     ) -> None:
         self._source, self._admit = source, admit
         self._closing = closing or asyncio.Event()
-        self._streams = 0
+        self._streams: Counter[str] = Counter()
 
     def routes(
         self, base: str, wrap: Callable[[Endpoint, str], Endpoint] | None = None
@@ -81,7 +86,7 @@ class Page:
             route("api/runs/{run}", self.about),
             route("api/runs/{run}/rows", self.rows),
             route("api/runs/{run}/clients", self.clients),
-            route("api/runs/{run}/rounds/{round:int}", self.participants),
+            route("api/runs/{run}/rounds/{round}", self.participants),
             route("api/runs/{run}/events", self.events),
         ]
 
@@ -106,63 +111,83 @@ class Page:
 
     async def clients(self, request: Request) -> Response:
         source, run = await self._seen(request), request.path_params["run"]
-        return _json(await _known(source.clients(run)))
+        found = await _known(source.clients(run))
+        # It may be long, and others wait for this loop.
+        text = await asyncio.to_thread(_text, found)
+        return Response(text, media_type="application/json", headers=HEADERS)
 
     async def participants(self, request: Request) -> Response:
         source, run = await self._seen(request), request.path_params["run"]
-        return _json(await _known(source.participants(run, request.path_params["round"])))
+        number = _number(request.path_params["round"])
+        if number is None:
+            raise HTTPException(404, "a round is a number")
+        return _json(await _known(source.participants(run, number)))
 
     async def events(self, request: Request) -> Response:
         """Rounds as they close, from the one after `Last-Event-ID` (or `after`)."""
         source, run = await self._seen(request), request.path_params["run"]
-        given = request.headers.get("last-event-id") or request.query_params.get("after", "0")
-        last = int(given) if given.isdecimal() and len(given) < 12 else 0
-        await _known(source.since(run, last))
-        if self._streams >= STREAMS:
-            raise HTTPException(503, "too many people are watching; try again later")
+        given = request.headers.get("last-event-id") or request.query_params.get("after", "")
+        epoch, _, round = given[:60].rpartition(".")
+        visitor = request.headers.get("cookie", "")
+        if sum(self._streams.values()) >= STREAMS or self._streams[visitor] >= EACH:
+            raise HTTPException(503, "too many pages are watching; close some, or try again later")
+        self._streams[visitor] += 1
+        try:
+            await _known(source.since(run, 0))
+        except BaseException:
+            self._streams[visitor] -= 1
+            raise
         return StreamingResponse(
-            self._stream(request, source, run, last),
+            self._stream(request, source, run, (epoch, _number(round) or 0), visitor),
             media_type="text/event-stream",
             # Proxies that would wait for the end must not.
             headers={**HEADERS, "x-accel-buffering": "no"},
         )
 
     async def _stream(
-        self, request: Request, source: Source, run: str, last: int
+        self, request: Request, source: Source, run: str, known: tuple[str, int], visitor: str
     ) -> AsyncIterator[str]:
-        self._streams += 1
-        told, quiet = None, 0.0
+        epoch, last = known
+        told, spoken = None, time.monotonic()
+        checked = spoken
         try:
             yield "retry: 1000\n\n"
             while True:
                 # Looked at first: whoever watches learns of the end before the server leaves.
                 last_look = self._closing.is_set()
+                if time.monotonic() - checked >= RECHECK:
+                    await self._seen(request)
+                    checked = time.monotonic()
                 rows, state = await source.since(run, last)
+                if state["epoch"] != epoch:
+                    epoch, last = state["epoch"], 0
+                    yield f"event: reset\ndata: {_text(epoch)}\n\n"
+                    rows, state = await source.since(run, 0)
                 for row in rows:
                     last = row["round"]
-                    yield f"id: {last}\nevent: round\ndata: {_text(row)}\n\n"
+                    yield f"id: {epoch}.{last}\nevent: round\ndata: {_text(row)}\n\n"
                 if state != told:
                     told = state
                     yield f"event: state\ndata: {_text(state)}\n\n"
-                    quiet = 0.0
-                elif quiet >= PULSE:
-                    # Whoever was shut out meanwhile is told with the next request.
-                    await self._seen(request)
+                    spoken = time.monotonic()
+                elif time.monotonic() - spoken >= PULSE:
                     yield ": still here\n\n"
-                    quiet = 0.0
+                    spoken = time.monotonic()
                 if last_look:
                     return
-                try:
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), LOOK)
-                except TimeoutError:
-                    quiet += LOOK
         except (Unknown, HTTPException, AtollError):
             return
         finally:
-            self._streams -= 1
+            self._streams[visitor] -= 1
+            if not self._streams[visitor]:
+                del self._streams[visitor]
 
     async def _seen(self, request: Request) -> Source:
         """The source, for whoever may see it."""
+        if request.headers.get("sec-fetch-site", "") == "cross-site":
+            raise HTTPException(403, "the page answers its own scripts only")
         if self._admit is not None:
             await self._admit(request)
         source = self._source()
@@ -190,6 +215,13 @@ async def _known(found: Awaitable[Any]) -> Any:
         return await found
     except Unknown as error:
         raise HTTPException(404, str(error)) from error
+    except AtollError as error:
+        raise HTTPException(409, str(error)) from error
+
+
+def _number(text: str) -> int | None:
+    """A whole number from outside, of a length that is one."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 12 else None
 
 
 def _json(value: Any) -> Response:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from atoll.errors import CheckpointError
 from atoll.page.source import Row, State, Unknown
 from atoll.tracking.reading import find_runs, in_use, read_config, read_spread, read_status
 
@@ -47,9 +50,17 @@ class FolderSource:
         paths = find_runs(self._root)
         if self._first is not None:
             paths.sort(key=lambda path: path.name == self._first)
-        return [{"id": path.name, "name": path.name, "status": status_of(path)} for path in paths]
+        return [
+            {
+                "id": path.name, "name": path.name, "status": status_of(path),
+                "first": path.name == (self._first or paths[-1].name),
+            }
+            for path in paths
+        ]  # fmt: skip
 
     def _run(self, name: str) -> FolderRun:
+        if name in self._runs and not (self._root / name / "config.json").exists():
+            del self._runs[name]
         if name not in self._runs:
             # Only what the list has: a name from outside is never a path.
             if name not in {path.name for path in find_runs(self._root)}:
@@ -71,7 +82,11 @@ class FolderRun:
             name: Tail(self.path / f"{name}.jsonl")
             for name in ("rounds", "timings", "refusals", "ledger")
         }
+        self._epoch = epoch_of(self.path)
         self._rows: list[Row] = []
+        #: Those that were told of: with their timings, or of a run that has ended.
+        self._told: list[Row] = []
+        self._timings: dict[int, dict[str, Any]] = {}
         self._failures: list[dict[str, Any]] = []
         self._failed = 0
         self._totals: dict[str, dict[str, Any]] = defaultdict(
@@ -92,13 +107,16 @@ class FolderRun:
 
     def since(self, round: int) -> tuple[list[Row], State]:
         with self._lock:
-            self._refresh()
-            # Rounds are numbered from 1 without gaps.
-            return self._rows[max(round, 0) :], self._state()
+            state = self._refresh()
+            return [row for row in self._told if row["round"] > round], state
 
-    def _refresh(self) -> None:
-        if any(tail.was_rewritten() for tail in self._tails.values()):
+    def _refresh(self) -> State:
+        if epoch_of(self.path) != self._epoch or any(
+            tail.was_rewritten() for tail in self._tails.values()
+        ):
             self._begin()
+        # Before the lines are read: of a run that has ended, all are there.
+        state = self._state()
         for _, line in self._tails["rounds"]:
             self._rows.append(
                 {
@@ -108,21 +126,26 @@ class FolderRun:
                 }
             )  # fmt: skip
         for _, line in self._tails["timings"]:
-            place = line["round"] - 1
-            if place < len(self._rows):
-                self._rows[place]["seconds"] = line.get("seconds")
-                self._rows[place]["phases"] = line.get("phases", {})
+            self._timings[line["round"]] = line
+        for row in self._rows[len(self._told) :]:
+            timing = self._timings.get(row["round"])
+            if timing is None and state["status"] == "running":
+                break  # it is about to be written, and a row is told of once
+            timing = timing or {}
+            row |= {"seconds": timing.get("seconds"), "phases": timing.get("phases", {})}
+            self._told.append(row)
         for _, line in self._tails["refusals"]:
             self._failed += 1
             self._failures.append({"round": line["round"], "text": str(line.get("reason", ""))})
         del self._failures[:-FAILURES]
+        return {**state, "failures": list(self._failures), "failed": self._failed}
 
     def _state(self) -> State:
         engine = _json(self.path / "engine.json")
         return {
-            "status": status_of(self.path), "total": read_config(self.path)["rounds"],
-            "engine": engine.get("engine", ""), "notes": engine.get("notes", []),
-            "failures": list(self._failures), "failed": self._failed,
+            "epoch": self._epoch, "status": status_of(self.path),
+            "total": read_config(self.path)["rounds"], "engine": engine.get("engine", ""),
+            "notes": engine.get("notes", []),
         }  # fmt: skip
 
     def clients(self) -> list[dict[str, Any]]:
@@ -130,7 +153,7 @@ class FolderRun:
             self._refresh()
             for place, line in self._tails["ledger"]:
                 self._places[line["round"]] = place
-                for client, outcome, down, up in line["participants"]:
+                for client, outcome, down, up in line.get("participants", ()):
                     total = self._totals[client]
                     total["accepted" if outcome == "accepted" else "missed"] += 1
                     total["up"] += up
@@ -157,7 +180,7 @@ class FolderRun:
             line = json.loads(file.readline())
         return [
             {"client": client, "outcome": outcome, "down": down, "up": up}
-            for client, outcome, down, up in line["participants"]
+            for client, outcome, down, up in line.get("participants", ())
         ]
 
 
@@ -169,11 +192,13 @@ class Tail:
 
     def was_rewritten(self) -> bool:
         """Whether what was read is no longer what is there, as when a run is resumed."""
+        if self._at == 0:
+            return False
         try:
             found = self._path.stat()
         except OSError:
-            return self._at > 0
-        return self._at > 0 and (found.st_size < self._at or found.st_ino != self._file)
+            return True
+        return found.st_size < self._at or found.st_ino != self._file
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(place in the file, line) of each complete new line."""
@@ -182,21 +207,37 @@ class Tail:
         except OSError:
             return
         with file:
-            self._file = self._path.stat().st_ino
+            self._file = os.fstat(file.fileno()).st_ino
             file.seek(self._at)
             for text in file:
                 if not text.endswith(b"\n"):
                     return  # it is being written
+                try:
+                    line = json.loads(text)
+                    good = isinstance(line, dict) and isinstance(line.get("round"), int)
+                except ValueError:
+                    good = False
+                if not good:
+                    raise CheckpointError(f"{self._path} is damaged at byte {self._at}")
                 place, self._at = self._at, self._at + len(text)
-                line = json.loads(text)
-                if isinstance(line, dict) and isinstance(line.get("round"), int):
-                    yield place, line
+                yield place, line
 
 
 def status_of(path: Path) -> str:
     """How a run stands; one that says it is running and is not was killed."""
     status = read_status(path)
     return "stopped" if status == "running" and not in_use(path) else status
+
+
+def epoch_of(path: Path) -> str:
+    """Another one for every start of a run in a folder, whether it begins or goes on."""
+    try:
+        identity = str(_json(path / "config.json").get("identity", ""))
+        begun = (path / "environment.json").stat().st_mtime_ns
+    except OSError:
+        begun = 0
+        identity = ""
+    return sha256(f"{identity} {begun}".encode()).hexdigest()[:12]
 
 
 def _json(path: Path) -> dict[str, Any]:

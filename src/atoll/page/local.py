@@ -26,6 +26,8 @@ class LocalPage(AbstractContextManager["LocalPage"]):
         require("uvicorn", "atoll[page]", "the live page")
         import uvicorn
 
+        if not 0 <= port < 1 << 16:
+            raise ConfigurationError(f"a port is a number from 0 to 65535, not {port}")
         try:
             self._socket = socket.create_server(("127.0.0.1", port))
         except OSError as error:

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 #: One closed round: round, metrics, measurements, invited, accepted, attempts, up, down (bytes),
 #: clock, seconds, phases. What is not known is None or missing.
 Row = dict[str, Any]
-#: What may change at any time: status, total rounds, phase, failures, engine, spread, ...
+#: What may change at any time: status, total rounds, phase, failures, engine, and `epoch`, which is
+#: another when the rounds so far are no longer those that were told of.
 State = dict[str, Any]
 
 

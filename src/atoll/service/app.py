@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from atoll.page.app import Page
@@ -59,6 +59,7 @@ class App(Desk):
                 route("/v1/page", visiting.ticket, "POST"),
                 route("/page/login", visiting.login, "POST"),
                 route("/page/logout", visiting.logout, "POST"),
+                Route("/page", lambda _: RedirectResponse("/page/")),
                 *page.routes("/page/", self.counted),
             ],
             exception_handlers={HTTPException: _problem, Exception: _broken},

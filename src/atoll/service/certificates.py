@@ -79,6 +79,15 @@ def make_server(folder: Path, hosts: Sequence[str]) -> None:
     _write(folder, "server", key, certificate)
 
 
+def hosts_of(folder: Path) -> list[str]:
+    """The names and addresses that the server's certificate is for."""
+    from cryptography import x509
+
+    old = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
+    names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
+
+
 def renew_server(folder: Path) -> bool:
     """Make a new server certificate for the same hosts if the old one is about to end."""
     from cryptography import x509
@@ -89,8 +98,7 @@ def renew_server(folder: Path) -> bool:
     old = x509.load_pem_x509_certificate(path.read_bytes())
     if old.not_valid_after_utc - datetime.now(UTC) > timedelta(days=RENEW_DAYS):
         return False
-    names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    make_server(folder, [str(name.value) for name in names])
+    make_server(folder, hosts_of(folder))
     return True
 
 

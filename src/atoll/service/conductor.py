@@ -392,11 +392,8 @@ class Conductor:
             "accepted": sorted(part["site"] for part in parts if part),
             "bytes_up": sum(part["size"] for part in parts if part),
             "broadcast": self.vault.size(self.version["broadcast"]),
-            "phases": {
-                "clients": row["ended"] - row["opened"], "step": stepped - started,
-                "evaluation": time.perf_counter() - stepped,
-            },
-        }  # fmt: skip
+            "phases": {"step": stepped - started, "evaluation": time.perf_counter() - stepped},
+        }
         now = self.clock()
         with Deciding(self) as change:
             ledger.stepped(change, round, made, record, now)

@@ -83,7 +83,7 @@ class Looking:
                     **{
                         name: row[name] for name in ("name", "role", "status", "joined", "examples")
                     },
-                    "seen": conductor.members.seen.get(row["name"], row["seen"]),
+                    "seen": conductor.members.heard.get(row["name"], row["seen"]),
                 }
                 for row in conductor.store.sites()
             ]

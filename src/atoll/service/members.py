@@ -25,6 +25,8 @@ class Members:
         self._store, self._clock, self._presence = store, clock, presence
         self.names: list[str] = []
         self.seen: dict[str, float] = {}
+        #: When each was really heard of: `seen` is moved on where silence was our own.
+        self.heard: dict[str, float] = {}
         self.told: set[str] = set()
         #: Sites whose check-in waits for news.
         self.parked: set[str] = set()
@@ -35,7 +37,7 @@ class Members:
 
     def saw(self, site: str, examples: int | None = None, about: str = "{}") -> None:
         """A site was heard of; what it says of itself is written down with the next tick."""
-        self.seen[site] = self._clock()
+        self.seen[site] = self.heard[site] = self._clock()
         if examples is not None and self._said.get(site) != (examples, about):
             self._said[site] = examples, about
             self._unsaid.add(site)
@@ -84,7 +86,7 @@ class Members:
 
     def write(self) -> None:
         """Write down what is new, all in one transaction."""
-        new = {s: at for s, at in self.seen.items() if self._written.get(s) != at}
+        new = {s: at for s, at in self.heard.items() if self._written.get(s) != at}
         if not new and not self._unsaid:
             return
         this = sites.c.name == sa.bindparam("site")

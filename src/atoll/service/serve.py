@@ -127,6 +127,7 @@ class _Process:
         )  # fmt: skip
         with self.store.change() as change:
             change.set("blobs", self.listening.blobs)
+            change.set("port", self.listening.port)
         renewing = asyncio.create_task(self._keep_lease(conductor))
         try:
             await conductor.start()

@@ -46,6 +46,9 @@ class Store:
         self._engine = engine_for(url)
         try:
             with self._engine.begin() as connection:
+                if connection.dialect.name == "postgresql":
+                    # Two processes that start together must not both bring it up to date.
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CHAIN)))
                 tables.migrate(connection)
         except sa.exc.OperationalError as error:
             reason = str(error.orig).strip().splitlines()[0]
@@ -67,6 +70,12 @@ class Store:
             raise
         finally:
             self._reader.rollback()
+
+    @contextmanager
+    def apart(self) -> Iterator[sa.Connection]:
+        """A connection of its own to read with, for another thread."""
+        with self._engine.connect().execution_options(reading=True) as connection:
+            yield connection
 
     @contextmanager
     def change(self, *, leading: bool = True) -> Iterator[Change]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 from starlette.requests import Request
@@ -14,18 +15,23 @@ from atoll.service import messages
 from atoll.service.bodies import Refused, short_body
 from atoll.service.desk import Desk
 from atoll.service.identity import token_digest
-from atoll.service.store import Change, Store
+from atoll.service.store import Change, Row, Store
 from atoll.service.tables import visits
 
 TICKET_SECONDS, VISIT_SECONDS = 300.0, 12 * 3600.0
-#: Only this host, only over TLS, whatever a page elsewhere may try.
-COOKIE = "__Host-atoll"
 OPERATOR = "operator"
+TOO_OLD = "this link was used or is too old; run atoll page again"
 
 
 def issue(change: Change, name: str, key: str) -> str:
     """A ticket for one visit; `key` is the identity's, or empty for the server's own operator."""
     return _add(change, "ticket", name, key, TICKET_SECONDS)
+
+
+def cookie_of(store: Store) -> str:
+    """The cookie's name: only this host, only over TLS, and only this federation, for cookies do
+    not tell one port from another."""
+    return f"__Host-atoll-{store.identify()[:8]}"
 
 
 def _add(change: Change, kind: str, name: str, key: str, seconds: float) -> str:
@@ -59,6 +65,8 @@ class Visiting:
             # Which another site's form cannot send.
             raise Refused(415, "a ticket comes as JSON")
         ticket = messages.read(messages.Login, await short_body(request)).ticket
+        if not _found(self.desk.leading().store, ticket, "ticket"):
+            raise Refused(401, TOO_OLD, audited="login")
         with self.desk.leading().store.change() as change:
             mine = visits.c.digest == token_digest(ticket)
             row = change.connection.execute(
@@ -66,41 +74,41 @@ class Visiting:
             ).mappings().first()  # fmt: skip
             used = row is not None and change.run(visits.delete().where(mine)) == 1
             if row is None or not used or row["expires"] < time.time():
-                raise Refused(
-                    401, "this link was used or is too old; run atoll page again",
-                    audited="login",
-                )  # fmt: skip
+                raise Refused(401, TOO_OLD, audited="login")
             secret = _add(change, "visit", row["name"], row["key"], VISIT_SECONDS)
             change.audit(row["name"], "opened the page")
         response = Response(status_code=204)
+        name = cookie_of(self.desk.leading().store)
         response.set_cookie(
-            COOKIE, secret, max_age=int(VISIT_SECONDS), path="/", secure=True, httponly=True,
+            name, secret, max_age=int(VISIT_SECONDS), path="/", secure=True, httponly=True,
             samesite="strict",
         )  # fmt: skip
         return response
 
     async def logout(self, request: Request) -> Response:
         """End a visit."""
-        digest = token_digest(request.cookies.get(COOKIE, ""))
-        with self.desk.leading().store.change() as change:
-            change.run(visits.delete().where(visits.c.digest == digest))
+        store = self.desk.leading().store
+        name = cookie_of(store)
+        secret = request.cookies.get(name, "")
+        # Whoever has nothing to end must not make the database write.
+        if _found(store, secret, "visit"):
+            with store.change() as change:
+                change.run(visits.delete().where(visits.c.digest == token_digest(secret)))
         response = Response(status_code=204)
-        response.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
+        response.delete_cookie(name, path="/", secure=True, httponly=True, samesite="strict")
         return response
 
     async def admit(self, request: Request) -> None:
         """Raise unless the cookie is a visitor's who is still welcome."""
-        if not welcome(self.desk.leading().store, request.cookies.get(COOKIE, "")):
+        store = self.desk.leading().store
+        if not welcome(store, request.cookies.get(cookie_of(store), "")):
             raise Refused(401, "log in first: run atoll page FOLDER")
 
 
 def welcome(store: Store, secret: str) -> bool:
     """Whether a cookie's visit goes on: not too old, and of someone who was not revoked since."""
-    query = sa.select(visits).where(
-        visits.c.digest == token_digest(secret), visits.c.kind == "visit"
-    )
-    found = store.rows(query)
-    if not secret or not found or found[0]["expires"] < time.time():
+    found = _found(store, secret, "visit")
+    if not found:
         return False
     name, key = found[0]["name"], found[0]["key"]
     if not key:
@@ -112,3 +120,11 @@ def welcome(store: Store, secret: str) -> bool:
         and row["key"] == key
         and row["role"] in ("analyst", "admin")
     )
+
+
+def _found(store: Store, secret: str, kind: str) -> Sequence[Row]:
+    """What is known of a ticket or cookie that is still good."""
+    if not secret:
+        return []
+    mine = (visits.c.digest == token_digest(secret)) & (visits.c.kind == kind)
+    return store.rows(sa.select(visits).where(mine, visits.c.expires >= time.time()))

@@ -90,7 +90,7 @@ class Working:
         rounds_ = conductor.plan.schedule.rounds
         beat = min(HEARTBEAT, conductor.service.lease / 3)
         while True:
-            conductor.members.seen[site] = conductor.clock()
+            conductor.members.saw(site)
             news = conductor.changed
             row = conductor.open.get(site)
             version = conductor.version
@@ -218,13 +218,13 @@ class Working:
                 409, f"the upload stands at {at}, not {claimed or 'nowhere'}: ask with HEAD",
                 headers={"Upload-Offset": str(at)},
             )  # fmt: skip
-        conductor.members.seen[row["site"]] = conductor.clock()
+        conductor.members.saw(row["site"])
         try:
             with path.open("ab") as file:
                 async for block in gathered(request, row["size"] - at):
                     await asyncio.to_thread(file.write, block)
                     at += len(block)
-                    conductor.members.seen[row["site"]] = conductor.clock()
+                    conductor.members.saw(row["site"])
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
         finally:

@@ -146,9 +146,7 @@ class RunFolder(Observer):
         phases = {name: round(seconds, 6) for name, seconds in end.phases.items()}
         timing = {"round": record.round, "seconds": round(end.seconds, 6), "phases": phases}
         self._line("timings.jsonl", timing)
-        for reason in run.refusals[self._refused :]:
-            self._line("refusals.jsonl", {"round": record.round, "reason": reason})
-        self._refused = len(run.refusals)
+        self._refusals(run, record.round)
         if run.engine != self._engine:
             about = {"engine": run.engine, "notes": run.engine_notes}
             checkpoints.write_json(self.path / "engine.json", about)
@@ -160,9 +158,15 @@ class RunFolder(Observer):
         if self.every and (record.round % self.every == 0 or record.round == run.rounds):
             self._checkpoint(run, end.snapshot)
 
+    def _refusals(self, run: Run, round: int) -> None:
+        for reason in run.refusals[self._refused :]:
+            self._line("refusals.jsonl", {"round": round, "reason": reason})
+        self._refused = len(run.refusals)
+
     def interrupted(self, run: Run, snapshot: Snapshot) -> None:
         if not self._files:
             return  # it never began
+        self._refusals(run, snapshot.round + 1)
         if self.every and run.history and snapshot.round != self._saved:
             self._checkpoint(run, snapshot)
         self._status("interrupted")

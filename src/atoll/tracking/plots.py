@@ -54,7 +54,7 @@ def draw_metric(
         axes.set_xlabel(names[against])
         axes.set_ylabel(metric.replace("_", " "))
         first = next(iter(runs.values()))
-        axes.set_title(f"{first.data.get('name', '')}: {metric.replace('_', ' ')}")
+        axes.set_title(f"{_title(first)}: {metric.replace('_', ' ')}")
         if any(runs) or banded:
             axes.legend()
     return path
@@ -87,7 +87,7 @@ def draw_spread(run: Run, path: Path, metric: str) -> Path:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(f"{len(ordered)} clients, worst first (worst tenth in orange)")
         axes.set_ylabel(f"{metric.replace('_', ' ')} on own test data")
-        axes.set_title(f"{run.data.get('name', '')}: {metric.replace('_', ' ')} by client")
+        axes.set_title(f"{_title(run)}: {metric.replace('_', ' ')} by client")
         axes.grid(axis="x", visible=False)
     return path
 
@@ -106,6 +106,11 @@ def draw_run(run: Run, folder: Path) -> list[Path]:
     for metric in run.per_client:
         paths.append(draw_spread(run, folder / f"spread-{metric}.png", metric))
     return paths
+
+
+def _title(run: Run) -> str:
+    """The data's name, in which a dollar is a dollar and begins no formula."""
+    return str(run.data.get("name", "")).replace("$", r"\$")
 
 
 def _places(run: Run, rounds: list[int], against: str) -> list[float]:

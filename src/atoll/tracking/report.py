@@ -63,6 +63,7 @@ def write_report(folder: Path, path: Path) -> Path:
         f"<title>{escape(title)}</title><style>{style}</style></head><body>"
         f"<h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.write_atomically(path, [text.encode()])
     return path
 
@@ -96,9 +97,14 @@ def _learned(run: Run, baselines: Mapping[str, Any]) -> str:
         if "_client_" in name:
             continue
         rounds, values = run.series(name)
-        best = max(values) if name in HIGHER_IS_BETTER else min(values)
-        at = rounds[values.index(best)]
-        rows.append([_words(name), _figure(values[-1]), f"{_figure(best)} in round {at}"])
+        finite = [value for value in values if math.isfinite(value)]
+        higher = name.endswith(tuple(HIGHER_IS_BETTER))
+        if finite and (higher or name.endswith("loss")):
+            best = max(finite) if higher else min(finite)
+            told = f"{_figure(best)} in round {rounds[values.index(best)]}"
+        else:
+            told = "-"  # nobody knows in which direction it is good
+        rows.append([_words(name), _figure(values[-1]), told])
     text = table(["metric", "at the end", "best"], rows) if rows else "<p>Not evaluated.</p>"
     levels = {}
     metric = main_metric(run.metrics)
@@ -127,7 +133,7 @@ def _whom(run: Run, folder: Path) -> str:
     outcomes: Counter[str] = Counter()
     clients: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for line in read_lines(folder / "ledger.jsonl"):
-        for client, outcome, _, up in line["participants"]:
+        for client, outcome, _, up in line.get("participants", ()):
             outcomes[outcome] += 1
             clients[client][0 if outcome == "accepted" else 1] += 1
             clients[client][2] += up

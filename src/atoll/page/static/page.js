@@ -3,7 +3,10 @@
 
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888"];
-const HIGHER = new Set(["accuracy", "macro_f1", "auc", "r2"]);
+// In which direction a metric is good; of others nobody knows.
+const higher = (name) => /(^|_)(accuracy|acc|macro_f1|f1|auc|r2)$/.test(name ?? "");
+const lower = (name) => /(^|_)(loss|error|perplexity)$/.test(name ?? "");
+const FINAL = ["finished", "failed"];
 const OUTCOMES = ["accepted", "late", "no longer needed", "malformed", "lost"];
 const SHOWN_CLIENTS = 50;
 
@@ -35,8 +38,9 @@ function duration(seconds) {
   if (seconds == null || !isFinite(seconds)) return "–";
   if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
+  seconds = Math.round(seconds);
   const minutes = Math.floor(seconds / 60);
-  if (minutes < 60) return `${minutes} min ${String(Math.round(seconds % 60)).padStart(2, "0")} s`;
+  if (minutes < 60) return `${minutes} min ${String(seconds % 60).padStart(2, "0")} s`;
   return `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
 }
 
@@ -80,7 +84,7 @@ class Refused extends Error {
 async function get(path) {
   const answer = await fetch(path, { credentials: "same-origin" })
     .catch(() => { throw new Refused(0, "the server cannot be reached"); });
-  if (answer.status === 401 || answer.status === 403) { showLogin(); throw new Refused(answer.status, "log in"); }
+  if (answer.status === 401) { showLogin(); throw new Refused(401, "log in"); }
   if (!answer.ok) {
     const said = await answer.json().catch(() => ({}));
     throw new Refused(answer.status, said.error ?? `the server says ${answer.status}`);
@@ -88,8 +92,12 @@ async function get(path) {
   return answer.json();
 }
 
+let shutOut = false;            // whether whoever looks is not logged in
+
 function showLogin() {
   stream?.close();
+  if (shutOut) return;
+  shutOut = true;
   $("login").hidden = false;
   $("main").hidden = true;
   pill("not logged in", "bad");
@@ -102,15 +110,13 @@ async function enter(ticket) {
     body: JSON.stringify({ ticket }),
   });
   history.replaceState(null, "", location.pathname + location.search);
-  if (!answer.ok) {
-    const said = await answer.json().catch(() => ({}));
-    say(said.error ?? "that did not work");
-    return showLogin();
-  }
-  say("");
+  const said = answer.ok ? {} : await answer.json().catch(() => ({}));
+  // A used link does no harm to a browser that is logged in already.
+  shutOut = false;
   $("login").hidden = true;
   $("leave").hidden = false;
   await begin();
+  if (shutOut) say(said.error ?? "that did not work");
 }
 
 function say(text) {
@@ -125,24 +131,33 @@ function pill(text, kind) {
 
 async function begin() {
   try {
-    runs = await get("api/runs");
+    await look();
+    const first = runs.find((each) => each.first) ?? runs.at(-1);
+    const asked = new URLSearchParams(location.search).get("run");
     if (!runs.length) {
       say("There is no run here yet; this page looks again by itself.");
-      setTimeout(begin, 2000);
+      setTimeout(begin, 1000);
       return;
     }
     say("");
     $("main").hidden = false;
-    $("chooser").hidden = runs.length < 2;
-    fill($("run"), [...runs].reverse().map((each) => element("option", { value: each.id, textContent: each.name })));
-    const asked = new URLSearchParams(location.search).get("run");
-    await open(runs.some((each) => each.id === asked) ? asked : runs.at(-1).id);
+    await open(runs.some((each) => each.id === asked) ? asked : first.id);
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    if ([401, 403].includes(error.status)) return;
+    if (error.status === 401) return;
     pill("reconnecting", "bad");
+    say(error.status ? error.message : "");
     setTimeout(begin, 1500);
   }
+}
+
+async function look() {
+  const found = await get("api/runs");
+  if (run && JSON.stringify(found) === JSON.stringify(runs)) return;
+  runs = found;
+  $("chooser").hidden = runs.length < 2;
+  fill($("run"), [...runs].reverse().map((each) => element("option", { value: each.id, textContent: each.name })));
+  if (run) { $("run").value = run; showOthers(); }
 }
 
 async function open(id) {
@@ -152,6 +167,9 @@ async function open(id) {
   rows = []; clients = []; state = {}; pinned = false; all = false;
   others.delete(id);
   const path = `api/runs/${encodeURIComponent(id)}`;
+  about = { name: id };
+  $("clients").replaceChildren();
+  showStatus();
   const [told, first] = await Promise.all([get(path), get(`${path}/rows`)]);
   if (run !== id) return;
   about = told; rows = first.rows; state = first.state;
@@ -163,30 +181,46 @@ async function open(id) {
 
 function follow(path) {
   // The browser sends the last id again when it reconnects; a closed stream is begun anew by hand.
-  stream = new EventSource(`${path}/events?after=${rows.length ? rows.at(-1).round : 0}`);
-  const mine = stream;
+  // Runs that have ended say nothing more, and a browser has few connections for its tabs.
+  if (FINAL.includes(state.status) || document.hidden) { stream = null; return; }
+  stream = new EventSource(`${path}/events?after=${state.epoch}.${rows.length ? rows.at(-1).round : 0}`);
+  const mine = stream, id = run;
   stream.addEventListener("round", (event) => {
-    const row = JSON.parse(event.data);
-    // A run that is resumed closes the same rounds again.
-    while (rows.length && rows.at(-1).round >= row.round) rows.pop();
-    rows.push(row);
+    rows.push(JSON.parse(event.data));
     later();
   });
-  stream.addEventListener("state", (event) => { state = JSON.parse(event.data); later(); });
+  // What was told so far is of another run by this name, or of a part that is run again.
+  stream.addEventListener("reset", () => { rows = []; clients = []; reload(path); later(); });
+  stream.addEventListener("state", (event) => {
+    const before = state.engine;
+    state = JSON.parse(event.data);
+    if (state.engine !== before) showConfiguration();
+    if (FINAL.includes(state.status)) mine.close();
+    later();
+  });
   stream.onopen = () => { say(""); showStatus(); };
   stream.onerror = () => {
-    if (mine !== stream) return;
-    // A server that has finished its federation leaves; nothing more will come.
-    if (state.status !== "finished") pill("reconnecting", "bad");
+    if (mine !== stream || FINAL.includes(state.status)) return;
+    pill("reconnecting", "bad");
     if (stream.readyState === EventSource.CLOSED) {
       setTimeout(async () => {
         if (mine !== stream) return;
-        try { await get("api/runs"); follow(path); } catch (error) {
-          if (!(error instanceof Refused && [401, 403].includes(error.status))) mine.onerror();
+        try {
+          await get(path);
+          if (mine === stream && run === id) follow(path);
+        } catch (error) {
+          if (!(error instanceof Refused)) throw error;
+          if (error.status === 401) return;
+          if (error.status) say(error.message);
+          mine.onerror();
         }
       }, 1500);
     }
   };
+}
+
+async function reload(path) {
+  try { about = await get(path); showConfiguration(); } catch (error) { if (!(error instanceof Refused)) throw error; }
 }
 
 let loaded = 0, loading = null;
@@ -221,7 +255,7 @@ function showStatus() {
   document.title = `${about.name ?? "atoll"} · atoll`;
   const kinds = { running: "live", finished: "good", interrupted: "bad", stopped: "bad", failed: "bad" };
   const named = state.phase ? `${state.status}: ${words(state.phase)}` : state.status ?? "";
-  if (state.status === "finished" || stream?.readyState !== EventSource.CONNECTING) pill(named, kinds[state.status] ?? "");
+  if (FINAL.includes(state.status) || stream?.readyState !== EventSource.CONNECTING) pill(named, kinds[state.status] ?? "");
   const done = rows.length ? rows.at(-1).round : 0, total = Math.max(state.total ?? 0, done);
   $("bar").max = total || 1;
   $("bar").value = done;
@@ -243,6 +277,11 @@ function mainMetric(names) {
   return ["accuracy", "loss", "train_loss"].find((name) => names.includes(name)) ?? names[0];
 }
 
+// The first round in which a metric was taken and was no number, as when training diverges.
+function notFinite(name, of = rows) {
+  return of.find((row) => row.metrics?.[name] === null || row.measurements?.[name] === null)?.round;
+}
+
 function latest(name) {
   for (let place = rows.length - 1; place >= 0; place--) {
     const found = value(rows[place], name);
@@ -257,14 +296,15 @@ function showTiles() {
     element("dd", {}, text, small ? element("small", { textContent: ` ${small}` }) : "")));
   if (main) {
     const [now, round] = latest(main);
-    tile(words(main), figure(now), `round ${round}`);
+    const lost = notFinite(main);
+    tile(words(main), lost ? "not finite" : figure(now), lost ? `since round ${lost}` : `round ${round}`);
     const taken = rows.map((row) => [value(row, main), row.round]).filter(([found]) => found != null);
-    if (taken.length) {
-      const best = taken.reduce((a, b) => ((HIGHER.has(main) ? b[0] > a[0] : b[0] < a[0]) ? b : a));
+    if (taken.length && (higher(main) || lower(main))) {
+      const best = taken.reduce((a, b) => ((higher(main) ? b[0] > a[0] : b[0] < a[0]) ? b : a));
       tile(`best ${words(main)}`, figure(best[0]), `round ${best[1]}`);
     }
   }
-  for (const name of ["loss", "accuracy"]) if (name !== main && names.includes(name)) tile(name, figure(latest(name)[0]));
+  for (const name of ["loss", "accuracy"]) if (name !== main && names.includes(name)) tile(name, notFinite(name) ? "not finite" : figure(latest(name)[0]));
   const total = (name) => rows.reduce((sum, row) => sum + (row[name] ?? 0), 0);
   tile("sent by clients", bytes(total("up")));
   tile("received by clients", rows.some((row) => row.down != null) ? bytes(total("down")) : "–");
@@ -273,8 +313,8 @@ function showTiles() {
   const missing = rows.reduce((sum, row) => sum + Math.max(0, (row.invited ?? 0) - (row.accepted ?? 0)), 0);
   tile("updates averaged", figure(total("accepted")), missing ? `${figure(missing)} were missed` : "");
   const epsilon = names.find((name) => /(^|_)epsilon$/.test(name));
-  if (epsilon) tile("privacy spent, ε", figure(latest(epsilon)[0]), state.budget ? `of ${figure(state.budget)}` : "");
-  if (state.sites != null) tile("sites", figure(state.sites), state.at_work?.length ? `${state.at_work.length} at work` : "");
+  if (epsilon) tile("privacy spent, ε", figure(latest(epsilon)[0]));
+  if (state.sites != null) tile("sites", figure(state.sites), state.at_work ? `${state.at_work} at work` : "");
   fill($("tiles"), tiles);
 }
 
@@ -326,10 +366,13 @@ function showLearning() {
   const names = metricNames();
   const metric = names.includes($("metric").value) ? $("metric").value : mainMetric(names);
   options($("metric"), names, metric);
-  const against = $("against").value;
+  const timed = rows.some((row) => row.clock);
+  $("against").querySelector("[value=clock]").hidden = !timed;
+  const against = $("against").value === "clock" && !timed ? "round" : $("against").value;
   const labels = { round: "round", bytes: "communication, MB", seconds: "seconds", clock: "simulated seconds" };
   if (!metric) { draw("learning-chart", [[]], [], { empty: "No round has closed yet." }); return; }
-  const taken = rows.filter((row) => value(row, metric) != null);
+  // With what is not finite, as a gap: the axis goes on to where the run is.
+  const taken = rows.filter((row) => metric in (row.metrics ?? {}) || metric in (row.measurements ?? {}));
   // Places first: what is spent in rounds without an evaluation is spent all the same.
   const along = places(rows, against);
   const at = new Map(rows.map((row, number) => [row.round, along[number]]));
@@ -358,7 +401,8 @@ function showLearning() {
   }
   draw("learning-chart", tables.length > 1 ? uPlot.join(tables) : tables[0], series, { x: labels[against], bands });
   const [now, round] = latest(metric);
-  const text = `${words(metric)}: ${figure(now)} in round ${round}`;
+  const lost = notFinite(metric);
+  const text = `${words(metric)}: ${figure(now)} in round ${round}${lost ? `, and no finite number since round ${lost}` : ""}`;
   $("learning-chart").setAttribute("aria-label", `Curve of ${text}`);
   $("learning-hint").textContent = banded ? `${text}. The band is one standard deviation (σ) around the mean over clients.` : `${text}.`;
 }
@@ -401,7 +445,7 @@ function showSpread() {
   const metric = names.includes($("spread-metric").value) ? $("spread-metric").value : mainMetric(names);
   options($("spread-metric"), names, metric);
   const found = clients.map((client) => client.metrics?.[metric]).filter((each) => each != null);
-  found.sort((a, b) => (HIGHER.has(metric) ? a - b : b - a));
+  found.sort((a, b) => (higher(metric) ? a - b : b - a));
   draw("spread-chart", [found.map((_, place) => place + 1), found],
     [{ label: words(metric ?? ""), stroke: colour("--accent"), fill: colour("--band"), paths: uPlot.paths.bars({ size: [0.9, 60] }), points: { show: false } }],
     { x: "clients, worst first", empty: "Clients were not evaluated one by one.", range: (_, low, high) => [low - 0.7, high + 0.7], zero: true });
@@ -495,9 +539,11 @@ function showClients() {
 }
 
 function showFailures() {
-  const found = state.failures ?? [];
+  const found = [...(state.failures ?? [])];
+  const lost = ["loss", "train_loss"].map((name) => notFinite(name)).find((each) => each);
+  if (lost) found.push({ round: lost, text: "the loss is not a finite number: training diverges" });
   const lines = found.slice().reverse().map((each) => element("li", { textContent: each.round ? `round ${each.round}: ${each.text}` : each.text }));
-  if ((state.failed ?? 0) > found.length) lines.push(element("li", { textContent: `and ${state.failed - found.length} before these` }));
+  if ((state.failed ?? 0) > (state.failures?.length ?? 0)) lines.push(element("li", { textContent: `and ${state.failed - state.failures.length} before these` }));
   fill($("failures"), lines.length ? lines : [element("li", { textContent: "Nothing so far." })]);
 }
 
@@ -538,8 +584,15 @@ async function compare(id, wanted) {
   if (!wanted) others.delete(id);
   else {
     const path = `api/runs/${encodeURIComponent(id)}`;
-    const [told, found] = await Promise.all([get(path), get(`${path}/rows`)]);
-    others.set(id, { about: told, ...found });
+    try {
+      const [told, found] = await Promise.all([get(path), get(`${path}/rows`)]);
+      others.set(id, { about: told, ...found });
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      say(`${id} cannot be compared: ${error.message}`);
+      showOthers();
+      return;
+    }
   }
   showLearning();
   showDifferences();
@@ -551,13 +604,13 @@ function showDifferences() {
   const settings = columns.map(([, told]) => flat(told.configuration));
   const names = [...new Set(settings.flatMap((each) => Object.keys(each)))];
   const metric = $("metric").value;
-  const last = (of) => of.map((row) => value(row, metric)).filter((each) => each != null).at(-1);
+  const last = (of) => (notFinite(metric, of) ? null : of.map((row) => value(row, metric)).filter((each) => each != null).at(-1));
   const lines = [[words(metric), ...columns.map(([, , of]) => figure(last(of)))],
     ["rounds", ...columns.map(([, , of]) => figure(of.length))],
     ["sent by clients", ...columns.map(([, , of]) => bytes(of.reduce((sum, row) => sum + (row.up ?? 0), 0)))]];
   for (const name of names) {
     const found = settings.map((each) => each[name] ?? "–");
-    if (new Set(found).size > 1 && !name.endsWith("digest")) lines.push([name, ...found]);
+    if (new Set(found).size > 1 && !name.endsWith("layout.digest")) lines.push([name, ...found]);
   }
   pairs($("differences"), ["", ...columns.map(([name]) => name)], lines);
 }
@@ -567,7 +620,13 @@ function showDifferences() {
 $("metric").onchange = () => { showLearning(); showDifferences(); };
 $("against").onchange = showLearning;
 $("spread-metric").onchange = showSpread;
-$("run").onchange = () => { history.replaceState(null, "", `?run=${encodeURIComponent($("run").value)}`); open($("run").value); };
+$("run").onchange = () => { history.replaceState(null, "", `?run=${encodeURIComponent($("run").value)}`); chooseRun(); };
+async function chooseRun() {
+  try { say(""); await open($("run").value); } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    if (error.status !== 401) { say(error.message || "the server cannot be reached"); pill("not shown", "bad"); }
+  }
+}
 $("slider").oninput = () => choose(Number($("slider").value));
 $("round").onchange = () => choose(Number($("round").value));
 $("find").oninput = showClients;
@@ -586,7 +645,24 @@ let resizing;
 addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(redraw, 150); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 addEventListener("hashchange", () => { if (location.hash.length > 20) enter(location.hash.slice(1)); });
-setInterval(() => { if (clients.some((each) => each.seen)) loadClients(); }, 5000);
+setInterval(async () => {
+  if (shutOut || document.hidden || !run) return;
+  if (clients.some((each) => each.seen) && !FINAL.includes(state.status)) loadClients();
+  try {
+    await look();
+    // A run that had ended may have been resumed.
+    if (!stream && runs.find((each) => each.id === run)?.status === "running") {
+      state.status = "running";
+      follow(`api/runs/${encodeURIComponent(run)}`);
+    }
+    // Runs to compare with may be going on too.
+    for (const [id, other] of others) if (other.state.status === "running") compare(id, true);
+  } catch (error) { if (!(error instanceof Refused)) throw error; }
+}, 5000);
+document.addEventListener("visibilitychange", () => {
+  // A hidden tab needs no connection; what it missed comes when it is looked at again.
+  if (document.hidden) { stream?.close(); stream = null; } else if (run && !shutOut) follow(`api/runs/${encodeURIComponent(run)}`);
+});
 
 if (location.hash.length > 20) enter(location.hash.slice(1));
 else begin();
