@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from atoll import data, testing
+from atoll.keys import Key
 from atoll.learners import NumpyLearner
 from atoll.testing import LEARNER_CHECKS
 
@@ -189,6 +190,63 @@ def test_keras(backend):
     assert "all good" in done.stdout, done.stderr[-3000:]
 
 
+def jax_layers():
+    from atoll.learners.jax import pure
+
+    def start(key):
+        return {"w": np.full((8, 3), 0.1), "b": np.zeros(3)}
+
+    return pure(start, lambda params, x: x @ params["w"] + params["b"])
+
+
+def test_optax_sees_the_models_tree(clients):
+    """Against optax on the tree: decay of matrices alone, and a rate that it keeps in its state."""
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+    from functools import partial
+
+    from atoll.learners import Assignment
+    from atoll.learners.jax import JaxLearner
+
+    def masked(params):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    kinds = (
+        partial(optax.adamw, weight_decay=0.5, mask=masked), optax.lamb,
+        lambda lr: optax.inject_hyperparams(optax.sgd)(learning_rate=lr),
+    )  # fmt: skip
+    for make in kinds:
+        learner = JaxLearner(jax_layers(), lr=0.05, batch_size=None, steps=3, optimizer=make)
+        model, held = learner.init(Key(0)), clients.train(0)
+        local = learner.train(model, held, Assignment(1, Key(0)))
+        x, y = held.all()
+        params = jax_layers().initial(None)
+        params = {name: jax.numpy.asarray(value, "float32") for name, value in params.items()}
+
+        def loss(params, x=x, y=y):
+            logits = x @ params["w"] + params["b"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        optimizer = make(0.05)
+        state = optimizer.init(params)
+        for _ in range(3):
+            change, state = optimizer.update(jax.grad(loss)(params), state, params)
+            params = optax.apply_updates(params, change)
+        arrays = learner.layout.unpack({"params": np.asarray(local.params)})
+        for name, value in params.items():
+            np.testing.assert_allclose(arrays[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_models_whose_rows_mix_are_refused(clients):
+    pytest.importorskip("jax")
+    from atoll.errors import DataError
+    from atoll.learners.jax import JaxLearner, pure
+
+    mixing = pure(softmax_start, lambda params, x: softmax(params, x - x.mean(axis=0)))
+    with pytest.raises(DataError, match="depends on what else is in its batch"):
+        JaxLearner(mixing, lr=0.1).check(clients)
+
+
 class Doubling(NumpyLearner):
     """Gives twice the gradient."""
 
@@ -241,9 +299,48 @@ class Forgetful(NumpyLearner):
         return local
 
 
+class Tidy(NumpyLearner):
+    """Takes examples in their order, whatever the key, and says that it saw one."""
+
+    def train(self, model, examples, assignment, correction=None):
+        from dataclasses import replace
+
+        fixed = type(assignment)(assignment.round, Key(0), assignment.fraction)
+        return replace(super().train(model, examples, fixed, correction), seen=1)
+
+
+class Greedy(NumpyLearner):
+    """Trains on everybody's rows, at the first round's rate, without the limit of the norm."""
+
+    def train(self, model, examples, assignment, correction=None):
+        from dataclasses import replace
+
+        free = replace(self, max_gradient_norm=None)
+        everyone = type(examples)(examples.x, examples.y)
+        first = type(assignment)(1, assignment.key, assignment.fraction)
+        return NumpyLearner.train(free, model, everyone, first, correction)
+
+    def evaluate(self, model, examples, task, classes):
+        sums = super().evaluate(model, examples, task, classes)
+        return {**sums, "correct": sums["count"]}
+
+    def fixed(self):
+        return str(np.random.default_rng().random())
+
+
 @pytest.mark.parametrize(
     ("kind", "caught"),
     [
+        (Tidy, {"the_local_loop_is_as_documented", "keys_are_what_draws"}),
+        (
+            Greedy,
+            {
+                "other_peoples_rows_do_not_matter",
+                "predictions_are_scored",
+                "identities_are_steady",
+                "the_local_loop_is_as_documented",
+            },
+        ),
         (Doubling, {"gradients_are_slopes", "one_step_is_down_the_gradient"}),
         (Careless, {"init_fits_the_layout_and_the_seed", "training_leaves_the_model_alone"}),
         (Deaf, {"corrections_are_obeyed", "work_is_counted"}),

@@ -422,7 +422,7 @@ def test_wandb_offline(blobs, federation, tmp_path):
     for written in wandb_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(written)
-        for item in record.history.item:
+        for item in (*record.history.item, *record.request.partial_history.item):
             if (item.key or "/".join(item.nested_key)) == "accuracy":
                 logged.append(float(item.value_json))
     assert logged == pytest.approx(run.series("accuracy")[1])

@@ -27,10 +27,12 @@ from atoll.data.examples import Examples, joined
 from atoll.data.federated import FederatedData
 from atoll.errors import DataError
 from atoll.federation import Federation
-from atoll.keys import Key
-from atoll.learners.base import Affine, Assignment, Learner, Local
+from atoll.keys import Key, permutations
+from atoll.learners.base import Affine, Assignment, GradientLearner, Learner, Local
 from atoll.learners.metrics import figures
+from atoll.learners.rates import Exponential, rate_at
 from atoll.rounds.schedules import Synchronous
+from atoll.tracking.describe import describe
 from atoll.vectors import Vectors
 
 Check = Callable[[Learner, FederatedData], None]
@@ -100,7 +102,7 @@ def work_is_counted(learner: Learner, clients: FederatedData) -> None:
         assert local.seen > 0, "Local.seen counts the examples gone over"
         if learner.gives_gradients:
             assert np.isfinite(float(local.loss)), "Local.loss is the mean training loss"
-            lr = float(learner.lr)  # type: ignore[attr-defined]
+            lr = rate_at(learner.lr, 1)  # type: ignore[attr-defined]
             assert abs(float(local.path) - wanted * lr) < 1e-6 * wanted, "path is steps x lr"
 
 
@@ -141,7 +143,7 @@ def one_step_is_down_the_gradient(learner: Learner, clients: FederatedData) -> N
     if _draws(whole, model, examples):
         return
     local = whole.train(model, examples, _assignment(0))
-    wanted = model["params"] - float(whole.lr) * _gradient(whole, model, examples)  # type: ignore[attr-defined]
+    wanted = model["params"] - rate_at(whole.lr, 1) * _gradient(whole, model, examples)  # type: ignore[attr-defined]
     _near(_params(whole, local), wanted, "one step from params - lr * gradient")
 
 
@@ -208,7 +210,9 @@ def evaluations_add_up(learner: Learner, clients: FederatedData) -> None:
     for name, value in whole.items():
         total = sum(np.asarray(one[name]) for one in each)
         _near(value, total, f"{name} of everything from the sum over parts", 1e-3)
-    assert whole["count"] == sum(len(p) * (p.y[0].size if task == "tokens" else 1) for p in parts)
+    assert whole["count"] in (
+        sum(len(part) for part in parts), sum(part.y[:1].size * len(part) for part in parts)
+    ), "count is how many labels, tokens or values there are"  # fmt: skip
 
 
 def runs_learn_and_repeat(learner: Learner, clients: FederatedData) -> None:
@@ -227,6 +231,87 @@ def runs_learn_and_repeat(learner: Learner, clients: FederatedData) -> None:
     _near(alone.model["params"], run.model["params"], "one client at a time from the default", 1e-3)
 
 
+def the_local_loop_is_as_documented(learner: Learner, clients: FederatedData) -> None:
+    """Plain SGD goes over the client's own examples in the order that the key draws, in batches of
+    `batch_size`, `epochs` times, clipped to `max_gradient_norm`, at the rate of the round."""
+    if not isinstance(learner, GradientLearner) or not learner.plain_sgd:
+        return
+    examples = clients.train(0)
+    plan = replace(
+        learner, lr=Exponential(0.05, 0.5), batch_size=max(learner.smallest_batch, 5), epochs=2,
+        steps=None, max_gradient_norm=0.5,
+    )  # fmt: skip
+    model = plan.init(Key(5))
+    if set(model) != {"params"} or _draws(plan, model, examples):
+        return
+    for round in (1, 2):
+        assignment = Assignment(round, Key(6).fold("work", round))
+        local = plan.train(model, examples, assignment)
+        count, size = len(examples), plan.batch_size or len(examples)
+        params = model["params"].astype(np.float64)
+        seen = 0
+        words = [assignment.key.fold("batches").integer()]
+        for order in permutations(words, count, 2)[0]:
+            for start in range(0, count, size):
+                x, y = examples.take(order[start : start + size])
+                batch = Examples(x, y)
+                at = {"params": params.astype(np.float32)}
+                gradient = _gradient(plan, at, batch)
+                gradient *= min(1.0, 0.5 / max(float(np.linalg.norm(gradient)), 1e-12))
+                params = params - 0.05 * 0.5 ** (round - 1) * gradient
+                seen += len(y)
+        _near(_params(plan, local), params, f"round {round} from the loop as documented", 1e-3)
+        assert int(local.seen) == seen, f"seen is {local.seen}, but {seen} examples were gone over"
+
+
+def other_peoples_rows_do_not_matter(learner: Learner, clients: FederatedData) -> None:
+    """A client's training depends on its own examples and on nobody else's."""
+    examples = clients.train(0)
+    model, rows = learner.init(Key(0)), examples.rows
+    if rows is None:
+        return
+    others = np.setdiff1d(np.arange(len(examples.x)), rows)
+    x, y = examples.x.copy(), examples.y.copy()
+    x[others], y[others] = x[others][::-1], y[others][::-1]
+    first = learner.train(model, examples, _assignment(0))
+    second = learner.train(model, Examples(x, y, rows), _assignment(0))
+    _near(_params(learner, second), _params(learner, first), "training beside other examples", 1e-6)
+
+
+def keys_are_what_draws(learner: Learner, clients: FederatedData) -> None:
+    """Another key is another order of the examples, where there is more than one batch."""
+    if not isinstance(learner, GradientLearner):
+        return
+    plan = replace(learner, batch_size=max(learner.smallest_batch, 4), steps=None)
+    examples, model = clients.train(0), plan.init(Key(0))
+    one, other = (
+        _params(plan, plan.train(model, examples, Assignment(1, Key(seed)))) for seed in (0, 1)
+    )
+    assert not np.array_equal(one, other), "two keys drew the same batches in the same order"
+
+
+def identities_are_steady(learner: Learner, clients: FederatedData) -> None:
+    """What makes two runs the same is the same when it is asked again."""
+    assert describe(learner) == describe(learner), "the description changes from call to call"
+
+
+def predictions_are_scored(learner: Learner, clients: FederatedData) -> None:
+    """Accuracy changes when labels do: right and wrong labels cannot both be right."""
+    if clients.task != "classification":
+        return
+    model, examples = learner.init(Key(0)), clients.all_train()
+    x, y = examples.all()
+    scores = [
+        float(
+            learner.evaluate(model, Examples(x, labels), clients.task, clients.classes)["correct"]
+        )
+        for labels in (
+            (y + shift) % (clients.classes or 2) for shift in range(clients.classes or 2)
+        )
+    ]
+    assert sum(scores) == len(y), f"over all ways to label, {sum(scores)} of {len(y)} are right"
+
+
 #: Every check; each takes a learner and a small population that it fits.
 LEARNER_CHECKS: tuple[Check, ...] = (
     init_fits_the_layout_and_the_seed,
@@ -239,6 +324,11 @@ LEARNER_CHECKS: tuple[Check, ...] = (
     corrections_are_obeyed,
     stacks_are_their_clients,
     evaluations_add_up,
+    the_local_loop_is_as_documented,
+    other_peoples_rows_do_not_matter,
+    keys_are_what_draws,
+    identities_are_steady,
+    predictions_are_scored,
     runs_learn_and_repeat,
 )
 

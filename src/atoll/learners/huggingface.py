@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from atoll.errors import ConfigurationError, require
 from atoll.learners.torch import TorchLearner
@@ -34,7 +38,7 @@ def HuggingFaceLearner(  # noqa: N802
         settings: of `TorchLearner`, e.g. lr, optimizer, batch_size.
     """
     require("transformers", "atoll[huggingface]", "HuggingFaceLearner")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     token = getattr(config, "pad_token_id", None) if pad is None else pad
     if not isinstance(model, nn.Module) or config is None:
         raise ConfigurationError(
@@ -42,7 +46,25 @@ def HuggingFaceLearner(  # noqa: N802
         )
     if token is None:
         raise ConfigurationError("the model does not say which token pads; give pad=...")
+    if config.pad_token_id is None:
+        config.pad_token_id = int(token)  # classification heads look for it there
+    adapter = getattr(model, "active_peft_config", None)
+    writes = f"{type(model).__name__} {getattr(adapter, 'task_type', '')}".lower()
+    if "causal" in writes:
+        settings.setdefault("loss", NextTokens(int(token)))
     return TorchLearner(Tokens(model, int(token)), weights=weights, **settings)
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """The mean loss over tokens that are not padding."""
+
+    pad: int
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            outputs.flatten(0, -2), targets.flatten(), ignore_index=self.pad
+        )
 
 
 class Tokens(nn.Module):
@@ -59,11 +81,30 @@ class Tokens(nn.Module):
         return found
 
     def __repr__(self) -> str:
-        # The whole of it is long, and of no use to whoever compares runs.
-        inner = getattr(self.model, "peft_config", None)
-        adapter = f", {next(iter(inner.values()))}" if inner else ""
+        # The whole of it is long; a digest tells models apart, the same in every process.
+        adapters = getattr(self.model, "peft_config", None) or {}
+        told = [_digest(self.model.config), *(f"{n} {_digest(a)}" for n, a in adapters.items())]
+        adapter = f", {', '.join(told)}"
         kind = getattr(self.model.config, "model_type", "")
         return f"{type(self.model).__name__}({kind}{adapter})"
+
+
+def _digest(config: Any) -> str:
+    """A digest of a configuration, whatever the order in which sets are read."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): plain(each) for name, each in value.items()}
+        if isinstance(value, set | frozenset):
+            return sorted(map(str, value))
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return value if isinstance(value, int | float | str | bool) or value is None else str(value)
+
+    found = plain(config.to_dict())
+    found.pop("_name_or_path", None)
+    found.pop("base_model_name_or_path", None)  # where it lay, which differs from site to site
+    return sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def tokens(tokenizer: Any, texts: Sequence[str], length: int) -> NDArray[np.int64]:

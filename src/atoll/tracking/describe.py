@@ -11,6 +11,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atoll.aggregation.pipeline import Pipeline
 from atoll.learners.base import Learner
@@ -32,8 +33,9 @@ def describe(value: Any) -> Any:
         return plain
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
-        return f"array {value.dtype}{list(value.shape)} {sha256(value.tobytes()).hexdigest()[:16]}"
+    array = _array(value)
+    if array is not None:
+        return f"array {array.dtype}{list(array.shape)} {sha256(array.tobytes()).hexdigest()[:16]}"
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -81,8 +83,33 @@ def digest(plain: Any) -> str:
 def _code_digest(function: FunctionType) -> str:
     """Tells functions of one name apart, as lambdas are: by their code and what they close over."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    simple = [c if isinstance(c, bool | int | float | str) else type(c).__name__ for c in cells]
+    cells += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    simple = [_told(cell) for cell in cells]
     return sha256(repr((_code(function.__code__), simple)).encode()).hexdigest()[:16]
+
+
+def _told(value: Any) -> Any:
+    """What a function closes over: numbers, texts and arrays by their values, others by kind."""
+    if isinstance(value, bool | int | float | str) or value is None:
+        return value
+    if isinstance(value, FunctionType):
+        return _code_digest(value)
+    if isinstance(value, list | tuple):
+        return [_told(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): _told(each) for name, each in value.items()}
+    array = _array(value)
+    return type(value).__name__ if array is None else describe(array)
+
+
+def _array(value: Any) -> NDArray[Any] | None:
+    """Any framework's array as NumPy's; None for what is none."""
+    if isinstance(value, type) or not hasattr(value, "__array__") or not hasattr(value, "shape"):
+        return None
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _code(code: CodeType) -> tuple[Any, ...]:

@@ -64,9 +64,11 @@ class Loop:
         norm = jnp.linalg.norm(gradient)
         return gradient * jnp.minimum(1.0, self.max_norm / jnp.maximum(norm, 1e-12))
 
-    def begin(self, flat: jax.Array) -> Any:
+    def begin(self, flat: jax.Array, lr: Any) -> Any:
         """The optimiser's state at the start of a client's work."""
-        return () if self.optimizer is None else self.optimizer(1.0).init(flat)
+        if self.optimizer is None:
+            return ()
+        return self.optimizer(lr).init(self.variables.tree(flat))
 
     def step(
         self, flat: jax.Array, direction: jax.Array, memory: Any, lr: Any
@@ -74,8 +76,10 @@ class Loop:
         """How far to move along minus `direction` [P], and the optimiser's new state."""
         if self.optimizer is None:
             return -lr * direction, memory
-        change, memory = self.optimizer(lr).update(direction, memory, flat)
-        return change, memory
+        # As the model's tree: optimisers may tell matrices from biases, or names from names.
+        tree = self.variables.tree
+        change, memory = self.optimizer(lr).update(tree(direction), memory, tree(flat))
+        return self.variables.flat(change), memory
 
     def run(
         self,
@@ -108,7 +112,8 @@ class Loop:
             going = real > 0
             return flat + jnp.where(going, change, 0), memory, total + jnp.where(going, loss, 0)
 
-        flat, _, total = jax.lax.fori_loop(0, steps, body, (flat, self.begin(flat), jnp.zeros(())))
+        start = flat, self.begin(flat, lr), jnp.zeros((), jnp.float32)
+        flat, _, total = jax.lax.fori_loop(0, steps, body, start)
         return flat, total
 
     def cohort(self, params: int | None, constant: int | None, corrected: bool) -> Any:
@@ -158,7 +163,8 @@ def train_cohort(
     state = loop.variables.state_of(model)
     if correction is None or isinstance(correction, Affine):
         affine = correction or Affine()
-        constant = jnp.zeros(()) if affine.constant is None else jnp.asarray(affine.constant)
+        given = 0.0 if affine.constant is None else affine.constant
+        constant = jnp.asarray(given, jnp.float32)
         run = loop.cohort(
             0 if flat.ndim == 2 else None, 0 if constant.ndim == 2 else None,
             correction is not None,
@@ -201,7 +207,7 @@ def _stepwise(
     flat = jnp.broadcast_to(flat, (clients, flat.shape[-1]))
     gradient = loop.jitted("gradient", (0, None, 0, 0, 0, 0))
     clipped, step = loop.jitted("clipped", (0,)), loop.jitted("step", (0, 0, 0, None))
-    memory = jax.vmap(loop.begin)(flat)
+    memory = jax.vmap(loop.begin, in_axes=(0, None))(flat, lr)
     total = jnp.zeros(clients)
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     for number in range(rows.shape[1]):

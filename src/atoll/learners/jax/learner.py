@@ -207,14 +207,21 @@ class JaxLearner(GradientLearner):
         most = min(sum(len(part) for part in parts), 64 if task == "tokens" else 1024)
 
         def outputs_of(x: NDArray[Any]) -> NDArray[Any]:
-            filled = np.concatenate([x, np.repeat(x[:1], rounded(len(x)) - len(x), axis=0)])
+            filled = _padded(x, rounded(len(x)))
             return np.asarray(self._forward(params, state, filled))[: len(x)]
 
         def sums_of(outputs: NDArray[Any], y: NDArray[Any]) -> Sums:
-            loss = float(self._loss(jnp.asarray(outputs), jnp.asarray(y)).mean())
+            # In one of a few shapes too: every client would be compiled for otherwise.
+            size = rounded(len(y))
+            losses = self._jitted_loss(_padded(outputs, size), _padded(y, size))
+            loss = float(np.asarray(losses)[: len(y)].mean())
             return sums_of_outputs(outputs.astype(np.float32), y, loss, task, classes)
 
         return sums_of_parts(parts, most, outputs_of, sums_of)
+
+    @cached_property
+    def _jitted_loss(self) -> Any:
+        return jax.jit(self._loss)
 
     @cached_property
     def _forward(self) -> Any:
@@ -246,16 +253,45 @@ class JaxLearner(GradientLearner):
                 f"the loss gives shape {list(losses.shape)} for {len(x)} examples; it must give "
                 "the loss of each example, without a mean over them"
             )
+        self._check_rows(data, model)
         binary = self.loss == "binary_cross_entropy"
         if binary and data.classes != 2:
             raise DataError(
                 f"loss 'binary_cross_entropy' is for two classes; {data.name} has {data.classes}"
             )
+        # A loss of people's own may take one logit for two classes.
+        binary |= not isinstance(self.loss, str) and data.classes == 2 and outputs.shape[-1] == 1
         if data.classes and not binary and outputs.shape[-1] != data.classes:
             raise DataError(
                 f"{data.name} has {data.classes} classes, but the model gives "
                 f"{outputs.shape[-1]} outputs"
             )
+
+    def _check_rows(self, data: FederatedData, model: Vectors) -> None:
+        """Raise unless what an example comes to is the same whatever stands beside it."""
+        if self._stateful:
+            return
+        few = data.all_train()
+        x, y = few.take(np.arange(min(8, len(few))))
+        if len(x) < 2:
+            return
+        state = self._variables.state_of(model)
+        losses = []
+        for size in (len(x), len(x) // 2):
+            outputs = self._forward(model["params"], state, x[:size])
+            losses.append(np.asarray(self._loss(outputs, jnp.asarray(y[:size]))))
+        whole, part = losses[0][: len(x) // 2], losses[1]
+        if not np.allclose(whole, part, rtol=1e-3, atol=1e-5):
+            raise DataError(
+                "the loss of an example depends on what else is in its batch; JaxLearner fills "
+                "batches up to a few shapes, so a model must treat rows one by one (a statistic of "
+                "the batch belongs in its state, as BatchNorm's does)"
+            )
+
+    @cached_property
+    def smallest_batch(self) -> int:
+        """Statistics of a batch need two rows."""
+        return 2 if self._stateful else 1
 
     def asarray(self, vector: NDArray[Any]) -> Array:
         return jnp.asarray(vector)
@@ -271,7 +307,7 @@ class _Descent:
         self._loop, self._examples, self._exact = loop, examples, exact
         self._state = loop.variables.state_of(model)
         self._key, self._step = stream(key), 0
-        self._memory = loop.begin(self.params)
+        self._memory: Any = None
 
     def gather(self, rows: Rows | slice) -> None:
         self._x, self._y = self._examples.x[rows], self._examples.y[rows]
@@ -288,6 +324,8 @@ class _Descent:
         return gradient, loss
 
     def step(self, direction: Array, lr: float) -> None:
+        if self._memory is None:
+            self._memory = self._loop.begin(self.params, lr)
         change, self._memory = self._loop.jitted("step")(self.params, direction, self._memory, lr)
         self.params = self.params + change
         self._step += 1

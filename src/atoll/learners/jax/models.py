@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from atoll.errors import ConfigurationError, require
 
+#: What Flax modules call the streams that they draw from, beside the one of parameters.
+_STREAMS = ("dropout", "noise", "default", "sample", "random")
 #: Nested dicts and lists of arrays.
 Tree = Any
 
@@ -47,7 +49,8 @@ class pure:  # noqa: N801
     forward: Callable[..., jax.Array]
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        return self.initial(key), {}
+        # NumPy's arrays are of twice the width unless they are told otherwise.
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), self.initial(key)), {}
 
     def apply(
         self, params: Tree, state: Tree, x: jax.Array, key: jax.Array, training: bool
@@ -93,7 +96,7 @@ class linen:  # noqa: N801
         if not training:
             return self.module.apply(variables, x, **self._mode(False)), state
         outputs, changed = self.module.apply(
-            variables, x, rngs={"dropout": key}, mutable=list(state), **self._mode(True)
+            variables, x, rngs=dict.fromkeys(_STREAMS, key), mutable=list(state), **self._mode(True)
         )
         return outputs, {**state, **changed}
 
@@ -125,8 +128,13 @@ class nnx:  # noqa: N801
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
         """What the module is besides its variables: its structure, and its streams of draws."""
-        structure, _, streams, _ = self._split(self._made(0))
+        # Of a module that is made here and now, also when a trace asks first.
+        with jax.ensure_compile_time_eval():
+            structure, _, streams, _ = self._split(self._made(0))
         return structure, streams
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"make": self.make}
 
     def _made(self, key: Any) -> Any:
         from flax import nnx as flax

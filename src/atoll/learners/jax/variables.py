@@ -51,6 +51,10 @@ class Variables:
         entries = [self.layout[name] for name in self.names[0]]
         return jax.tree.unflatten(self.params, [flat[e.slice].reshape(e.shape) for e in entries])
 
+    def flat(self, tree: Tree) -> jax.Array:
+        """A tree like the parameters' as a vector [P]."""
+        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)])
+
     def state_of(self, model: Vectors) -> Tree:
         """Buffers and counters as the model's state."""
         leaves = []
@@ -72,8 +76,8 @@ class Variables:
     def init(self, model: Model, key: Key) -> Vectors:
         """The model's initial variables, drawn from `key`."""
         params, state = model.init(stream(key))
-        flat = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(params)])
-        return {"params": flat, **self.statistics(state)}
+        leaves = [np.asarray(leaf, np.float32).reshape(-1) for leaf in jax.tree.leaves(params)]
+        return {"params": np.concatenate(leaves), **self.statistics(state)}
 
 
 def stream(key: Key) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,14 @@ class Weights:
             if name == "seed_generator_state":
                 found.streams.append(variable)
                 continue
+            # Names that Keras numbers by itself differ from copy to copy.
+            name = re.sub(r"^variable(_\d+)?$", "variable", name)
             full = f"{layers.setdefault(owner, len(layers))}/{name}"
+            known = {*found.trained, *found.averaged, *found.frozen}
+            number = 2
+            while full in known:
+                full = f"{full.partition('#')[0]}#{number}"
+                number += 1
             if id(variable) in trainable:
                 found.trained[full] = variable
             elif id(variable) in freezable:
@@ -48,13 +56,14 @@ class Weights:
                 found.averaged[full] = variable
         return found
 
-    def fixed(self) -> str:
-        """Digest of what does not travel."""
+    def fixed(self, *, everything: bool) -> str:
+        """Digest of what does not travel, or of everything; statistics begin as they are given."""
+        shaping = {**self.frozen, **self.averaged, **(self.trained if everything else {})}
         digest = sha256()
-        for name, variable in self.frozen.items():
+        for name, variable in shaping.items():
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).data)
-        return digest.hexdigest() if self.frozen else ""
+        return digest.hexdigest() if shaping else ""
 
 
 def outputs_checked(model: Any, loss: Any) -> None:
@@ -62,6 +71,8 @@ def outputs_checked(model: Any, loss: Any) -> None:
     if isinstance(loss, str) and loss in ("cross_entropy", "binary_cross_entropy"):
         last = model.layers[-1] if model.layers else None
         activation = getattr(getattr(last, "activation", None), "__name__", "linear")
+        if type(last).__name__ == "Softmax":
+            activation = "softmax"
         if activation in ("softmax", "sigmoid"):
             raise ConfigurationError(
                 f"the model ends in {activation}, but loss {loss!r} takes logits: leave the last "
@@ -77,6 +88,14 @@ def outputs_checked(model: Any, loss: Any) -> None:
                 f"layer {layer.name!r} has a regulariser, which is not part of the local loss "
                 "here; use the weight decay of an optimizer instead"
             )
+        if any(getattr(v, "constraint", None) is not None for v in layer._trainable_variables):
+            raise ConfigurationError(
+                f"layer {layer.name!r} constrains its weights, which the local loop does not do"
+            )
+    if model.losses:
+        raise ConfigurationError(
+            "the model adds losses of its own (add_loss), which are not part of the local loss here"
+        )
 
 
 class OfEach:
@@ -85,6 +104,13 @@ class OfEach:
     def __init__(self, loss: Any) -> None:
         if not isinstance(loss, keras.losses.Loss):
             raise ConfigurationError(f"loss must be a name or a keras.losses.Loss, not {loss!r}")
+        if getattr(loss, "reduction", "sum_over_batch_size") not in (
+            "sum_over_batch_size", "mean", "mean_with_sample_weight",
+        ):  # fmt: skip
+            raise ConfigurationError(
+                "the loss must be a mean over examples, as the local loop takes it; use "
+                "reduction='sum_over_batch_size'"
+            )
         self.loss = loss
 
     def __call__(self, outputs: Any, targets: Any) -> Any:
@@ -97,9 +123,7 @@ class OfEach:
 
 def copied(model: Any) -> Any:
     """A copy of the model with its weights."""
-    fresh = type(model).from_config(model.get_config())
-    if not fresh.built:
-        fresh.build(model.input_shape)
+    fresh = _made_again(model)
     for mine, theirs in zip(fresh.variables, model.variables, strict=True):
         mine.assign(theirs.value)
     return fresh
@@ -108,21 +132,41 @@ def copied(model: Any) -> Any:
 def redrawn(model: Any, seed: int) -> Any:
     """A copy of the model whose initialisers have drawn from `seed`."""
     with _seeded(seed):
+        return _made_again(model)
+
+
+def _made_again(model: Any) -> Any:
+    """The model from its configuration, with weights of its own."""
+    try:
         fresh = type(model).from_config(model.get_config())
         if not fresh.built:
-            fresh.build(model.input_shape)
+            fresh.build_from_config(model.get_build_config())
+        if not fresh.built:
+            raise ValueError("it is not built by its configuration")
+    except Exception as error:
+        raise ConfigurationError(
+            "the Keras model cannot be made again from its configuration, as every client needs "
+            "it: use Sequential or the functional API, register own layers with "
+            "@keras.saving.register_keras_serializable() and give subclassed models a "
+            f"get_config; Keras says: {str(error).splitlines()[0]}"
+        ) from error
     return fresh
 
 
 def architecture(model: Any) -> str:
     """A digest of the configuration, without the names that Keras numbers within a process."""
 
+    # Layers are called by their place wherever they are named: inputs, outputs, connections.
+    known = {layer.name: f"layer {n}" for n, layer in enumerate(model._flatten_layers())}
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items() if k not in ("name", "keras_history")}
+            return {k: plain(v) for k, v in value.items() if k != "name"}
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
-        return value if isinstance(value, int | float | str | bool) or value is None else str(value)
+        if isinstance(value, str):
+            return known.get(value, value)
+        return value if isinstance(value, int | float | bool) or value is None else str(value)
 
     text = json.dumps(plain(model.get_config()), sort_keys=True, default=str)
     return sha256(text.encode()).hexdigest()[:16]

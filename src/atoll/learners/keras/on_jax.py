@@ -31,8 +31,8 @@ class OnJax:
         return OnJax, (self._model, self._start)
 
     def fixed(self) -> str:
-        """Digest of the frozen weights."""
-        return self._weights.fixed()
+        """Digest of the frozen weights, and of the first ones where they are given."""
+        return self._weights.fixed(everything=self._start == "given")
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         source = self._weights
@@ -40,7 +40,8 @@ class OnJax:
             word = int(jax.random.bits(key, dtype=jnp.uint32)) % 2**31
             source = Weights.of(redrawn(self._model, word))
         trained = {name: jnp.asarray(source.trained[name].value) for name in self._weights.trained}
-        averaged = {name: jnp.asarray(v.value) for name, v in source.averaged.items()}
+        # Not drawn anew: what a layer was adapted to, or learned before it was frozen, is given.
+        averaged = {name: jnp.asarray(v.value) for name, v in self._weights.averaged.items()}
         return trained, averaged
 
     def apply(
