@@ -331,6 +331,49 @@ def test_loops_of_their_own_have_rounds_and_can_match_replies():
     assert [record.invited for record in run.history] == [4, 4, 4]
 
 
+def test_secure_aggregation_runs_and_gives_the_mean():
+    from flwr.client import NumPyClient
+    from flwr.client.mod import secaggplus_mod
+    from flwr.clientapp import ClientApp
+    from flwr.common import ndarrays_to_parameters
+    from flwr.server import LegacyContext, ServerConfig
+    from flwr.server.strategy import FedAvg
+    from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+    from flwr.server.workflow.constant import MAIN_PARAMS_RECORD
+    from flwr.serverapp import ServerApp
+
+    class Client(NumPyClient):
+        def __init__(self, partition):
+            self.partition = partition
+
+        def fit(self, parameters, config):
+            return [parameters[0] + self.partition], 1 + self.partition, {}
+
+        def evaluate(self, parameters, config):
+            return 0.0, 1, {}
+
+    client = ClientApp(
+        client_fn=lambda context: Client(context.node_config["partition-id"]).to_client(),
+        mods=[secaggplus_mod],
+    )
+    server, found = ServerApp(), []
+
+    @server.main()
+    def main(grid, context):
+        start = ndarrays_to_parameters([np.zeros(4)])
+        legacy = LegacyContext(
+            context=context, config=ServerConfig(num_rounds=1),
+            strategy=FedAvg(initial_parameters=start),
+        )  # fmt: skip
+        DefaultWorkflow(fit_workflow=SecAggPlusWorkflow(3, 2))(grid, legacy)
+        found.extend(legacy.state[MAIN_PARAMS_RECORD].to_numpy_ndarrays())
+
+    run = run_app(App("secure", server, client, {}, 5))
+    # Weights 1 to 5 of the numbers 0 to 4, to the precision of the protocol's quantisation.
+    np.testing.assert_allclose(found[0], np.full(4, 40 / 15), atol=1e-3)
+    assert (run.history[0].invited, run.history[0].accepted) == (5, 5)
+
+
 REAL = """
 import importlib, sys
 import flwr.simulation
