@@ -121,9 +121,10 @@ def test_whoever_is_revoked_hears_no_more(place):
 
 def test_a_federation_that_fails_says_why(place):
     place.write(schedule="Synchronous(rounds=3, minimum=2, deadline=1.0, attempts=30, pause=1.0)")
-    place.serve("--sites", "1", "--linger", "30")
-    place.join("0", place.invite("0"))
+    place.serve("--sites", "2", "--linger", "30")
     place.until(lambda: ask(place, "/health")[0] == 200, what="the server")
+    analyst(place, "1", role="site")  # which is there, and never delivers
+    place.join("0", place.invite("0"))
     body = json.dumps({"ticket": ticket_of(place)}).encode()
     mine = ask(place, "/page/login", body=body)[1]["set-cookie"].partition(";")[0]
 
