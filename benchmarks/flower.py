@@ -99,10 +99,11 @@ def simulation(name: str, clients: int, rounds: int) -> tuple[float, list[np.nda
 
 
 def ours(name: str, clients: int, rounds: int) -> tuple[float, list[np.ndarray]]:
-    """`atoll flower`, with one process."""
+    """`atoll flower`, with one process, or with two where there is work for Flower's two actors."""
+    workers = ["--workers", "2"] if clients >= 20 else []
     return timed(
         [str(BIN / "atoll"), "flower", str(APPS / name), "--clients", str(clients), "--set",
-         f"num-server-rounds={rounds}"],
+         f"num-server-rounds={rounds}", *workers],
         {},
     )  # fmt: skip
 

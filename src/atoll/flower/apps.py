@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from atoll.errors import AtollError, ConfigurationError
+from atoll.flower.draws import import_torch_for
 
 #: What a run's configuration may hold, as Flower has it.
 Settings = dict[str, bool | float | int | str]
@@ -75,6 +76,7 @@ def read_app(path: str | Path) -> App:
         raise ConfigurationError(
             f"{project} does not say [tool.flwr.app.components] serverapp and clientapp: {error}"
         ) from error
+    import_torch_for(place)
     _leave_others(place.resolve())
     sys.path.insert(0, str(place.resolve()))
     server, client = (_found(reference, place) for reference in references)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -21,7 +22,7 @@ from flwr.clientapp import ClientApp
 
 from atoll.errors import ConfigurationError
 from atoll.flower.apps import App, Settings
-from atoll.flower.draws import seeded
+from atoll.flower.draws import import_torch_for, seeded
 from atoll.keys import Key
 
 #: Flower's code of an error that a ClientApp raised.
@@ -131,6 +132,7 @@ def _begin(place: str, reference: str) -> None:
     global _app  # noqa: PLW0603
     from flwr.supercore.task_identity import TaskIdentity
 
+    import_torch_for(Path(place))
     sys.path.insert(0, place)
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     module, _, names = reference.partition(":")

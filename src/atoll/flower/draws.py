@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from atoll.keys import Key
+
+
+def import_torch_for(folder: Path) -> None:
+    """Import torch if the code below a folder names it, so that its first draw is seeded too.
+
+    An app may import it within a client; torch takes a second, which others need not wait.
+    """
+    if not find_spec("torch"):
+        return
+    for path in folder.rglob("*.py"):
+        if "torch" in path.read_text(encoding="utf-8", errors="ignore"):
+            import_module("torch")
+            return
 
 
 @contextmanager
@@ -20,8 +35,7 @@ def seeded(key: Key) -> Iterator[None]:
 
     An app that seeds them itself gets what it asks for, until it returns.
     """
-    # Also where a client is yet to import it: its first draw is one of these.
-    torch: Any = import_module("torch") if find_spec("torch") else None
+    torch: Any = sys.modules.get("torch")
     before = random.getstate(), np.random.get_state()
     kept = torch.random.get_rng_state() if torch else None
     word = key.integer()
