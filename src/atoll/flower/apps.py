@@ -105,13 +105,18 @@ def _leave_others(place: Path) -> None:
     _places[:] = [place]
 
 
-def _found(reference: str, place: Path) -> Any:
+def loaded(reference: str) -> Any:
+    """What `module:object` names."""
     module, _, names = reference.partition(":")
+    value: Any = import_module(module)
+    for name in names.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _found(reference: str, place: Path) -> Any:
     try:
-        value: Any = import_module(module)
-        for name in names.split("."):
-            value = getattr(value, name)
-        return value
+        return loaded(reference)
     except AtollError:
         raise
     except ModuleNotFoundError as error:

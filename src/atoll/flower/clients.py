@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from atoll.errors import ConfigurationError
-from atoll.flower.apps import App, Settings
+from atoll.flower.apps import App, Settings, loaded
 from atoll.flower.draws import import_torch_for, seeded
 from atoll.keys import Key
 
@@ -135,11 +134,7 @@ def _begin(place: str, reference: str) -> None:
     import_torch_for(Path(place))
     sys.path.insert(0, place)
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-    module, _, names = reference.partition(":")
-    found: Any = import_module(module)
-    for name in names.split("."):
-        found = getattr(found, name)
-    _app = found
+    _app = loaded(reference)
 
 
 def _answered(message: Message, context: Context, key: Key) -> tuple[Message, Context]:

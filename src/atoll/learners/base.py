@@ -301,6 +301,16 @@ class GradientLearner(Learner):
             starts.pop()
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
+    def _epoch(self, count: int) -> list[slice]:
+        """The batches of one pass over so many examples."""
+        return self._cut(count, self.batch_size or count)
+
+    def _asked(self, examples: Sequence[Examples], assignments: Sequence[Assignment]) -> list[int]:
+        """The local steps that are asked of each client."""
+        return [
+            a.steps(self.planned_steps(len(e))) for e, a in zip(examples, assignments, strict=True)
+        ]
+
     def train(
         self,
         model: Vectors,
@@ -330,7 +340,7 @@ class GradientLearner(Learner):
     ) -> Iterator[slice]:
         """Slices of `steps` batches, over a new permutation of the examples in each epoch."""
         count = len(examples)
-        cut = self._cut(count, self.batch_size or count)
+        cut = self._epoch(count)
         for order in permutations([word], count, -(-steps // len(cut)))[0]:
             descent.gather(examples.at(order))
             for batch in cut:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.data.examples import Examples, Rows, Task
+from atoll.data.examples import Examples, Rows, Task, joined
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
 from atoll.keys import Key
@@ -178,17 +178,12 @@ class JaxLearner(GradientLearner):
         *,
         single: bool,
     ) -> Local:
-        steps = [
-            a.steps(self.planned_steps(len(e))) for e, a in zip(examples, assignments, strict=True)
-        ]
-
-        def cut(size: int) -> list[slice]:
-            return self._cut(size, self.batch_size or size)
-
+        steps = self._asked(examples, assignments)
         lr = rate_at(self.lr, assignments[0].round)
         return train_cohort(
-            self._loop, model, examples, assignments, steps, cut, lr, correction, single=single
-        )
+            self._loop, model, examples, assignments, steps, self._epoch, lr, correction,
+            single=single,
+        )  # fmt: skip
 
     @contextmanager
     def descend(self, model: Vectors, examples: Examples, key: Key) -> Iterator[_Descent]:
@@ -271,7 +266,8 @@ class JaxLearner(GradientLearner):
         """Raise unless what an example comes to is the same whatever stands beside it."""
         if self._stateful:
             return
-        few = data.all_train()
+        # Of the first clients: a population may be large, and be made as it is asked for.
+        few = joined([data.train(member) for member in range(min(8, len(data)))])
         x, y = few.take(np.arange(min(8, len(few))))
         if len(x) < 2:
             return

@@ -248,15 +248,9 @@ class TorchLearner(GradientLearner):
         *,
         single: bool,
     ) -> Local:
-        steps = [
-            a.steps(self.planned_steps(len(e))) for e, a in zip(examples, assignments, strict=True)
-        ]
-
-        def cut(size: int) -> list[slice]:
-            return self._cut(size, self.batch_size or size)
-
+        steps = self._asked(examples, assignments)
         return train_cohort(
-            program, self.layout, self._settings, model, examples, assignments, steps, cut,
+            program, self.layout, self._settings, model, examples, assignments, steps, self._epoch,
             correction, single=single,
         )  # fmt: skip
 
