@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from atoll import wire
+from atoll.rounds.message import message_size, pack, unpack
+from atoll.updates import Update
 
 names = st.text(max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable())
 arrays = st.dictionaries(
@@ -31,6 +33,16 @@ def test_round_trip_and_size(vectors, metadata):
     for name, vector in vectors.items():
         assert decoded[name].dtype == vector.dtype
         np.testing.assert_array_equal(decoded[name], vector)
+
+
+@given(st.floats(), st.floats())
+def test_numbers_of_a_message_come_back_exactly_and_its_size_does_not_tell_them(weight, metric):
+    update = Update({"delta": np.zeros(3, np.float32)}, weight, {}, {"train_loss": metric})
+    data = b"".join(pack(update))
+    read = unpack(data)
+    np.testing.assert_array_equal([read.weight, read.metrics["train_loss"]], [weight, metric])
+    plain = Update(update.vectors, 1.0, {}, {"train_loss": 0.0})
+    assert len(data) == message_size(update) == message_size(plain)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\ud800", "\0", "n" * 257])

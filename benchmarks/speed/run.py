@@ -1,10 +1,11 @@
 """The speed suite: atoll, plain loops and rivals on the same work, side by side, in one table.
 
     python benchmarks/speed/run.py --rival flower=~/venvs/flower --rival pfl=~/venvs/pfl \
-        --rival fedjax=~/venvs/fedjax
+        --rival fedjax=~/venvs/fedjax --rival fluke=~/venvs/fluke
 
 A rival is left out, and that is said, where no environment of its own is given (pip install
-'flwr[simulation]==1.41.0', 'pfl[pytorch]==0.6.0' with torch, or 'fedjax==0.0.17'). Contenders take
+'flwr[simulation]==1.41.0', 'pfl[pytorch]==0.6.0', 'fluke-fl==0.8.1', each with torch, or
+'fedjax==0.0.17'). Contenders take
 turns in each of several passes, so that a slow minute of the machine hits all of them: in the first
 at each thread setting, then at their best, of which the table has the median. Losses after
 training must agree, or the row says that they do not.
@@ -31,7 +32,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 #: How far losses after training may lie apart: orders of examples differ.
 AGREE = 0.06
 #: Of each workload, GFLOP in a round (forward and backward products, no first input gradient).
-GFLOP = {"W1": 83.8, "W2": 26.4, "W3": 0.157, "W4": 252.7, "W5": 152.6, "W6": None}
+GFLOP = {"W1": 83.8, "W2": 26.4, "W3": 0.157, "W4": 252.7, "W5": 152.6, "W6": 18.5}
 JAX_WORKLOADS = ("W1", "W2", "W3", "W4")
 OVERHEADS = ("", "prox", "scaffold", "momentum", "clip", "adam")
 
@@ -46,11 +47,10 @@ def contenders(given: argparse.Namespace, workload: str) -> list[tuple[str, str,
     found = [("atoll", here, "ours.py", []), ("atoll", here, "ours.py", ["--variant", "auto"])]
     for name, runner in (("tight loop", "tight.py"), ("tutorial loop", "naive.py")):
         found += [(name, here, runner, ["--threads", threads]) for threads in ("1", "2")]
-    if "pfl" in rivals:
-        found += [
-            ("pfl-research", rivals["pfl"], "pfl_research.py", ["--threads", threads])
-            for threads in ("1", "2")
-        ]
+    loops = (("pfl", "pfl-research", "pfl_research.py"), ("fluke", "fluke", "fluke_runner.py"))
+    for rival, name, runner in loops:
+        if rival in rivals:
+            found += [(name, rivals[rival], runner, ["--threads", each]) for each in ("1", "2")]
     if "fedjax" in rivals and workload in JAX_WORKLOADS:
         found.append(("FedJAX", rivals["fedjax"], "fedjax_runner.py", []))
     if "flower" in rivals:
@@ -91,12 +91,14 @@ def overheads(given: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
             threads = "2" if workload == "W1" else "1"
             chosen.append(("tight loop", sys.executable, "tight.py", ["--threads", threads]))
             own = variant in ("", "momentum", "adam")
-            if own and "pfl" in rivals:
-                python = str(Path(rivals["pfl"]).expanduser() / "bin" / "python")
-                chosen.append(("pfl-research", python, "pfl_research.py", ["--threads", threads]))
-            if own and "fedjax" in rivals:
-                python = str(Path(rivals["fedjax"]).expanduser() / "bin" / "python")
-                chosen.append(("FedJAX", python, "fedjax_runner.py", []))
+            for rival, name, runner, more in (
+                ("pfl", "pfl-research", "pfl_research.py", ["--threads", threads]),
+                ("fluke", "fluke", "fluke_runner.py", ["--threads", threads]),
+                ("fedjax", "FedJAX", "fedjax_runner.py", []),
+            ):
+                if own and rival in rivals:
+                    python = str(Path(rivals[rival]).expanduser() / "bin" / "python")
+                    chosen.append((name, python, runner, more))
             for name, python, runner, more in chosen:
                 figures = measure(python, runner, [workload, *more, "--variant", variant])
                 runs.append({"contender": name, **figures, "variant": variant, "pass": number})
@@ -163,8 +165,7 @@ def table(runs: list[dict[str, Any]], rates: dict[str, float]) -> list[str]:
     for name, (seconds, alike) in sorted(best.items(), key=lambda item: item[1][0]):
         first = statistics.median(r["start_to_round_one"] for r in alike)
         memory = max(r["peak_mb"] for r in alike)
-        flops = GFLOP[workload]
-        share = "-" if flops is None else f"{flops / seconds / max(rates.values()):.0%}"
+        share = f"{GFLOP[workload] / seconds / max(rates.values()):.0%}"
         same = alike[0]["rounds"] == best["tight loop"][1][0]["rounds"]
         differs = same and abs(alike[0]["loss_after"] - reference) > AGREE * max(reference, 1.0)
         loss = f"{alike[0]['loss_after']:.3f}" + (" (differs)" if differs else "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,16 +36,8 @@ class WireError(AtollError):
 
 def header(vectors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
     """Everything that comes before the arrays."""
-    about: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    plan = about | _plan(vectors)
-    text = json.dumps(plan, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _plan(vectors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """Where each array lies and what it is."""
-    plan, offset = {}, 0
+    plan: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name, vector in vectors.items():
         plan[name] = {
             "dtype": NAMES[vector.dtype],
@@ -53,7 +45,9 @@ def _plan(vectors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
             "data_offsets": [offset, offset + vector.nbytes],
         }
         offset += vector.nbytes
-    return plan
+    text = json.dumps(plan, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def encode(
@@ -72,30 +66,6 @@ def encode(
 def size(vectors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> int:
     """How many bytes `encode` would make."""
     return len(header(vectors, metadata or {})) + sum(v.nbytes for v in vectors.values())
-
-
-def sizes(rows: Mapping[str, NDArray[Any]], metadata: Sequence[Mapping[str, str]]) -> list[int]:
-    """How many bytes `encode` would make of each row of the arrays [C, ...] with its metadata."""
-    first = {name: array[0] for name, array in rows.items()}
-    arrays = sum(array.nbytes for array in first.values())
-    # Only the metadata differ: their text is as long as it would be by itself.
-    plain = len(json.dumps(_plan(first), separators=(",", ":")))
-    found = []
-    for each in metadata:
-        text = plain
-        if each:
-            items = sum(
-                len(_quoted(name)) + len(_quoted(value)) + 2 for name, value in each.items()
-            )
-            text += len('"__metadata__":{}') + items - 1 + (1 if first else 0)
-        found.append(8 + text + (-text % ALIGNMENT) + arrays)
-    return found
-
-
-def _quoted(text: str) -> str:
-    """A string as JSON writes it."""
-    plain = text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
-    return f'"{text}"' if plain else json.dumps(text)
 
 
 def decode(data: bytes | memoryview) -> tuple[Vectors, dict[str, str]]:

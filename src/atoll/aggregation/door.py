@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,16 @@ def admit(update: Update, schema: Schema) -> None:
 
 
 def admit_rows(
-    vectors: Vectors, statistics: Vectors, weights: Sequence[float], schema: Schema
+    vectors: Vectors,
+    statistics: Vectors,
+    weights: Sequence[float],
+    schema: Schema,
+    finite: Container[str] = (),
 ) -> list[str]:
-    """Why each of C updates, given as rows [C, ...], is refused; empty for those that pass."""
+    """Why each of C updates, given as rows [C, ...], is refused; empty for those that pass.
+
+    `finite` names those arrays of which it is known that all of their values are.
+    """
     faults = [""] * len(weights)
     try:
         _match("vectors", vectors, schema.vectors)
@@ -55,8 +62,8 @@ def admit_rows(
     arrays = {**vectors, **statistics}
     # A sum is NaN or infinite if anything in it is; it may also overflow, so a row is looked at.
     doubtful = np.zeros(len(weights), bool)
-    for rows in arrays.values():
-        if rows.dtype.kind == "f":
+    for name, rows in arrays.items():
+        if rows.dtype.kind == "f" and name not in finite:
             with np.errstate(all="ignore"):
                 doubtful |= ~np.isfinite(rows.sum(axis=1))
     for c, weight in enumerate(weights):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll import wire
 from atoll.aggregation.door import admit, admit_rows
 from atoll.aggregation.fixed import unit_scale
 from atoll.aggregation.stage import Sink
@@ -23,7 +22,7 @@ from atoll.data.federated import FederatedData
 from atoll.errors import RunError, UpdateRefused
 from atoll.keys import Key
 from atoll.learners.base import Assignment, Correction, Local
-from atoll.rounds.message import message_size, metadata
+from atoll.rounds.message import message_size
 from atoll.rounds.plan import Plan
 from atoll.rounds.server import STAGE
 from atoll.rounds.turn import MEMORY, assignment_for, take_turn
@@ -31,8 +30,7 @@ from atoll.updates import Update
 from atoll.vectors import STATISTICS, Array, Vectors, part, prefixed
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One client's turn to be run: a member of the population, its memory and its assignment.
 
     `number` is what its draws are keyed by; its update is multiplied by `discount`.
@@ -60,8 +58,7 @@ class Turn:
         return Turn(member, client, assignment, memory, number, discount)
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """What came of a turn, apart from what went into the sum.
 
     `fault` says why the update was refused, if it was; `size` is its message in bytes; `memory` is
@@ -162,7 +159,7 @@ def together(
     if folds is not None:
         # The vectors never leave the learner's device; what stands for them has their size only.
         nothing = {n: np.broadcast_to(np.float32(0), v.shape) for n, v in update.vectors.items()}
-        faults = admit_rows(nothing, statistics, weights, plan.schema)
+        faults = admit_rows(nothing, statistics, weights, plan.schema, finite=folds)
         if not any(faults):
             sums.add_folds(folds, statistics, weights, columns)
             return _deliveries(faults, nothing, statistics, weights, columns, memories)
@@ -213,13 +210,14 @@ def _deliveries(
     columns: dict[str, list[float]],
     memories: Vectors,
 ) -> list[Delivery]:
-    """What came of each turn of a stack."""
-    rows = _transposed(columns, len(weights))
-    about = [metadata(weight, row) for weight, row in zip(weights, rows, strict=True)]
-    sizes = wire.sizes({**vectors, **statistics}, about)
+    """What came of each turn of a stack; no size depends on a value, so all are as large."""
+    first = {name: rows[0] for name, rows in {**vectors, **statistics}.items()}
+    size = message_size(Update(first, weights[0], metrics=dict.fromkeys(columns, 0.0)))
+    if not memories:
+        return [Delivery(fault, size, {}) for fault in faults]
     return [
         Delivery(fault, size, {name: rows[c].copy() for name, rows in memories.items()})
-        for c, (fault, size) in enumerate(zip(faults, sizes, strict=True))
+        for c, fault in enumerate(faults)
     ]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from atoll.errors import CheckpointError, ConfigurationError, RunError
 from atoll.keys import Key
@@ -40,8 +40,7 @@ class Verdict(StrEnum):
     STALE = "too stale"
 
 
-@dataclass(frozen=True, slots=True)
-class Invitation:
+class Invitation(NamedTuple):
     """One member's part in one round; its `id` is what a delivery must quote.
 
     It begins from the model after `round` - 1 rounds. `turn` is what its random draws are keyed

@@ -11,11 +11,14 @@ from atoll.updates import Update
 from atoll.vectors import STATISTICS
 
 WEIGHT = "weight"
+#: 17 digits give a float64 back exactly; one width for all lets no size depend on a value.
+NUMBER = "+24.16e"
 
 
 def metadata(weight: float, metrics: Mapping[str, float]) -> dict[str, str]:
     """An update's weight and metrics as they travel."""
-    return {WEIGHT: repr(weight), **{n: repr(v) for n, v in metrics.items() if n != WEIGHT}}
+    numbers = {**metrics, WEIGHT: weight}
+    return {name: format(value, NUMBER) for name, value in numbers.items()}
 
 
 def message_size(message: Update) -> int:

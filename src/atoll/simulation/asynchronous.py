@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -216,7 +216,7 @@ class AsynchronousSimulator(Simulator):
         turn = super()._turn(invitation, discount)
         # An accepted update is never dropped here, so what its client learned holds at once.
         learned = self._learned.get(invitation.member)
-        return turn if learned is None else replace(turn, memory=learned)
+        return turn if learned is None else turn._replace(memory=learned)
 
     def _forget(self) -> None:
         """Drop versions that nobody is at work on."""

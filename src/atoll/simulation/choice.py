@@ -215,7 +215,7 @@ def _seconds_per_step(
 def _short(plan: Plan, data: FederatedData, turn: Turn, steps: int) -> Turn:
     planned = plan.learner.planned_steps(data.size(turn.member))
     share = min(1.0, steps / planned) * turn.assignment.fraction
-    return replace(turn, assignment=replace(turn.assignment, fraction=share))
+    return turn._replace(assignment=replace(turn.assignment, fraction=share))
 
 
 def engine_of(given: Engine | str | None) -> Engine:

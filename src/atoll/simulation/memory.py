@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import platform
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
 
 
 def keep_freed_memory() -> None:
@@ -23,5 +23,7 @@ def keep_freed_memory() -> None:
             (MMAP_THRESHOLD, 32 << 20),
             (TRIM_THRESHOLD, 512 << 20),
             (TOP_PAD, 16 << 20),
+            # What one thread has freed another can take: they ask for few and large pieces.
+            (ARENA_MAX, 1),
         ):
             mallopt(option, value)

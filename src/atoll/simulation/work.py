@@ -77,7 +77,7 @@ def objection(plan: Plan, data: FederatedData, received: Vectors, turns: Sequenc
         share = min(1.0, CHECKED_STEPS / planned) * turn.assignment.fraction
         assignment = replace(turn.assignment, fraction=share)
         memory = _disturbed(turn.memory, received["params"], place + 1)
-        few.append(replace(turn, assignment=assignment, memory=memory))
+        few.append(turn._replace(assignment=assignment, memory=memory))
     # What is zero at first would hide how a rule treats it.
     others = {n: v for n, v in received.items() if n != "params" and n not in STATISTICS}
     received = {**received, **_disturbed(others, received["params"], 0)}

@@ -37,8 +37,10 @@ from atoll.vectors import SECTIONS, Entry, Layout, Section, Vectors
 
 #: Recorded steps to keep: rates that change and cohorts that vary make new ones.
 WORKSPACES = 8
-#: Sums of magnitudes below this are exact in int64 with room to spare.
-FOLD_LIMIT = float(1 << 51)
+#: Sums of whole numbers with magnitudes below these are exact as float64, and as int64.
+FLOAT_LIMIT, FOLD_LIMIT = float(1 << 53), float(1 << 60)
+#: Columns of [C, P] rows to sum at a time, so that what is in between stays in the caches.
+FOLD_TILE = 1 << 20
 
 #: Of products on an accelerator: exact float32, TF32, or bfloat16 with float32 weights.
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -178,15 +180,19 @@ def fold(rows: Tensor, scales: Sequence[float]) -> tuple[np.ndarray, int] | None
     Where the rows are, so that one vector leaves the device and not C. None if a value is not
     finite or too large for that.
     """
-    peaks = rows.abs().amax(1).double() * torch.tensor(
-        scales, dtype=torch.float64, device=rows.device
-    )
-    bound = float(peaks.sum()) + len(rows)
+    if not rows.numel():
+        return None
+    factors = torch.tensor(scales, dtype=torch.float64, device=rows.device).unsqueeze(1)
+    tiles = torch.split(rows, max(1, FOLD_TILE // len(rows)), 1)
+    peaks = torch.stack([tile.abs().amax(1) for tile in tiles]).amax(0)
+    bound = float(factors[:, 0] @ peaks.double()) + len(rows)
     if not bound < FOLD_LIMIT:
         return None
-    total = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
-    for row, scale in zip(rows, scales, strict=True):
-        total += row.double().mul_(scale).round_().long()
+    total = torch.empty(rows.shape[1], dtype=torch.int64, device=rows.device)
+    scratch = factors.new_empty(tiles[0].shape)
+    for tile, sums in zip(tiles, torch.split(total, tiles[0].shape[1]), strict=True):
+        units = torch.mul(tile, factors, out=scratch[:, : tile.shape[1]]).round_()
+        sums.copy_((units if bound < FLOAT_LIMIT else units.long()).sum(0))
     return total.cpu().numpy(), int(bound)
 
 

@@ -23,16 +23,14 @@ class Columns:
         #: Whether these are the population's own columns, which stay where they are.
         self.shared = whole.x is examples[0].x
         self.x, self.y = on_device(whole.x, device), on_device(whole.y, device)
-        starts = np.cumsum([0, *(len(each) for each in examples[:-1])])
-        rows = np.arange(len(whole)) if whole.rows is None else whole.rows
-        self._rows = [rows[s : s + len(e)] for s, e in zip(starts, examples, strict=True)]
+        self._starts = np.cumsum([0, *(len(each) for each in examples[:-1])])
+        self._rows = whole.rows
 
     def index(self, plan: Batches, order: Sequence[int]) -> Tensor:
         """Rows [S, C, B] of the clients in this order."""
-        places = plan.positions[list(order)]
-        for place, client in zip(places, order, strict=True):
-            place[...] = self._rows[client][place]
-        return torch.from_numpy(places.transpose(1, 0, 2).copy()).to(self.x.device)
+        places = (plan.positions + self._starts[:, None, None])[order].transpose(1, 0, 2)
+        rows = places if self._rows is None else self._rows[places]
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.x.device)
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of these rows."""

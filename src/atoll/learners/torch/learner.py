@@ -398,11 +398,7 @@ class TorchLearner(GradientLearner):
         return torch.from_numpy(vector).to(self.device)
 
     def fold(self, rows: Array, scales: Sequence[float]) -> tuple[NDArray[Any], int] | None:
-        return fold(rows, scales) if self._folds else None
-
-    @property
-    def _folds(self) -> bool:
-        return self.device != "cpu"
+        return fold(rows, scales)
 
     def asnumpy(self, array: Array) -> NDArray[Any]:
         return array.detach().cpu().numpy()  # type: ignore[no-any-return]
