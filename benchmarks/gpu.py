@@ -5,7 +5,8 @@
 
     python benchmarks/gpu.py                       # stacks, float32, recorded steps
     python benchmarks/gpu.py --precision tf32 --block 50
-    python benchmarks/gpu.py --sweep               # blocks and precisions, 20 rounds each
+    python benchmarks/gpu.py --processes 4         # four Ray actors that share the GPU
+    python benchmarks/gpu.py --sweep               # blocks, precisions, processes; 20 rounds each
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import nn
 from atoll import Evaluation, Federation, algorithms, data, schedules
 from atoll.data import FederatedData
 from atoll.learners import TorchLearner
-from atoll.simulation import Stacked
+from atoll.simulation import RayCluster, Stacked
+from atoll.simulation.engine import Engine
 from atoll.tracking import Observer
 
 PARAMETERS = 1_626_442
@@ -58,8 +60,18 @@ class Laps(Observer):
         self.seconds.append(end.seconds)  # type: ignore[attr-defined]
 
 
-def measure(clients: FederatedData, given: argparse.Namespace, block: int, precision: str) -> dict:
-    """Seconds per round, client steps per second and peak memory of the device."""
+def engine_of(device: str, block: int, processes: int) -> Engine:
+    """Stacks in this process, or in several that have equal shares of one GPU."""
+    if processes == 1:
+        return Stacked(block=block, workers=1)
+    gpus = 1 / processes if device.startswith("cuda") else 0.0
+    return RayCluster(method=f"stacked(block={block})", actors=processes, gpus=gpus)
+
+
+def measure(
+    clients: FederatedData, given: argparse.Namespace, block: int, precision: str, processes: int
+) -> dict:
+    """Seconds per round, client steps per second and this process's peak memory of the device."""
     laps = Laps()
     if given.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -71,11 +83,12 @@ def measure(clients: FederatedData, given: argparse.Namespace, block: int, preci
         algorithm=algorithms.FedAvg(),
         schedule=schedules.Synchronous(rounds=given.rounds, cohort=50),
         evaluation=Evaluation(every=10**6, clients_every=None),
-    ).simulate(clients, engine=Stacked(block=block, workers=1), observers=[laps])
+    ).simulate(clients, engine=engine_of(given.device, block, processes), observers=[laps])
     wall = time.perf_counter() - started
     median = float(np.median(laps.seconds[2:] or laps.seconds))
     figures = {
-        "block": block, "precision": precision, "rounds": given.rounds, "wall_s": round(wall, 2),
+        "block": block, "precision": precision, "processes": processes, "rounds": given.rounds,
+        "wall_s": round(wall, 2),
         "seconds_per_round": round(median, 5), "client_steps_per_s": round(250 / median, 1),
         "engine": run.engine, "train_loss": round(run.history[-1].measurements["train_loss"], 4),
     }  # fmt: skip
@@ -91,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1500)
     parser.add_argument("--block", type=int, default=50)
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -100,9 +114,11 @@ def main() -> None:
         given.rounds = min(given.rounds, 20)
         for precision in ("float32", "tf32", "bfloat16"):
             for block in (1, 5, 10, 25, 50):
-                found.append(measure(clients, given, block, precision))
+                found.append(measure(clients, given, block, precision, 1))
+        for processes in (2, 4):
+            found.append(measure(clients, given, 50 // processes, "float32", processes))
     else:
-        found.append(measure(clients, given, given.block, given.precision))
+        found.append(measure(clients, given, given.block, given.precision, given.processes))
     name = torch.cuda.get_device_name() if given.device.startswith("cuda") else given.device
     if given.out:
         given.out.write_text(json.dumps({"device": name, "runs": found}, indent=1) + "\n")

@@ -21,6 +21,7 @@ from atoll.algorithms import FedAvg
 from atoll.errors import ConfigurationError, RunError
 from atoll.learners import TorchLearner
 from atoll.simulation import RayCluster, Stacked
+from atoll.simulation.cluster import _fitting
 
 # Ray leaves sockets and subprocesses to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,8 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def cluster():
     ray.init(
-        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False
-    )
+        "local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False,
+        configure_logging=False,
+    )  # fmt: skip
     yield
     ray.shutdown()
 
@@ -124,6 +126,21 @@ def test_an_error_in_an_actor_is_the_runs_error(cluster, clients):
 def test_more_actors_than_there_is_room_for_are_refused(cluster, clients):
     with pytest.raises(ConfigurationError, match="room for 2 actors of 1 cores"):
         federation().simulate(clients, engine=RayCluster(method="sequential", actors=5))
+    with pytest.raises(ConfigurationError, match="room for 1 actors of 1 cores and 0.6 GPUs"):
+        federation().simulate(clients, engine=RayCluster(actors=2, gpus=0.6))
+
+
+def test_a_tenth_of_a_gpu_is_there_ten_times():
+    assert [_fitting(1.0, each) for each in (1.0, 0.5, 1 / 3, 0.1, 0.6)] == [1, 2, 3, 10, 1]
+    assert _fitting(2.0, 0.1) == 20
+
+
+def test_actors_that_share_a_gpu_make_the_same_bytes(cluster, clients):
+    # Ray has been told of a GPU that is not there; what it hands out are shares.
+    expected = federation().simulate(clients, engine=LOCAL)
+    engine = RayCluster(method="stacked(block=3)", actors=2, gpus=0.5)
+    found = federation().simulate(clients, engine=engine)
+    assert found.model["params"].tobytes() == expected.model["params"].tobytes()
 
 
 @pytest.mark.slow

@@ -281,6 +281,12 @@ def test_binary_cross_entropy_with_one_logit():
     learner = TorchLearner(nn.Linear(4, 1), loss="binary_cross_entropy", lr=0.1)
     sums = learner.evaluate(learner.init(Key(0)), held, "classification", 2)
     assert set(figures(sums, "classification")) == {"loss", "accuracy", "macro_f1", "auc"}
+    clients = data.from_arrays(held.x, held.y, classes=2).iid(clients=2)
+    learner.check(clients)
+    squeezed = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    TorchLearner(squeezed, loss="binary_cross_entropy", lr=0.1).check(clients)
+    with pytest.raises(DataError, match="gives 2 outputs; loss 'binary_cross_entropy' takes one"):
+        TorchLearner(nn.Linear(4, 2), loss="binary_cross_entropy", lr=0.1).check(clients)
 
 
 def test_rates():
@@ -327,7 +333,7 @@ def test_misfits_are_said_before_training():
         NumpyLearner(layers=(4, 2)).check(four)
     with pytest.raises(DataError, match="the module does not fit four"):
         TorchLearner(nn.Linear(5, 3)).check(four)
-    with pytest.raises(DataError, match="3 classes, but the module gives 7 outputs"):
+    with pytest.raises(DataError, match="3 classes, but the model gives 7 outputs"):
         TorchLearner(nn.Linear(4, 7)).check(four)
     with pytest.raises(DataError, match="loss 'mse' does not fit"):
         TorchLearner(nn.Linear(4, 1), loss="mse").check(four)

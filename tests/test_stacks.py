@@ -1,6 +1,7 @@
 """Stacks: a cohort trained at once is each client trained by torch alone, on any model."""
 
 import copy
+import gc
 from functools import partial
 
 import numpy as np
@@ -282,6 +283,51 @@ def test_sequence_models_agree(body):
     learner = TorchLearner(module, lr=0.05, batch_size=4, epochs=2)
     assert learner.stacks(Examples(x, y)) == ""
     check(learner, x, y, [9, 4, 13])
+
+
+class Causal(nn.Module):
+    """A language model that makes its mask itself, as float32 whatever it is run in."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(CLASSES, 8), nn.Linear(8, CLASSES)
+        self.body = encoder(0.0, True, "relu")
+
+    def forward(self, x):
+        later = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+        return self.head(self.body(self.words(x), mask=later, is_causal=True))
+
+
+def test_a_mask_made_in_forward_keeps_the_layers_apart():
+    text = np.random.default_rng(0).integers(0, CLASSES, (60, 8))
+    x, y = text[:, :-1].copy(), text[:, 1:].copy()
+    learner = TorchLearner(Causal(), lr=0.05, batch_size=4, epochs=2)
+    lowering = learner.lowering(Examples(x, y))
+    assert lowering.together.layered and lowering.alone.layered
+    check(learner, x, y, [9, 4, 13])
+
+
+@pytest.mark.parametrize("body", [nn.LSTM(8, 8, batch_first=True), encoder(0.3, False, "gelu")])
+def test_a_step_leaves_no_activations_for_the_garbage_collector(body):
+    text = np.random.default_rng(0).integers(0, CLASSES, (60, 8))
+    examples = Examples(text[:, :-1].copy(), text[:, 1:].copy(), np.arange(8))
+    module = Sequence(body)
+    if isinstance(body, nn.RNNBase):
+        del module.places
+    learner = TorchLearner(module, lr=0.05, batch_size=4)
+    model = learner.init(Key(0))
+    learner.train(model, examples, Assignment(1, Key(1)))
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        learner.train(model, examples, Assignment(1, Key(1)))
+        gc.collect()
+        assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 @pytest.mark.parametrize(

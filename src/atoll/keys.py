@@ -34,9 +34,9 @@ class Key:
         """The key of a sub-stream: same seed, longer address."""
         return Key(self.seed, self.path + parts)
 
-    def digest(self, size: int = 16) -> bytes:
-        """`size` bytes that no other key has (up to collisions of BLAKE2b)."""
-        text = b"".join([_encoded(self.seed), *map(_encoded, self.path)])
+    def digest(self, size: int = 16, *more: Part) -> bytes:
+        """`size` bytes that no other key has (up to collisions of BLAKE2b); of `fold(*more)`."""
+        text = b"".join(map(_encoded, (self.seed, *self.path, *more)))
         return blake2b(text, digest_size=size, person=b"atoll-key").digest()
 
     def generator(self) -> np.random.Generator:
@@ -44,9 +44,9 @@ class Key:
         words = int.from_bytes(self.digest(16), "little")
         return np.random.Generator(np.random.Philox(key=words))
 
-    def integer(self) -> int:
-        """A 63-bit integer for libraries that seed generators of their own."""
-        return int.from_bytes(self.digest(8), "little") >> 1
+    def integer(self, *more: Part) -> int:
+        """A 63-bit integer of `fold(*more)`, for libraries that seed generators of their own."""
+        return int.from_bytes(self.digest(8, *more), "little") >> 1
 
 
 @lru_cache(maxsize=1 << 14, typed=True)

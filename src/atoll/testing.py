@@ -250,7 +250,7 @@ def the_local_loop_is_as_documented(learner: Learner, clients: FederatedData) ->
         count, size = len(examples), plan.batch_size or len(examples)
         params = model["params"].astype(np.float64)
         seen = 0
-        words = [assignment.key.fold("batches").integer()]
+        words = [assignment.key.integer("batches")]
         for order in permutations(words, count, 2)[0]:
             for start in range(0, count, size):
                 x, y = examples.take(order[start : start + size])

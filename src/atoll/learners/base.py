@@ -320,7 +320,7 @@ class GradientLearner(Learner):
     ) -> Local:
         lr = rate_at(self.lr, assignment.round)
         steps = assignment.steps(self.planned_steps(len(examples)))
-        word = assignment.key.fold("batches").integer()
+        word = assignment.key.integer("batches")
         with self.descend(model, examples, assignment.key.fold("draws")) as descent:
             done = seen = 0
             losses: Any = 0.0

@@ -103,7 +103,7 @@ class SklearnLearner(Learner):
     ) -> Local:
         if correction is not None:
             raise ConfigurationError("SklearnLearner can only fit: it takes no correction")
-        seed = assignment.key.fold("batches").integer() % 2**32
+        seed = assignment.key.integer("batches") % 2**32
         estimator = self._with(model, seed)
         passes = assignment.steps(self.epochs)
         x, y = examples.all()

@@ -132,6 +132,7 @@ class Coordinator:
         if isinstance(schedule.selection, Poisson):
             self._needed = len(drawn)
         round, attempt, names = self.round, self.attempt, roster.names
+        capacity = roster.capacity if schedule.adaptive else None
         invitations = tuple(
             Invitation(
                 f"{round}.{attempt}.{member}",
@@ -139,7 +140,7 @@ class Coordinator:
                 names[member],
                 round,
                 attempt,
-                self._fraction(roster, member),
+                1.0 if capacity is None else min(capacity(member), 1.0),
                 round,
             )
             for member in drawn.tolist()
@@ -211,11 +212,6 @@ class Coordinator:
         if self.phase in (Phase.IDLE, Phase.DONE):
             # The schedule may have been given more rounds since, or fewer.
             self.phase = Phase.DONE if self.round > self.schedule.rounds else Phase.IDLE
-
-    def _fraction(self, roster: Roster, member: int) -> float:
-        if not self.schedule.adaptive or roster.capacity is None:
-            return 1.0
-        return min(roster.capacity(member), 1.0)
 
     def _refusal(self, invitation: str, client: str) -> Answer | None:
         if invitation not in self._open:

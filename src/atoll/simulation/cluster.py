@@ -9,6 +9,7 @@ is done again.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -43,10 +44,11 @@ class RayCluster(Engine):
     Args:
         method: "sequential", "stacked(block=10)" or another local engine that says what a worker
             does with a block; its own numbers of workers and threads do not count.
-        actors: how many; None is one for each GPU, or for each core where there is none.
+        actors: how many; None is as many as there is room for.
         address: of a cluster that is there already ("auto", "ray://host:10001"); None starts one
             in this process, or uses the one that the process has joined.
-        cores, gpus: what one actor asks of Ray. An actor trains with as many threads as cores.
+        cores, gpus: what one actor asks of Ray. An actor trains with as many threads as cores;
+            with a part of a GPU (0.25, say) several of them share it.
     """
 
     method: Engine | str | None = None
@@ -116,8 +118,9 @@ class _Actors(Crew, Team):
                 configure_logging=False,
             )  # fmt: skip
         resources = ray.cluster_resources()
-        everything = resources.get("GPU" if cluster.gpus else "CPU", 1.0)
-        fitting = int(everything // (cluster.gpus or cluster.cores))
+        fitting = _fitting(resources.get("CPU", 1.0), cluster.cores)
+        if cluster.gpus:
+            fitting = min(fitting, _fitting(resources.get("GPU", 0.0), cluster.gpus))
         self._count = cluster.actors or fitting
         if not 1 <= self._count <= fitting:
             if self._started:
@@ -203,6 +206,11 @@ class _Actors(Crew, Team):
         )
         plan, data = self._federation
         return desk.remote(plan, data, self._key, cluster.cores)
+
+
+def _fitting(available: float, each: float) -> int:
+    """How many shares there are, a tenth of one GPU being ten."""
+    return math.floor(available / each + 1e-9)
 
 
 def _carry_own_code(ray: Any, plan: Plan, data: FederatedData) -> None:

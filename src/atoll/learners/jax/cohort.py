@@ -151,7 +151,7 @@ def train_cohort(
 
     With `single` there is one client and no leading axis.
     """
-    words = [assignment.key.fold("batches").integer() for assignment in assignments]
+    words = [assignment.key.integer("batches") for assignment in assignments]
     plan = batches(words, [len(each) for each in examples], steps, cut)
     whole = joined(examples)
     starts = np.cumsum([0, *(len(each) for each in examples[:-1])])

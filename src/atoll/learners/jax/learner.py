@@ -19,6 +19,7 @@ from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
 from atoll.keys import Key
 from atoll.learners.base import Assignment, Correction, GradientLearner, Local
+from atoll.learners.fitting import check_loss, check_outputs
 from atoll.learners.jax.cohort import Loop, OptimizerFactory, rounded, train_cohort
 from atoll.learners.jax.losses import LOSSES, Loss
 from atoll.learners.jax.models import Model
@@ -229,9 +230,7 @@ class JaxLearner(GradientLearner):
     def check(self, data: FederatedData) -> None:
         """Run one example through loss and model, so that a misfit is said before any training."""
         super().check(data)
-        regression = data.task == "regression"
-        if isinstance(self.loss, str) and regression != (self.loss in ("mse", "l1")):
-            raise DataError(f"{data.name} is a {data.task} set; loss {self.loss!r} does not fit it")
+        check_loss(self.loss, data)
         few = data.train(0)
         x, y = few.take(np.arange(min(2, len(few))))
         model = self.init(Key(0))
@@ -249,18 +248,7 @@ class JaxLearner(GradientLearner):
                 "the loss of each example, without a mean over them"
             )
         self._check_rows(data, model)
-        binary = self.loss == "binary_cross_entropy"
-        if binary and data.classes != 2:
-            raise DataError(
-                f"loss 'binary_cross_entropy' is for two classes; {data.name} has {data.classes}"
-            )
-        # A loss of people's own may take one logit for two classes.
-        binary |= not isinstance(self.loss, str) and data.classes == 2 and outputs.shape[-1] == 1
-        if data.classes and not binary and outputs.shape[-1] != data.classes:
-            raise DataError(
-                f"{data.name} has {data.classes} classes, but the model gives "
-                f"{outputs.shape[-1]} outputs"
-            )
+        check_outputs(self.loss, outputs.shape[1:], data)
 
     def _check_rows(self, data: FederatedData, model: Vectors) -> None:
         """Raise unless what an example comes to is the same whatever stands beside it."""

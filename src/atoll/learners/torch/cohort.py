@@ -95,7 +95,7 @@ def train_cohort(
     device = settings.device
     lr = rate_at(settings.lr, assignments[0].round)
     sizes = [len(each) for each in examples]
-    words = [a.key.fold("batches").integer() for a in assignments]
+    words = [a.key.integer("batches") for a in assignments]
     plan = batches(words, sizes, steps, cut)  # type: ignore[arg-type]
     order = np.argsort([-s for s in steps], kind="stable").tolist()
     columns = Columns(examples, device)

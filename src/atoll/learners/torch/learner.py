@@ -20,6 +20,7 @@ from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
 from atoll.keys import Key
 from atoll.learners.base import Assignment, Correction, GradientLearner, Local
+from atoll.learners.fitting import check_loss, check_outputs
 from atoll.learners.metrics import Sums
 from atoll.learners.parts import sums_of_outputs, sums_of_parts
 from atoll.learners.torch.checking import checked
@@ -280,13 +281,7 @@ class TorchLearner(GradientLearner):
     def check(self, data: FederatedData) -> None:
         """Run one example through loss and module, so that a misfit is said before any training."""
         super().check(data)
-        regression = data.task == "regression"
-        if self.loss in LOSSES and regression != (self.loss in ("mse", "l1")):
-            raise DataError(f"{data.name} is a {data.task} set; loss {self.loss!r} does not fit it")
-        if self.loss == "binary_cross_entropy" and data.classes != 2:
-            raise DataError(
-                f"loss 'binary_cross_entropy' is for two classes; {data.name} has {data.classes}"
-            )
+        check_loss(self.loss, data)
         outputs = self._try_out(data)
         if not isinstance(outputs, Tensor):
             raise DataError(
@@ -299,13 +294,7 @@ class TorchLearner(GradientLearner):
                 f"the module gives {given} rows of outputs for {tried} examples; it must give one "
                 "for each, e.g. [B, T, V] for tokens and not [B * T, V]"
             )
-        wanted = {1} if self.loss == "binary_cross_entropy" else {data.classes}
-        wanted |= {1} if self.loss not in LOSSES and data.classes == 2 else set()
-        if data.classes and outputs.shape[-1] not in wanted:
-            raise DataError(
-                f"{data.name} has {data.classes} classes, but the module gives "
-                f"{outputs.shape[-1]} outputs"
-            )
+        check_outputs(self.loss, outputs.shape[1:], data)
 
     def _try_out(self, data: FederatedData) -> Any:
         """The outputs for two examples, through module and loss."""

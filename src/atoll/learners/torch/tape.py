@@ -147,12 +147,10 @@ def local(
             leaf = argument.data.detach().requires_grad_()
             wanted.append((argument, leaf))
             return leaf
-        if isinstance(argument, list | tuple):
-            return type(argument)(enter(each) for each in argument)
         return argument
 
-    inside = [enter(argument) for argument in arguments]
-    named = {name: enter(argument) for name, argument in options.items()}
+    inside = [_changed(argument, enter) for argument in arguments]
+    named = {name: _changed(argument, enter) for name, argument in options.items()}
     with torch.set_grad_enabled(bool(wanted)):
         results = function(*inside, **named)
     return keep(tape, results, wanted)
@@ -168,11 +166,9 @@ def keep(tape: Tape, results: Any, wanted: Sequence[tuple[Value, Tensor]]) -> An
             if result.requires_grad:
                 outputs.append((value, result))
             return value
-        if isinstance(result, list | tuple) and not isinstance(result, torch.Size):
-            return tuple(leave(each) for each in result)
         return result
 
-    values = leave(results)
+    values = _changed(results, leave)
 
     def backward() -> None:
         known = [(tensor, value.grad) for value, tensor in outputs if value.grad is not None]
@@ -188,3 +184,13 @@ def keep(tape: Tape, results: Any, wanted: Sequence[tuple[Value, Tensor]]) -> An
     if outputs:
         tape.then(backward, *(value for value, _ in outputs))
     return values
+
+
+def _changed(structure: Any, change: Callable[[Any], Any]) -> Any:
+    """The lists and tuples of a structure with everything in them changed."""
+    # Not within its users: functions that call themselves keep all they know until the next
+    # collection of garbage, which here are the activations of a step.
+    if isinstance(structure, list | tuple) and not isinstance(structure, torch.Size):
+        parts = [_changed(part, change) for part in structure]
+        return parts if isinstance(structure, list) else tuple(parts)
+    return change(structure)

@@ -19,7 +19,8 @@ def attention(
 ) -> Value:  # fmt: skip
     """Multi-head self-attention over [C * B, T, D]; without dropout by torch's fused kernel."""
     width, heads = module.embed_dim, module.num_heads
-
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(x.data.dtype)  # the fused kernel reads another type as if it were this one
     joined = linear(tape, x, names["in_proj_weight"], names.get("in_proj_bias"))
     query, key, value = local(tape, torch.chunk, [joined, 3], {"dim": -1})
 
