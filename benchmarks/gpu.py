@@ -71,7 +71,7 @@ def engine_of(device: str, block: int, processes: int) -> Engine:
 def measure(
     clients: FederatedData, given: argparse.Namespace, block: int, precision: str, processes: int
 ) -> dict:
-    """Seconds per round, client steps per second and this process's peak memory of the device."""
+    """Seconds per round, client steps per second and, of one process, its peak on the device."""
     laps = Laps()
     if given.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -92,7 +92,7 @@ def measure(
         "seconds_per_round": round(median, 5), "client_steps_per_s": round(250 / median, 1),
         "engine": run.engine, "train_loss": round(run.history[-1].measurements["train_loss"], 4),
     }  # fmt: skip
-    if given.device.startswith("cuda"):
+    if given.device.startswith("cuda") and processes == 1:
         figures["peak_device_mb"] = torch.cuda.max_memory_allocated() // 2**20
     print(json.dumps(figures), flush=True)
     return figures
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=1500)
-    parser.add_argument("--block", type=int, default=50)
+    parser.add_argument("--block", type=int, help="clients in a stack; default: 50 / processes")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--sweep", action="store_true")
@@ -116,9 +116,10 @@ def main() -> None:
             for block in (1, 5, 10, 25, 50):
                 found.append(measure(clients, given, block, precision, 1))
         for processes in (2, 4):
-            found.append(measure(clients, given, 50 // processes, "float32", processes))
+            found.append(measure(clients, given, -(-50 // processes), "float32", processes))
     else:
-        found.append(measure(clients, given, given.block, given.precision, given.processes))
+        block = given.block or -(-50 // given.processes)
+        found.append(measure(clients, given, block, given.precision, given.processes))
     name = torch.cuda.get_device_name() if given.device.startswith("cuda") else given.device
     if given.out:
         given.out.write_text(json.dumps({"device": name, "runs": found}, indent=1) + "\n")

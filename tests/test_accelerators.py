@@ -18,7 +18,7 @@ from atoll.keys import Key
 from atoll.learners import Assignment, TorchLearner
 from atoll.learners.torch import cohort as training
 from atoll.learners.torch.cohort import fold
-from atoll.simulation import Stacked
+from atoll.simulation import Sequential, Stacked
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -85,6 +85,7 @@ def test_sums_on_the_device_are_the_exact_sums(monkeypatch, size, tile):
         broken = rows.clone()
         broken[3, 5] = bad
         assert fold(broken, [unit_scale(weight) for weight in weights]) is None
+    assert fold(rows.double(), [unit_scale(weight) for weight in weights]) is None
 
 
 def test_a_run_with_folded_sums_is_the_same(monkeypatch):
@@ -96,11 +97,67 @@ def test_a_run_with_folded_sums_is_the_same(monkeypatch):
         schedule=schedules.Synchronous(rounds=3, cohort=6),
     )
     engine = Stacked(block=3, workers=1, threads=1)
+    folds, plain = [], TorchLearner.fold
+
+    def counted(self, rows, scales):
+        folds.append(plain(self, rows, scales))
+        return folds[-1]
+
+    monkeypatch.setattr(TorchLearner, "fold", counted)
     found = plan.simulate(clients, engine=engine)
+    assert folds
+    assert None not in folds
     monkeypatch.setattr(TorchLearner, "fold", lambda self, rows, scales: None)
     expected = plan.simulate(clients, engine=engine)
     assert found.model["params"].tobytes() == expected.model["params"].tobytes()
     assert found.history == expected.history
+
+
+class Doubtful(algorithms.FedAvg):
+    """One client's weight is not a number."""
+
+    def report(self, local, **vectors):
+        update = super().report(local, **vectors)
+        weight = np.where(np.asarray(update.weight) == 9, np.nan, update.weight)
+        return replace(update, weight=weight if weight.ndim else float(weight))
+
+
+def test_a_weight_that_is_no_number_is_refused_in_a_stack_too():
+    x, y = problem(40)
+    clients = data.from_columns(x, y, [0, 10, 19, 29, 40], classes=4)
+    schedule = schedules.Synchronous(rounds=1, cohort=4, minimum=2)
+    plan = Federation(
+        learner=TorchLearner(cnn(), lr=0.1, batch_size=4), algorithm=Doubtful(), schedule=schedule
+    )
+    runs = [
+        plan.simulate(clients, engine=engine)
+        for engine in (Stacked(block=4, workers=1, threads=1), Sequential(workers=1))
+    ]
+    for run in runs:
+        assert run.history[0].accepted == 3
+        assert "its weight is nan" in run.refusals[0]
+    np.testing.assert_allclose(runs[0].model["params"], runs[1].model["params"], atol=1e-6)
+
+
+class Flat(algorithms.FedAvg):
+    """A rule that loses the cohort's axis."""
+
+    def finish(self, client, local, got, mine):
+        delta = local.params - got["params"]
+        return self.report(local, delta=delta[:1] if delta.ndim == 2 else delta), mine
+
+
+def test_a_rule_that_loses_clients_is_said_in_words():
+    x, y = problem(40)
+    clients = data.from_columns(x, y, [0, 10, 20, 30, 40], classes=4)
+    plan = Federation(
+        learner=TorchLearner(cnn(), lr=0.1, batch_size=4),
+        algorithm=Flat(),
+        schedule=schedules.Synchronous(rounds=1, cohort=4),
+    )
+    run = plan.simulate(clients, engine=Stacked(block=4, workers=1, threads=1))
+    assert any("do not work on a stack" in note for note in run.engine_notes)
+    assert any("operators only" in note for note in run.engine_notes)
 
 
 def test_bfloat16_products_are_close_and_weights_stay_float32():

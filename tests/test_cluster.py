@@ -21,7 +21,7 @@ from atoll.algorithms import FedAvg
 from atoll.errors import ConfigurationError, RunError
 from atoll.learners import TorchLearner
 from atoll.simulation import RayCluster, Stacked
-from atoll.simulation.cluster import _fitting
+from atoll.simulation.cluster import _Actors, _fitting
 
 # Ray leaves sockets and subprocesses to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -130,16 +130,38 @@ def test_more_actors_than_there_is_room_for_are_refused(cluster, clients):
         federation().simulate(clients, engine=RayCluster(actors=2, gpus=0.6))
 
 
-def test_a_tenth_of_a_gpu_is_there_ten_times():
-    assert [_fitting(1.0, each) for each in (1.0, 0.5, 1 / 3, 0.1, 0.6)] == [1, 2, 3, 10, 1]
-    assert _fitting(2.0, 0.1) == 20
+@pytest.mark.parametrize(
+    ("node", "cores", "gpus", "actors"),
+    [
+        ({"CPU": 8.0}, 3, 0.0, 2),
+        ({"CPU": 20.0, "GPU": 1.0}, 1, 0.1, 10),
+        ({"CPU": 20.0, "GPU": 1.0}, 1, 1 / 3, 3),
+        ({"CPU": 20.0, "GPU": 2.0}, 1, 0.4, 4),  # no part lies on two GPUs
+        ({"CPU": 20.0, "GPU": 4.0}, 1, 2.0, 2),
+        ({"CPU": 2.0, "GPU": 4.0}, 1, 0.5, 2),
+        ({"CPU": 8.0}, 1, 0.5, 0),
+    ],
+)
+def test_the_room_on_a_machine(node, cores, gpus, actors):
+    assert _fitting(node, cores, gpus) == actors
 
 
-def test_actors_that_share_a_gpu_make_the_same_bytes(cluster, clients):
+def _counted(plain, calls):
+    def counted(*given):
+        calls.append(given)
+        return plain(*given)
+
+    return counted
+
+
+def test_actors_that_share_a_gpu_make_the_same_bytes(cluster, clients, monkeypatch):
     # Ray has been told of a GPU that is not there; what it hands out are shares.
     expected = federation().simulate(clients, engine=LOCAL)
+    hired = []
+    monkeypatch.setattr(_Actors, "_hire", _counted(_Actors._hire, hired))
     engine = RayCluster(method="stacked(block=3)", actors=2, gpus=0.5)
     found = federation().simulate(clients, engine=engine)
+    assert len(hired) == 2
     assert found.model["params"].tobytes() == expected.model["params"].tobytes()
 
 

@@ -285,7 +285,7 @@ def test_binary_cross_entropy_with_one_logit():
     learner.check(clients)
     squeezed = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
     TorchLearner(squeezed, loss="binary_cross_entropy", lr=0.1).check(clients)
-    with pytest.raises(DataError, match="gives 2 outputs; loss 'binary_cross_entropy' takes one"):
+    with pytest.raises(DataError, match="does not fit"):
         TorchLearner(nn.Linear(4, 2), loss="binary_cross_entropy", lr=0.1).check(clients)
 
 

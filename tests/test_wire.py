@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from atoll import wire
+from atoll.errors import RunError
 from atoll.rounds.message import message_size, pack, unpack
 from atoll.updates import Update
 
@@ -43,6 +44,12 @@ def test_numbers_of_a_message_come_back_exactly_and_its_size_does_not_tell_them(
     np.testing.assert_array_equal([read.weight, read.metrics["train_loss"]], [weight, metric])
     plain = Update(update.vectors, 1.0, {}, {"train_loss": 0.0})
     assert len(data) == message_size(update) == message_size(plain)
+
+
+@pytest.mark.parametrize("value", [None, "much", np.zeros(2), 10**400])
+def test_metrics_that_are_no_numbers_are_said_where_they_are_made(value):
+    with pytest.raises(RunError, match="an update's 'gain' is .*, not a number"):
+        pack(Update({}, 1.0, {}, {"gain": value}))
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\ud800", "\0", "n" * 257])

@@ -40,10 +40,9 @@ PARTS = {
         ("> gather inputs", training.Columns, "take"),
         ("> loss", training, "cohort_loss"),
         ("> backward and update", tape.Tape, "back"),
-        ("check the updates", turns, "admit_rows"),
-        ("exact sum", mean._RunningMean, "add_rows"),
-        ("count bytes", turns.wire, "sizes"),
-        ("deliveries", simulator.Simulator, "_deliver"),
+        ("check and exact sum", learner, "fold"),
+        ("make the deliveries", turns, "_deliveries"),
+        ("hand them in", simulator.Simulator, "_deliver"),
         ("server's step", server.Server, "close"),
     ],
     "W1": [

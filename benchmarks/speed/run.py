@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 AGREE = 0.06
 #: Of each workload, GFLOP in a round (forward and backward products, no first input gradient).
 GFLOP = {"W1": 83.8, "W2": 26.4, "W3": 0.157, "W4": 252.7, "W5": 152.6, "W6": 18.5}
+RIVALS = ("flower", "pfl", "fedjax", "fluke")
 JAX_WORKLOADS = ("W1", "W2", "W3", "W4")
 OVERHEADS = ("", "prox", "scaffold", "momentum", "clip", "adam")
 
@@ -82,7 +83,10 @@ def _best(runs: list[dict[str, Any]], name: str, otherwise: list[str]) -> list[s
 
 
 def overheads(given: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
-    """What other rules cost on top of federated averaging, for each who has them."""
+    """What other rules cost on top of federated averaging: of rivals, momentum and Adam.
+
+    Everyone has the number of threads with which the tight loop is fastest.
+    """
     rivals = dict(pair.split("=", 1) for pair in given.rival)
     runs = []
     for number in range(given.passes):
@@ -206,6 +210,9 @@ def main() -> None:
     given = parser.parse_args()
     workloads = given.workload or (["W1", "W2"] if given.overheads else list(WORKLOADS))
     prepare(workloads)
+    absent = sorted(set(RIVALS) - {pair.split("=", 1)[0] for pair in given.rival})
+    if absent:
+        print("left out, for want of an environment:", ", ".join(absent), flush=True)
     about = machine()
     print(json.dumps(about), flush=True)
     kind = "overheads" if given.overheads else "speed"

@@ -26,13 +26,10 @@ def check_outputs(loss: object, shape: Sequence[int], data: FederatedData) -> No
     if not data.classes:
         return
     outputs = shape[-1] if shape else 1
-    binary = loss == "binary_cross_entropy"
-    wanted = {1} if binary else {data.classes}
+    wanted = {1} if loss == "binary_cross_entropy" else {data.classes}
     if not isinstance(loss, str) and data.classes == 2:
         wanted.add(1)  # a loss of people's own may take one logit
     if outputs not in wanted:
         raise DataError(
-            f"{data.name} has {data.classes} classes, but the model gives {outputs} "
-            f"output{'' if outputs == 1 else 's'}"
-            + (f"; loss {loss!r} takes one logit" if binary else "")
+            f"{data.name} has {data.classes} classes, but the model gives {outputs} outputs"
         )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.aggregation.door import admit, admit_rows
+from atoll.aggregation.door import WEIGHT_LEAST, WEIGHT_LIMIT, admit, admit_rows
 from atoll.aggregation.fixed import unit_scale
 from atoll.aggregation.stage import Sink
 from atoll.algorithms.client import Client
@@ -192,10 +192,13 @@ def _folds(
     """The updates' weighted sums, if they can be made where the learner's arrays are."""
     if not (plan.stages.transparent and sums.takes_folds):
         return None
+    if not all(WEIGHT_LEAST <= weight <= WEIGHT_LIMIT for weight in weights):
+        return None  # the door has a sentence for it
     scales = [unit_scale(weight) for weight in weights]
     folds = {}
     for name, rows in update.vectors.items():
-        fold = plan.learner.fold(rows, scales) if rows.ndim == 2 else None
+        whole = rows.ndim == 2 and len(rows) == len(weights)
+        fold = plan.learner.fold(rows, scales) if whole else None
         if fold is None:
             return None
         folds[name] = fold

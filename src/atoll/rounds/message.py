@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from atoll import wire
 from atoll.aggregation.stage import Schema
-from atoll.errors import UpdateRefused
+from atoll.errors import RunError, UpdateRefused
 from atoll.updates import Update
 from atoll.vectors import STATISTICS
 
@@ -17,8 +17,17 @@ NUMBER = "+24.16e"
 
 def metadata(weight: float, metrics: Mapping[str, float]) -> dict[str, str]:
     """An update's weight and metrics as they travel."""
-    numbers = {**metrics, WEIGHT: weight}
-    return {name: format(value, NUMBER) for name, value in numbers.items()}
+    return {name: _written(name, value) for name, value in {**metrics, WEIGHT: weight}.items()}
+
+
+def _written(name: str, value: float) -> str:
+    try:
+        return format(float(value), NUMBER)
+    except (TypeError, ValueError, OverflowError):
+        raise RunError(
+            f"an update's {name!r} is {type(value).__name__}, not a number: weights and metrics "
+            "are floats"
+        ) from None
 
 
 def message_size(message: Update) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -117,10 +117,8 @@ class _Actors(Crew, Team):
                 address=cluster.address or "local", include_dashboard=False, log_to_driver=False,
                 configure_logging=False,
             )  # fmt: skip
-        resources = ray.cluster_resources()
-        fitting = _fitting(resources.get("CPU", 1.0), cluster.cores)
-        if cluster.gpus:
-            fitting = min(fitting, _fitting(resources.get("GPU", 0.0), cluster.gpus))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fitting = sum(_fitting(node, cluster.cores, cluster.gpus) for node in nodes)
         self._count = cluster.actors or fitting
         if not 1 <= self._count <= fitting:
             if self._started:
@@ -208,9 +206,14 @@ class _Actors(Crew, Team):
         return desk.remote(plan, data, self._key, cluster.cores)
 
 
-def _fitting(available: float, each: float) -> int:
-    """How many shares there are, a tenth of one GPU being ten."""
-    return math.floor(available / each + 1e-9)
+def _fitting(node: Mapping[str, float], cores: int, gpus: float) -> int:
+    """How many actors one machine has room for; parts of a GPU are of one and the same."""
+    by_cores = int(node.get("CPU", 0.0)) // cores
+    if not gpus:
+        return by_cores
+    whole = int(node.get("GPU", 0.0))
+    by_gpus = whole * math.floor(1 / gpus + 1e-9) if gpus < 1 else math.floor(whole / gpus)
+    return min(by_cores, by_gpus)
 
 
 def _carry_own_code(ray: Any, plan: Plan, data: FederatedData) -> None:

@@ -13,7 +13,10 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
 
 
 def keep_freed_memory() -> None:
-    """Raise glibc's thresholds for this process; elsewhere do nothing."""
+    """Raise glibc's thresholds for this process, for good; elsewhere do nothing.
+
+    Threads that are started afterwards share one heap, unless there are many already.
+    """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

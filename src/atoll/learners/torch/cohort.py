@@ -39,8 +39,8 @@ from atoll.vectors import SECTIONS, Entry, Layout, Section, Vectors
 WORKSPACES = 8
 #: Sums of whole numbers with magnitudes below these are exact as float64, and as int64.
 FLOAT_LIMIT, FOLD_LIMIT = float(1 << 53), float(1 << 60)
-#: Columns of [C, P] rows to sum at a time, so that what is in between stays in the caches.
-FOLD_TILE = 1 << 20
+#: How many values of [C, P] rows are summed at a time, in float64: on a CPU what its caches hold.
+FOLD_TILE, FOLD_TILE_ON_DEVICE = 1 << 20, 1 << 26
 
 #: Of products on an accelerator: exact float32, TF32, or bfloat16 with float32 weights.
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -178,12 +178,14 @@ def fold(rows: Tensor, scales: Sequence[float]) -> tuple[np.ndarray, int] | None
     """Sum of round(row * scale) over rows [C, P] as int64 [P] and a bound of its magnitude.
 
     Where the rows are, so that one vector leaves the device and not C. None if a value is not
-    finite or too large for that.
+    finite or too large for that, or the rows are not float32, as updates are.
     """
-    if not rows.numel():
+    rows = rows.detach()
+    if not rows.numel() or rows.dtype != torch.float32:
         return None
     factors = torch.tensor(scales, dtype=torch.float64, device=rows.device).unsqueeze(1)
-    tiles = torch.split(rows, max(1, FOLD_TILE // len(rows)), 1)
+    size = FOLD_TILE if rows.device.type == "cpu" else FOLD_TILE_ON_DEVICE
+    tiles = torch.split(rows, max(1, size // len(rows)), 1)
     peaks = torch.stack([tile.abs().amax(1) for tile in tiles]).amax(0)
     bound = float(factors[:, 0] @ peaks.double()) + len(rows)
     if not bound < FOLD_LIMIT:
