@@ -1,11 +1,20 @@
 """fluke in one process; `--variant` momentum or adam changes the local optimiser."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
+
+# fluke imports torchvision for data sets and networks that are not used here, and torchvision would
+# decide which torch this runs on.
+for name in ("", ".datasets", ".transforms", ".models"):
+    sys.modules["torchvision" + name] = MagicMock()
+
 from fluke import DDict, FlukeENV
 from fluke.algorithms import CentralizedFL
 from fluke.client import Client
