@@ -101,8 +101,9 @@ def objection(plan: Plan, data: FederatedData, received: Vectors, turns: Sequenc
             return ""
     (alone, singly), (stack, jointly) = outcomes
     near = plan.learner.tolerance
+    # A stage may encode a value that was rounded otherwise in a few bytes more.
     same = _alike(alone, stack, near) and all(
-        a.size == b.size for a, b in zip(singly, jointly, strict=True)
+        abs(a.size - b.size) < 64 for a, b in zip(singly, jointly, strict=True)
     )
     for a, b in zip(singly, jointly, strict=True):
         same &= all(_close(a.memory[name], b.memory[name], near) for name in a.memory)
