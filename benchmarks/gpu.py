@@ -28,6 +28,7 @@ from atoll.simulation.engine import Engine
 from atoll.tracking import Observer
 
 PARAMETERS = 1_626_442
+COHORT = 50
 
 
 def population() -> FederatedData:
@@ -69,9 +70,11 @@ def engine_of(device: str, block: int, processes: int) -> Engine:
 
 
 def measure(
-    clients: FederatedData, given: argparse.Namespace, block: int, precision: str, processes: int
-) -> dict:
+    clients: FederatedData, given: argparse.Namespace, block: int | None, precision: str,
+    processes: int,
+) -> dict:  # fmt: skip
     """Seconds per round, client steps per second and, of one process, its peak on the device."""
+    block = block or -(-COHORT // processes)
     laps = Laps()
     if given.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -81,7 +84,7 @@ def measure(
             model(), lr=0.1, batch_size=10, device=given.device, precision=precision
         ),
         algorithm=algorithms.FedAvg(),
-        schedule=schedules.Synchronous(rounds=given.rounds, cohort=50),
+        schedule=schedules.Synchronous(rounds=given.rounds, cohort=COHORT),
         evaluation=Evaluation(every=10**6, clients_every=None),
     ).simulate(clients, engine=engine_of(given.device, block, processes), observers=[laps])
     wall = time.perf_counter() - started
@@ -102,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=1500)
-    parser.add_argument("--block", type=int, help="clients in a stack; default: 50 / processes")
+    parser.add_argument("--block", type=int, help="clients in a stack; default: all, shared evenly")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--sweep", action="store_true")
@@ -116,10 +119,9 @@ def main() -> None:
             for block in (1, 5, 10, 25, 50):
                 found.append(measure(clients, given, block, precision, 1))
         for processes in (2, 4):
-            found.append(measure(clients, given, -(-50 // processes), "float32", processes))
+            found.append(measure(clients, given, None, "float32", processes))
     else:
-        block = given.block or -(-50 // given.processes)
-        found.append(measure(clients, given, block, given.precision, given.processes))
+        found.append(measure(clients, given, given.block, given.precision, given.processes))
     name = torch.cuda.get_device_name() if given.device.startswith("cuda") else given.device
     if given.out:
         given.out.write_text(json.dumps({"device": name, "runs": found}, indent=1) + "\n")

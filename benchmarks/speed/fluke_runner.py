@@ -34,8 +34,6 @@ from workloads import (
 )
 
 given = arguments()
-if given.threads:
-    torch.set_num_threads(given.threads)
 w = WORKLOADS[given.workload]
 report = Report("fluke", given, f"{version('fluke-fl')}, torch {torch.__version__}")
 data = Data(given.workload)

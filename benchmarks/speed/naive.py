@@ -18,8 +18,6 @@ from workloads import (
 )
 
 given = arguments()
-if given.threads:
-    torch.set_num_threads(given.threads)
 w = WORKLOADS[given.workload]
 report = Report("tutorial loop", given, torch.__version__)
 data = Data(given.workload)

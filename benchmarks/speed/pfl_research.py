@@ -30,8 +30,6 @@ from workloads import (
 )
 
 given = arguments()
-if given.threads:
-    torch.set_num_threads(given.threads)
 w = WORKLOADS[given.workload]
 report = Report("pfl-research", given, version("pfl"))
 data = Data(given.workload)

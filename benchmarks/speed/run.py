@@ -33,7 +33,13 @@ RESULTS = Path(__file__).parent.parent / "results"
 AGREE = 0.06
 #: Of each workload, GFLOP in a round (forward and backward products, no first input gradient).
 GFLOP = {"W1": 83.8, "W2": 26.4, "W3": 0.157, "W4": 252.7, "W5": 152.6, "W6": 18.5}
-RIVALS = ("flower", "pfl", "fedjax", "fluke")
+#: What `--rival` calls them -> name, runner, and whether it is told how many threads to use.
+RIVALS = {
+    "pfl": ("pfl-research", "pfl_research.py", True),
+    "fluke": ("fluke", "fluke_runner.py", True),
+    "fedjax": ("FedJAX", "fedjax_runner.py", False),
+    "flower": ("Flower", "flower.py", False),
+}
 JAX_WORKLOADS = ("W1", "W2", "W3", "W4")
 OVERHEADS = ("", "prox", "scaffold", "momentum", "clip", "adam")
 
@@ -41,22 +47,26 @@ OVERHEADS = ("", "prox", "scaffold", "momentum", "clip", "adam")
 def contenders(given: argparse.Namespace, workload: str) -> list[tuple[str, str, str, list[str]]]:
     """(name, python, runner, arguments) of everyone who can run a workload."""
     here = sys.executable
-    rivals = {
-        name: str(Path(venv).expanduser() / "bin" / "python")
-        for name, venv in (pair.split("=", 1) for pair in given.rival)
-    }
     found = [("atoll", here, "ours.py", []), ("atoll", here, "ours.py", ["--variant", "auto"])]
     for name, runner in (("tight loop", "tight.py"), ("tutorial loop", "naive.py")):
         found += [(name, here, runner, ["--threads", threads]) for threads in ("1", "2")]
-    loops = (("pfl", "pfl-research", "pfl_research.py"), ("fluke", "fluke", "fluke_runner.py"))
-    for rival, name, runner in loops:
-        if rival in rivals:
-            found += [(name, rivals[rival], runner, ["--threads", each]) for each in ("1", "2")]
-    if "fedjax" in rivals and workload in JAX_WORKLOADS:
-        found.append(("FedJAX", rivals["fedjax"], "fedjax_runner.py", []))
-    if "flower" in rivals:
-        found.append(("Flower", rivals["flower"], "flower.py", []))
+    for rival, python in interpreters(given).items():
+        name, runner, threaded = RIVALS[rival]
+        if rival == "fedjax" and workload not in JAX_WORKLOADS:
+            continue
+        settings = [["--threads", each] for each in ("1", "2")] if threaded else [[]]
+        found += [(name, python, runner, setting) for setting in settings]
     return found
+
+
+def interpreters(given: argparse.Namespace) -> dict[str, str]:
+    """Python of each rival that has an environment, in the order of `RIVALS`."""
+    named = dict(pair.split("=", 1) for pair in given.rival)
+    return {
+        rival: str(Path(named[rival]).expanduser() / "bin" / "python")
+        for rival in RIVALS
+        if rival in named
+    }
 
 
 def side_by_side(given: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
@@ -87,22 +97,18 @@ def overheads(given: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
 
     Everyone has the number of threads with which the tight loop is fastest.
     """
-    rivals = dict(pair.split("=", 1) for pair in given.rival)
     runs = []
     for number in range(given.passes):
         for variant in OVERHEADS:
             chosen = [("atoll", sys.executable, "ours.py", [])]
             threads = "2" if workload == "W1" else "1"
             chosen.append(("tight loop", sys.executable, "tight.py", ["--threads", threads]))
-            own = variant in ("", "momentum", "adam")
-            for rival, name, runner, more in (
-                ("pfl", "pfl-research", "pfl_research.py", ["--threads", threads]),
-                ("fluke", "fluke", "fluke_runner.py", ["--threads", threads]),
-                ("fedjax", "FedJAX", "fedjax_runner.py", []),
-            ):
-                if own and rival in rivals:
-                    python = str(Path(rivals[rival]).expanduser() / "bin" / "python")
-                    chosen.append((name, python, runner, more))
+            if variant in ("", "momentum", "adam"):
+                for rival, python in interpreters(given).items():
+                    name, runner, threaded = RIVALS[rival]
+                    if rival != "flower":
+                        more = ["--threads", threads] if threaded else []
+                        chosen.append((name, python, runner, more))
             for name, python, runner, more in chosen:
                 figures = measure(python, runner, [workload, *more, "--variant", variant])
                 runs.append({"contender": name, **figures, "variant": variant, "pass": number})
@@ -210,7 +216,7 @@ def main() -> None:
     given = parser.parse_args()
     workloads = given.workload or (["W1", "W2"] if given.overheads else list(WORKLOADS))
     prepare(workloads)
-    absent = sorted(set(RIVALS) - {pair.split("=", 1)[0] for pair in given.rival})
+    absent = sorted(set(RIVALS) - set(interpreters(given)))
     if absent:
         print("left out, for want of an environment:", ", ".join(absent), flush=True)
     about = machine()

@@ -203,7 +203,7 @@ def probe_loss(model: Any, name: str) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    """What every runner takes."""
+    """What every runner takes; torch has so many threads from here on."""
     parser = argparse.ArgumentParser()
     parser.add_argument("workload", choices=list(WORKLOADS))
     parser.add_argument("--rounds", type=int)
@@ -211,6 +211,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variant", default="")
     given = parser.parse_args()
     given.rounds = given.rounds or WORKLOADS[given.workload]["rounds"]
+    if given.threads:
+        import torch
+
+        torch.set_num_threads(given.threads)
     return given
 
 

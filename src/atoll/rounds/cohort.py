@@ -216,8 +216,6 @@ def _deliveries(
     """What came of each turn of a stack; no size depends on a value, so all are as large."""
     first = {name: rows[0] for name, rows in {**vectors, **statistics}.items()}
     size = message_size(Update(first, weights[0], metrics=dict.fromkeys(columns, 0.0)))
-    if not memories:
-        return [Delivery(fault, size, {}) for fault in faults]
     return [
         Delivery(fault, size, {name: rows[c].copy() for name, rows in memories.items()})
         for c, fault in enumerate(faults)
