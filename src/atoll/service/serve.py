@@ -55,6 +55,19 @@ def serve(
         runner.run(process.run())
 
 
+def http_of(app: App, host: str, port: int, **more: Any) -> Any:
+    """How an application is spoken to: uvicorn's configuration, whoever runs the server."""
+    import uvicorn
+
+    from atoll.service.heads import BoundedHeads
+
+    return uvicorn.Config(
+        app.asgi(), host=host, port=port, log_config=None, access_log=False,
+        server_header=False, lifespan="off", timeout_keep_alive=75, http=BoundedHeads,
+        proxy_headers=False, ws="none", **more,
+    )  # fmt: skip
+
+
 class _Process:
     def __init__(
         self,
@@ -74,13 +87,8 @@ class _Process:
     async def run(self) -> None:
         import uvicorn
 
-        from atoll.service.heads import BoundedHeads
-
-        config = uvicorn.Config(
-            self.app.asgi(), host=self.listening.host, port=self.listening.port,
-            log_config=None, access_log=False, server_header=False, lifespan="off",
-            timeout_keep_alive=75, timeout_graceful_shutdown=10,
-            http=BoundedHeads, proxy_headers=False, ws="none",
+        config = http_of(
+            self.app, self.listening.host, self.listening.port, timeout_graceful_shutdown=10,
             ssl_certfile=self.folder.path / "server.pem",
             ssl_keyfile=str(self.folder.path / "server-key.pem"),
         )  # fmt: skip
