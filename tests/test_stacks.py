@@ -21,6 +21,7 @@ from atoll.learners.torch.layers import WIDE, convolution
 from atoll.learners.torch.rules import Descend, Gather, HeavyBall, rule_for
 from atoll.learners.torch.stack import Stack
 from atoll.learners.torch.tape import Tape
+from atoll.learners.torch.tracing import traced
 
 CLASSES = 4
 torch.set_num_threads(1)
@@ -461,6 +462,48 @@ def test_wide_layers_over_every_word_are_not_factored():
     program = TorchLearner(dense).lowering(Examples(x, y)).alone
     assert program.linears == {"0.weight", "2.weight"}
     assert TorchLearner(Words()).lowering(Examples(text, text)).alone.linears == set()
+
+
+class Functional(nn.Module):
+    """ReLU and pooling as functions; with `twice` somebody else sees what was rectified."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.twice = twice
+        self.before, self.after = nn.Conv2d(1, 3, 3, padding=1), nn.Linear(48, CLASSES)
+
+    def forward(self, x):
+        x = torch.relu(self.before(x))
+        pooled = F.max_pool2d(x, 2, 2)
+        if self.twice:
+            pooled = pooled + 0.5 * F.avg_pool2d(x, 2)
+        return self.after(pooled.flatten(1))
+
+
+def pooled(activation, *pooling):
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), activation, nn.MaxPool2d(*pooling), nn.Flatten(),
+        nn.Linear(48, CLASSES),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "activation", "pool", "moved"),
+    [
+        (pooled(nn.ReLU(), 2), "1", "2", True),
+        (pooled(nn.ReLU(inplace=True), 3, 2, 1), "1", "2", True),
+        (pooled(nn.Tanh(), 2), "1", "2", False),
+        (Functional(twice=False), torch.relu, F.max_pool2d, True),
+        (Functional(twice=True), torch.relu, F.max_pool2d, False),
+    ],
+)
+def test_what_is_only_pooled_is_rectified_afterwards(module, activation, pool, moved):
+    graph = traced(module)
+    graph.lint()
+    order = [node.target for node in graph.nodes]
+    assert (order.index(pool) < order.index(activation)) is moved
+    x, y = drawn((1, 8, 8), size=24)
+    check(TorchLearner(module, lr=0.1, batch_size=5), x, y, [13, 5, 6])
 
 
 def test_grouped_convolutions_are_the_clients_own():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from unittest.mock import MagicMock
 
@@ -13,7 +14,7 @@ import torch
 # fluke imports torchvision for data sets and networks that are not used here, and torchvision would
 # decide which torch this runs on.
 for name in ("", ".datasets", ".transforms", ".models"):
-    sys.modules["torchvision" + name] = MagicMock()
+    sys.modules["torchvision" + name] = MagicMock(__spec__=ModuleSpec("torchvision" + name, None))
 
 from fluke import DDict, FlukeENV
 from fluke.algorithms import CentralizedFL

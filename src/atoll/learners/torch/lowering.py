@@ -31,18 +31,10 @@ from atoll.learners.torch.kinds import (
 )
 from atoll.learners.torch.program import Program, Refused, Row
 from atoll.learners.torch.tape import Tape, Value, local
+from atoll.learners.torch.tracing import traced
 
 Names = Mapping[str, str]
 Rule = Callable[..., Any]
-
-
-class _Tracer(fx.Tracer):
-    """Stops at torch's own layers and at modules that hold parameters or buffers themselves."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m) in (nn.Sequential, nn.Identity) or type(m).__module__.startswith("torch.nn"):
-            return type(m) is not nn.Sequential
-        return bool(m._buffers)
 
 
 def lower(module: nn.Module, trained: Iterable[str], *, whole: bool = False) -> Program:
@@ -55,7 +47,7 @@ def lower(module: nn.Module, trained: Iterable[str], *, whole: bool = False) -> 
     if whole:
         return _whole(module, trained, "it cannot be taken apart")
     try:
-        graph = _trace(module)
+        graph = traced(module)
     except Refused as refusal:
         return _whole(module, trained, str(refusal))
     except Exception as error:
@@ -64,31 +56,6 @@ def lower(module: nn.Module, trained: Iterable[str], *, whole: bool = False) -> 
         return _Lowering(module, graph, trained).program()
     except Refused as refusal:
         return _whole(module, trained, str(refusal))
-
-
-def _trace(module: nn.Module) -> fx.Graph:
-    """The graph of the module, which must be the same in training and in evaluation."""
-    if type(module).__module__.startswith("torch.nn") and type(module) is not nn.Sequential:
-        graph = fx.Graph()
-        graph.output(graph.call_module("", (graph.placeholder("x"),)))
-        return graph
-    before = module.training
-    graph, other = (_Tracer().trace(module.train(training)) for training in (True, False))
-    module.train(before)
-    if [(n.op, n.target) for n in graph.nodes] != [(n.op, n.target) for n in other.nodes]:
-        raise Refused("its forward goes another way in training than in evaluation")
-    for ours, theirs in zip(graph.nodes, other.nodes, strict=True):
-        if ours.target is F.dropout:
-            told = [_told(node) for node in (ours, theirs)]
-            if told == [True, True]:
-                raise Refused("it drops out in evaluation too")
-            ours.meta["off"] = told[0] is False
-    return graph
-
-
-def _told(node: fx.Node) -> Any:
-    """What `F.dropout` is told of training; the tracer has put the module's state there."""
-    return node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
 
 
 def _check(module: nn.Module, trained: set[str]) -> None:
@@ -453,8 +420,8 @@ class _Lowering:
         if not isinstance(source, fx.Node) or len(source.users) != 1:
             return False
         if source.op != "call_module":
-            return False
-        kinds = (nn.Linear, *CONVOLUTIONS, nn.LayerNorm, nn.GroupNorm, *BATCH_NORMS)
+            return source.target is F.max_pool2d
+        kinds = (nn.Linear, *CONVOLUTIONS, nn.LayerNorm, nn.GroupNorm, *BATCH_NORMS, nn.MaxPool2d)
         return isinstance(self.modules[str(source.target)], kinds)
 
 
