@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -782,3 +784,35 @@ def test_learners_travel_without_what_they_keep_at_hand():
     learner.train(learner.init(Key(0)), Examples(x, y), Assignment(1, Key(1)))
     assert len(pickle.dumps(learner)) == fresh
     assert pickle.loads(pickle.dumps(learner)).layout.digest == learner.layout.digest
+
+
+LIGHT = """
+import sys
+import numpy as np
+from torch import nn
+from atoll.data import Examples
+from atoll.keys import Key
+from atoll.learners import Assignment, TorchLearner
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.body, self.head = nn.Embedding(9, 4), nn.GRU(4, 5), nn.Linear(5, 9)
+
+    def forward(self, x):
+        return self.head(self.body(self.words(x))[0])
+
+x = np.arange(40).reshape(8, 5) % 9
+learner = TorchLearner(Reader(), lr=0.1, batch_size=4)
+held = Examples(x, x)
+learner.train(learner.init(Key(0)), held, Assignment(1, Key(0)))
+assert learner.stacks(held) == ""
+print(*{"sympy", "torch._dynamo"} & set(sys.modules))
+"""
+
+
+def test_training_imports_no_compiler():
+    """torch's symbolic shapes take most of a second and fifty megabytes."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [], done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.data.examples import Examples
+from atoll.learners.torch.kinds import RECURRENT
 from atoll.learners.torch.losses import Loss, cohort_loss
 from atoll.learners.torch.lowering import lower
 from atoll.learners.torch.program import Program, Refused
@@ -59,27 +60,28 @@ def _passing(
     counts: tuple[int, ...],
     reasons: list[str],
 ) -> Program | None:
-    for dtype in (torch.float64, torch.float32):
+    # Recurrent layers have a fused kernel for float32 only, and many times its memory without.
+    recurrent = any(isinstance(part, RECURRENT) for part in module.modules())
+    order = (torch.float64, torch.float32)
+    why = ""
+    for dtype in reversed(order) if recurrent else order:
         try:
             made, matrices = _check(program, module, layout, loss, examples, counts, dtype)
             if not program.mixes:
                 _check(program, module, layout, loss, examples, (1,) * len(counts), dtype)
         except Refused as refusal:
-            reasons.append(str(refusal))
-            return None
+            why = str(refusal)
+            if dtype is torch.float64:
+                break
         except Exception as error:
             # A module with float32 tensors of its own may run in nothing else.
-            if dtype is torch.float64:
-                continue
-            text = str(error).strip().splitlines()
-            reasons.append(f"{type(error).__name__}: {text[0][:200] if text else ''}")
-            return None
-        rows = len(counts) * max(counts) * (dtype.itemsize // 4)
-        return replace(
-            program,
-            bytes_per_row=made // rows,
-            linears=program.linears & matrices,
-        )
+            if dtype is torch.float32:
+                text = str(error).strip().splitlines()
+                why = f"{type(error).__name__}: {text[0][:200] if text else ''}"
+        else:
+            rows = len(counts) * max(counts) * (dtype.itemsize // 4)
+            return replace(program, bytes_per_row=made // rows, linears=program.linears & matrices)
+    reasons.append(why)
     return None
 
 

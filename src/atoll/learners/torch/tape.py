@@ -176,7 +176,8 @@ def keep(tape: Tape, results: Any, wanted: Sequence[tuple[Value, Tensor]]) -> An
             tensors, gradients = zip(*known, strict=True)
             leaves = [leaf for _, leaf in wanted]
             with torch.enable_grad():
-                found = torch.autograd.grad(tensors, leaves, gradients, allow_unused=True)
+                seed = _Seed.apply(gradients, *tensors)  # type: ignore[no-untyped-call]
+                found = torch.autograd.grad(seed, leaves, allow_unused=True)
             for (value, _), gradient in zip(wanted, found, strict=True):
                 if gradient is not None:
                     value.give(gradient)
@@ -184,6 +185,23 @@ def keep(tape: Tape, results: Any, wanted: Sequence[tuple[Value, Tensor]]) -> An
     if outputs:
         tape.then(backward, *(value for value, _ in outputs))
     return values
+
+
+class _Seed(torch.autograd.Function):
+    """A number whose gradients by some tensors are these.
+
+    Given gradients instead, torch imports its symbolic shapes and with them sympy, which takes
+    most of a second and fifty megabytes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradients
 
 
 def _changed(structure: Any, change: Callable[[Any], Any]) -> Any:
