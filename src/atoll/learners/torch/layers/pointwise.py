@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atoll.learners.torch.layers.rows import channels_last
+from atoll.learners.torch.layers.rows import channels_last, laid_like
 from atoll.learners.torch.tape import Tape, Value
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ def relu(tape: Tape, x: Value, in_place: bool) -> Value:
 
     def backward() -> None:
         if y.grad is not None and x.wanted:
-            x.give(aten.threshold_backward(y.grad, out, 0))
+            x.give(aten.threshold_backward(laid_like(out, y.grad), out, 0))
 
     tape.then(backward, y)
     return y
@@ -39,9 +39,10 @@ def activation(tape: Tape, x: Value, kind: str, approximate: str = "none") -> Va
         if y.grad is None or not x.wanted:
             return
         if kind == "gelu":
-            x.give(aten.gelu_backward(y.grad, x.data, approximate=approximate))
+            gradient = laid_like(x.data, y.grad)
+            x.give(aten.gelu_backward(gradient, x.data, approximate=approximate))
         else:
-            x.give(getattr(aten, f"{kind}_backward")(y.grad, out))
+            x.give(getattr(aten, f"{kind}_backward")(laid_like(out, y.grad), out))
 
     tape.then(backward, y)
     return y

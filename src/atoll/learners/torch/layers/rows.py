@@ -22,6 +22,13 @@ def channels_last(data: Tensor) -> Tensor:
     return data.contiguous(memory_format=torch.channels_last)
 
 
+def laid_like(data: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the order of `data` in memory: two orders in one operation are slow."""
+    if data.ndim == 4 and data.is_contiguous(memory_format=torch.channels_last):
+        return gradient.contiguous(memory_format=torch.channels_last)
+    return gradient
+
+
 def unversioned(weight: Tensor) -> Tensor:
     """The weights for autograd, which must not mind that others in the same flat vector change.
 
