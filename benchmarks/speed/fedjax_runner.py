@@ -92,7 +92,7 @@ def probe(p):
 
 
 state = algorithm.init(model.init(None))
-before = probe(state.params)
+initial = state.params
 keys = jax.random.split(jax.random.PRNGKey(0), w["cohort"])
 report.start()
 for number in range(given.rounds):
@@ -101,4 +101,4 @@ for number in range(given.rounds):
     state, _ = algorithm.apply(state, clients)
     jax.block_until_ready(state.params)
     report.lap()
-report.done(before, probe(state.params), jax=jax.__version__)
+report.done(probe(state.params), probe(initial), jax=jax.__version__)

@@ -39,7 +39,6 @@ w = WORKLOADS[given.workload]
 report = Report("fluke", given, f"{version('fluke-fl')}, torch {torch.__version__}")
 data = Data(given.workload)
 model = make_model(given.workload)
-before = probe_loss(model, given.workload)
 optimizer = {"name": torch.optim.SGD, "lr": w["rate"]}
 if given.variant == "momentum":
     optimizer |= {"lr": w["rate"] / 10, "momentum": 0.9}
@@ -97,4 +96,4 @@ server = GivenCohorts(model, None, clients, weighted=True)
 federation = Timed(len(clients), None, {}, clients=clients, server=server)
 report.start()
 federation.run(n_rounds=given.rounds, eligible_perc=w["cohort"] / w["clients"])
-report.done(before, probe_loss(server.model, given.workload))
+report.done(probe_loss(server.model, given.workload))

@@ -25,6 +25,8 @@ def measure(python: str, runner: str, arguments: list[str]) -> dict[str, Any]:
     """The runner's own figures with peak memory (summed over processes) and processor time."""
     environment = {**os.environ, "ATOLL_BENCH_LAUNCH": repr(time.time())}
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Installed packages come compiled; so is what runs from its source, after its first start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(

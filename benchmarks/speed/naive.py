@@ -23,7 +23,6 @@ report = Report("tutorial loop", given, torch.__version__)
 data = Data(given.workload)
 clients = [TensorDataset(*map(torch.from_numpy, data.client(i))) for i in range(len(data))]
 model = make_model(given.workload)
-before = probe_loss(model, given.workload)
 report.start()
 for number in range(given.rounds):
     states, sizes = [], []
@@ -46,4 +45,4 @@ for number in range(given.rounds):
         }
     )
     report.lap()
-report.done(before, probe_loss(model, given.workload))
+report.done(probe_loss(model, given.workload))

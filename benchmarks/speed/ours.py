@@ -58,7 +58,6 @@ held = Data(given.workload)
 task = "tokens" if held.y.ndim > 1 else "classification"
 clients = data.from_columns(held.x, held.y, held.offsets, task=task, classes=w["classes"])
 module = make_model(given.workload)
-before = probe_loss(module, given.workload)
 run = Federation(
     learner=TorchLearner(
         module, lr=rate, batch_size=w["batch"], epochs=w["epochs"], optimizer=optimizer,
@@ -72,4 +71,4 @@ run = Federation(
 with torch.no_grad():
     flat = torch.from_numpy(run.model["params"])
     torch.nn.utils.vector_to_parameters(flat, module.parameters())
-report.done(before, probe_loss(module, given.workload), engine=run.engine)
+report.done(probe_loss(module, given.workload), engine=run.engine)

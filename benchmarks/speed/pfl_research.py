@@ -37,7 +37,6 @@ users = {i: tuple(map(to_tensor, data.client(i))) for i in range(len(data))}
 order = iter([int(i) for r in range(given.rounds) for i in cohort(given.workload, r)])
 federated = FederatedDataset.from_slices(users, lambda: next(order))
 net = make_model(given.workload)
-before = probe_loss(net, given.workload)
 rate, local = w["rate"], torch.optim.SGD
 if given.variant == "momentum":
     rate, local = rate / 10, partial(torch.optim.SGD, momentum=0.9)
@@ -93,4 +92,4 @@ FederatedAveraging().run(
     model_eval_params=NNEvalHyperParams(local_batch_size=None),
     callbacks=[Timer()],
 )  # fmt: skip
-report.done(before, probe_loss(net, given.workload))
+report.done(probe_loss(net, given.workload))

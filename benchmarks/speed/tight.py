@@ -23,7 +23,6 @@ report = Report("tight loop", given, torch.__version__)
 data = Data(given.workload)
 clients = [tuple(map(torch.from_numpy, data.client(i))) for i in range(len(data))]
 model = make_model(given.workload)
-before = probe_loss(model, given.workload)
 parameters = list(model.parameters())
 flat = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
 at = 0
@@ -108,4 +107,4 @@ for number in range(given.rounds):
     control.add_(change)
     report.lap()
 flat.copy_(shared)
-report.done(before, probe_loss(model, given.workload))
+report.done(probe_loss(model, given.workload))

@@ -234,8 +234,14 @@ class Report:
         """A round has ended."""
         self._edges.append(time.time())
 
-    def done(self, before: float, after: float, **more: Any) -> None:
-        """Print the figures; medians leave out two rounds for warming up."""
+    def done(self, after: float, before: float | None = None, **more: Any) -> None:
+        """Print the figures; medians leave out two rounds for warming up.
+
+        The loss before training is that of the shared initial weights, and found afterwards, so
+        that nobody's start-up pays for it; those without torch give it.
+        """
+        if before is None:
+            before = probe_loss(make_model(self._given.workload), self._given.workload)
         rounds = np.diff(self._edges)
         steady = rounds[2:] if len(rounds) > 4 else rounds
         figures = {
