@@ -786,6 +786,44 @@ def test_learners_travel_without_what_they_keep_at_hand():
     assert pickle.loads(pickle.dumps(learner)).layout.digest == learner.layout.digest
 
 
+class Leaking(nn.Module):
+    """Recurrent, and everyone's output depends a little on the others in the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0][:, -1] + 1e-3 * x.mean())
+
+
+def test_a_recurrent_module_that_mixes_clients_a_little_is_not_stacked():
+    x, y = drawn((6, 4), size=20)
+    assert "otherwise than by autograd" in TorchLearner(Leaking()).stacks(Examples(x, y))
+
+
+class Between(nn.Module):
+    """Changes what was rectified before it is pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        positive = torch.relu(x)
+        x.add_(1)
+        return self.head(F.max_pool2d(positive, 2).flatten(1))
+
+
+def test_pooling_sees_what_the_activation_saw():
+    x, y = drawn((1, 8, 8), size=24)
+    learner = TorchLearner(Between(), lr=0.1, batch_size=5)
+    assert learner.lowering(Examples(x, y)).alone is not None
+    before = x.copy()
+    check(learner, x, y, [13, 5, 6])
+    np.testing.assert_array_equal(x, before)
+
+
 LIGHT = """
 import sys
 import numpy as np

@@ -28,7 +28,7 @@ from atoll.service.certificates import client_context
 from atoll.service.conductor import Conductor
 from atoll.service.folder import StateFolder
 from atoll.service.identity import ENROL, OPEN, Token, public_key, seal
-from atoll.service.serve import http_of
+from atoll.service.serve import http_config
 from atoll.service.store import Store
 from atoll.service.terms import Service, plan_digest
 from atoll.updates import Update
@@ -310,7 +310,7 @@ class Inner(Target):
         )  # fmt: skip
         await conductor.start()
         self.app.conductor = conductor
-        config = http_of(self.app, "127.0.0.1", self._port, timeout_graceful_shutdown=2)
+        config = http_config(self.app, "127.0.0.1", self._port, timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
         serving = asyncio.create_task(server.serve())

@@ -55,7 +55,7 @@ def serve(
         runner.run(process.run())
 
 
-def http_of(app: App, host: str, port: int, **more: Any) -> Any:
+def http_config(app: App, host: str, port: int, **more: Any) -> Any:
     """How an application is spoken to: uvicorn's configuration, whoever runs the server."""
     import uvicorn
 
@@ -87,7 +87,7 @@ class _Process:
     async def run(self) -> None:
         import uvicorn
 
-        config = http_of(
+        config = http_config(
             self.app, self.listening.host, self.listening.port, timeout_graceful_shutdown=10,
             ssl_certfile=self.folder.path / "server.pem",
             ssl_keyfile=str(self.folder.path / "server-key.pem"),

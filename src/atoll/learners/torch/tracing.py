@@ -49,19 +49,21 @@ def _pool_first(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     where nothing is both give zero and no gradient.
     """
     for relu in list(graph.nodes):
-        if not _is(relu, modules, nn.ReLU, (F.relu, torch.relu)) or len(relu.users) != 1:
+        if not _calls(relu, modules, nn.ReLU, (F.relu, torch.relu)) or len(relu.users) != 1:
             continue
         (pool,) = relu.users
-        if not _is(pool, modules, nn.MaxPool2d, (F.max_pool2d,)) or pool.args[0] is not relu:
+        if not _calls(pool, modules, nn.MaxPool2d, (F.max_pool2d,)):
             continue
-        source = relu.args[0]
-        pool.replace_all_uses_with(relu)
-        pool.replace_input_with(relu, source)
-        relu.replace_input_with(source, pool)
-        pool.append(relu)
+        if pool.all_input_nodes == [relu] and pool.args[0] is relu:
+            # From source, relu, pool, users to source, pool, relu, users; all where the ReLU was.
+            source = relu.args[0]
+            pool.replace_all_uses_with(relu)
+            pool.replace_input_with(relu, source)
+            relu.replace_input_with(source, pool)
+            relu.prepend(pool)
 
 
-def _is(
+def _calls(
     node: fx.Node, modules: dict[str, nn.Module], layer: type[nn.Module], functions: Container[Any]
 ) -> bool:
     """Whether a node is such a layer, or one of these functions, with its input in first place."""
