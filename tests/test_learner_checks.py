@@ -178,7 +178,7 @@ print("all good")
 """
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def test_keras(backend):
     for package in ("keras", backend):
         # Not importorskip: which backend it imports is settled in the other process.

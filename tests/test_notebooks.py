@@ -13,7 +13,11 @@ from atoll import data
 from atoll.tracking import progress
 from atoll.tracking.progress import NotebookProgress, PlainProgress, in_notebook
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [
+    # It imports every framework there is.
+    pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "frameworks"))
+    for path in sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*.ipynb"))
+]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -27,7 +27,11 @@ def simulated(place, seed=0):
     ("algorithm", "pipeline"),
     [
         ("FedAvg()", "Mean()"),
-        ("Scaffold(option='I')", "Clip(1.0, only=('delta',)) >> atoll.aggregation.Mean()"),
+        pytest.param(
+            "Scaffold(option='I')",
+            "Clip(1.0, only=('delta',)) >> atoll.aggregation.Mean()",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["fedavg", "scaffold"],
 )
