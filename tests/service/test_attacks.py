@@ -1275,7 +1275,7 @@ def test_requests_of_the_descriptions_making_a_few(tmp_path, arena, mode):
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=str)
 def test_requests_of_the_descriptions_making(tmp_path, arena, mode):
     with closing(Inner(tmp_path, arena.plan)) as inner:
-        seen = fuzz(inner, 20, 3000, mode)
+        seen = fuzz(inner, 30, 1200, mode)
     assert len({path for _, path, _ in seen}) >= 12
 
 
