@@ -65,13 +65,13 @@ def _passing(
     reasons: list[str],
 ) -> Program | None:
     recurrent = any(isinstance(part, RECURRENT) for part in module.modules())
+    given = (program, module, layout, loss, examples)
     why = ""
     for dtype, tolerance in (BY_SIGHT, *JUDGES) if recurrent else JUDGES:
-        given = (module, layout, loss, examples)
         try:
-            made, matrices = _check(program, *given, counts, dtype, tolerance)
+            made, matrices = _check(*given, counts, dtype, tolerance)
             if not program.mixes:
-                _check(program, *given, (1,) * len(counts), dtype, tolerance)
+                _check(*given, (1,) * len(counts), dtype, tolerance)
         except Refused as refusal:
             why = str(refusal)
             if dtype is torch.float64:

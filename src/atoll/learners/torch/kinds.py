@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 ACTIVATIONS = {nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+#: Functions that are an `nn.ReLU`.
+RELUS = (F.relu, torch.relu)
 #: Layers without weights or draws that treat every row alike.
 PLAIN = (
     nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh,

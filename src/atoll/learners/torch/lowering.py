@@ -27,6 +27,7 @@ from atoll.learners.torch.kinds import (
     FUNCTIONS,
     PLAIN,
     RECURRENT,
+    RELUS,
     RESHAPING,
 )
 from atoll.learners.torch.program import Program, Refused, Row
@@ -357,7 +358,7 @@ class _Lowering:
 
     def _function(self, node: fx.Node, target: Callable[..., Any]) -> Rule:
         name = getattr(target, "__name__", str(target))
-        if target in (F.relu, torch.relu) and len(node.args) == 1:
+        if target in RELUS and len(node.args) == 1:
             in_place = self._exclusive(node)
             return lambda tape, x, inplace=False: layers.relu(tape, x, in_place)
         if target is F.dropout:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from atoll.learners.torch.kinds import RELUS
 from atoll.learners.torch.program import Refused
 
 
@@ -49,7 +49,7 @@ def _pool_first(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     where nothing is both give zero and no gradient.
     """
     for relu in list(graph.nodes):
-        if not _calls(relu, modules, nn.ReLU, (F.relu, torch.relu)) or len(relu.users) != 1:
+        if not _calls(relu, modules, nn.ReLU, RELUS) or len(relu.users) != 1:
             continue
         (pool,) = relu.users
         if not _calls(pool, modules, nn.MaxPool2d, (F.max_pool2d,)):
