@@ -24,7 +24,7 @@ from atoll import Evaluation, Federation, algorithms, data, schedules
 from atoll.learners import NumpyLearner
 from atoll.simulation import LogNormal, RandomDevices
 from atoll.tracking.observer import Observer, RoundEnd
-from atoll.tracking.run import Run
+from atoll.tracking.record import Run
 
 TARGET = 0.9
 RATES, MIXING = (4.0, 16.0, 64.0), (0.3, 0.6, 1.0)

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from atoll import Evaluation, Federation, algorithms, data, schedules
+from atoll.backends.backend import Engine
 from atoll.data import FederatedData
 from atoll.learners import TorchLearner
 from atoll.simulation import RayCluster, Stacked
-from atoll.simulation.engine import Engine
 from atoll.tracking import Observer
 
 PARAMETERS = 1_626_442

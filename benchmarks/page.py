@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "page")]
 from browser import browser, tab, until  # noqa: E402
 from test_local_page import big_run  # noqa: E402
 
-from atoll.page.local import LocalPage  # noqa: E402
+from atoll.view.page.local import LocalPage  # noqa: E402
 
 REPEATS = 5
 

@@ -44,14 +44,14 @@ import uvloop
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from atoll.cli.files import read_plan
-from atoll.rounds.message import pack
-from atoll.service import messages
-from atoll.service.certificates import client_context
-from atoll.service.folder import StateFolder, add_token
-from atoll.service.identity import ENROL, OPEN, Token, public_key, seal
-from atoll.service.tables import sites
-from atoll.service.terms import plan_digest
-from atoll.updates import Update
+from atoll.core.updates import Update
+from atoll.protocol import messages
+from atoll.protocol.certificates import client_context
+from atoll.protocol.identity import ENROL, OPEN, Token, public_key, seal
+from atoll.rounds.describe import plan_digest
+from atoll.rounds.messages import pack
+from atoll.service.storage.folder import StateFolder, add_token
+from atoll.service.storage.tables import sites
 
 RESULTS = Path(__file__).parent / "results" / "service_load.json"
 FEDERATION = """

@@ -13,8 +13,8 @@ from playwright.sync_api import sync_playwright
 
 from atoll import Evaluation, Federation, algorithms, data, schedules
 from atoll.learners import NumpyLearner
-from atoll.page.local import LocalPage
 from atoll.simulation import RandomDevices
+from atoll.view.page.local import LocalPage
 
 HERE = Path(__file__).resolve().parent
 

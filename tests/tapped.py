@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atoll.simulation import Crew, Engine, Sequential
+from atoll.simulation import Backend, Engine, Sequential
 
 
 class Tapped(Engine):
@@ -17,7 +17,7 @@ class Tapped(Engine):
         inner = Sequential(workers=1).open(plan, data, key)
         tapped = self
 
-        class TappedCrew(Crew):
+        class TappedCrew(Backend):
             engine, notes = inner.engine, inner.notes
 
             def run(self, received, turns, sums):

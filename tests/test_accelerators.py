@@ -11,13 +11,13 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 from atoll import Federation, algorithms, data, schedules
-from atoll.aggregation.fixed import FixedSum, rounded, unit_scale
+from atoll.aggregation.sums import FixedSum, rounded, unit_scale
+from atoll.core.random import Key
 from atoll.data import Examples
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
 from atoll.learners import Assignment, TorchLearner
-from atoll.learners.torch import cohort as training
-from atoll.learners.torch.cohort import fold
+from atoll.learners.torch.stacking import cohort as training
+from atoll.learners.torch.stacking.cohort import fold
 from atoll.simulation import Sequential, Stacked
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -185,7 +185,7 @@ def test_bfloat16_reaches_wide_layers():
 
 
 def test_columns_stay_on_a_device_only_while_they_live():
-    from atoll.learners.torch.columns import _resident, on_device
+    from atoll.learners.torch.stacking.columns import _resident, on_device
 
     before = len(_resident)
     column = np.zeros((3, 2), np.float32)

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from atoll.aggregation import Clip, Mean, Schema, Stage
-from atoll.aggregation.door import admit
-from atoll.aggregation.fixed import FixedSum
 from atoll.aggregation.pipeline import Pipeline
+from atoll.aggregation.sums import FixedSum
+from atoll.aggregation.validate import admit
+from atoll.core.random import Key
+from atoll.core.updates import Update
 from atoll.errors import ConfigurationError, RunError, UpdateRefused
-from atoll.keys import Key
-from atoll.updates import Update
 
 SIZE = 3
 vectors = hnp.arrays(np.float32, SIZE, elements=st.floats(-1e4, 1e4, width=32))

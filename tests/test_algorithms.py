@@ -9,13 +9,13 @@ import pytest
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
 from atoll.algorithms import FedAvg
+from atoll.core.random import Key, permutations
+from atoll.core.updates import Aggregate
+from atoll.core.vectors import Layout
 from atoll.data import Examples
 from atoll.errors import ConfigurationError
-from atoll.keys import Key, permutations
-from atoll.learners import Affine, GradientLearner, Local, NumpyLearner
+from atoll.learners import Affine, GradientLearner, LocalResult, NumpyLearner
 from atoll.learners.metrics import regression_sums
-from atoll.updates import Aggregate
-from atoll.vectors import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,13 +263,13 @@ def test_rules_serve_one_client_and_a_stacked_cohort_alike(algorithm):
     got = {name: rng.normal(size=size).astype(np.float32) for name in ("params", "control")}
     controls, gradients, params = rng.normal(size=(3, cohort, size)).astype(np.float32)
     stacked = algorithm.correction(got, {"control": controls})(gradients.copy(), params)
-    local = Local(params, 5, np.full((cohort, 1), 0.5, np.float32), 10, 10, 0.0)
+    local = LocalResult(params, 5, np.full((cohort, 1), 0.5, np.float32), 10, 10, 0.0)
     update, memory = algorithm.finish(None, local, got, {"control": controls})
     for row in range(cohort):
         mine = {"control": controls[row]}
         alone = algorithm.correction(got, mine)(gradients[row].copy(), params[row])
         np.testing.assert_allclose(stacked[row], alone, rtol=1e-6)
-        one, kept = algorithm.finish(None, Local(params[row], 5, 0.5, 10, 10, 0.0), got, mine)
+        one, kept = algorithm.finish(None, LocalResult(params[row], 5, 0.5, 10, 10, 0.0), got, mine)
         for name, vector in one.vectors.items():
             np.testing.assert_allclose(update.vectors[name][row], vector, rtol=1e-6)
         if kept:
@@ -284,14 +284,14 @@ def test_a_new_algorithm_is_one_class():
         def correction(self, got, mine):
             return Affine(scale=self.decay)
 
-    # Local points shrink towards zero: c_i = a b / (a + decay).
+    # LocalResult points shrink towards zero: c_i = a b / (a + decay).
     shrink = (1 - LR * (A + 1.0)) ** STEPS
     expected = ((1 - shrink) * A * B / (A + 1)).sum() / (1 - shrink).sum()
     assert converge(WeightDecayed(decay=1.0)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_weighting_by_work_counts_partial_work():
-    local = Local(np.zeros(1), 3, 0.3, examples=20, seen=30, loss=0.0)
+    local = LocalResult(np.zeros(1), 3, 0.3, examples=20, seen=30, loss=0.0)
     weights = [
         algorithms.FedAvg(weighting=w).report(local, delta=np.zeros(1)).weight
         for w in ("examples", "uniform", "work")
@@ -332,7 +332,7 @@ def test_bad_settings_get_a_sentence(make, message):
 def test_examples_stay_where_they_are():
     """The update of a client holds nothing but what its algorithm reports."""
     from atoll.learners.base import Assignment
-    from atoll.rounds.turn import first_memory, take_turn
+    from atoll.rounds.task import first_state, run_task
 
     federation = Federation(
         learner=NumpyLearner(layers=(2, 3)),
@@ -341,8 +341,8 @@ def test_examples_stay_where_they_are():
     )
     received = federation.learner.init(Key(0))
     held = Examples(np.ones((4, 2), np.float32), np.zeros(4, np.int64))
-    update, memory = take_turn(
-        federation, received, first_memory(federation, received), held, Assignment(1, Key(1))
+    update, memory = run_task(
+        federation, received, first_state(federation, received), held, Assignment(1, Key(1))
     )
     assert set(update.vectors) == {"delta"}
     assert memory == {}

@@ -5,8 +5,8 @@ import pytest
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
+from atoll.core.random import Key
 from atoll.data import Examples
-from atoll.keys import Key
 from atoll.learners import Assignment
 
 torch = pytest.importorskip("torch")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll import Federation, algorithms, schedules
+from atoll.core.random import Key
 from atoll.errors import ConfigurationError, RunError
-from atoll.keys import Key
 from atoll.learners import NumpyLearner
 from atoll.rounds import Phase, Roster, Verdict
 from atoll.rounds.buffered import BufferedCoordinator
@@ -150,7 +150,7 @@ def test_fedasync_by_an_independent_loop(blobs, slow_and_quick):
 
 def by_hand(plan, data, devices, seed):
     """Asynchronous training in float64 with a sorted list of who is at work."""
-    from atoll.rounds.turn import assignment_for, take_turn
+    from atoll.rounds.task import assignment_for, run_task
     from atoll.simulation.devices import device_key
 
     schedule, key = plan.schedule, Key(seed)
@@ -174,7 +174,7 @@ def by_hand(plan, data, devices, seed):
         now, i = at_work.pop(0)
         began = versions[i.round - 1]
         task = assignment_for(key, i.client, i.round, i.turn, 1.0)
-        update, _ = take_turn(plan, {"params": began}, {}, data.train(i.member), task)
+        update, _ = run_task(plan, {"params": began}, {}, data.train(i.member), task)
         answer = machine.deliver(i.id, i.client, now)
         s = schedule.staleness.discount(answer.staleness)
         delta = update.vectors["delta"].astype(np.float64)

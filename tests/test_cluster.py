@@ -18,10 +18,10 @@ from torch import nn
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.algorithms import FedAvg
+from atoll.backends.ray import _Actors, _fitting
 from atoll.errors import ConfigurationError, RunError
 from atoll.learners import TorchLearner
 from atoll.simulation import RayCluster, Stacked
-from atoll.simulation.cluster import _Actors, _fitting
 
 # Ray leaves sockets and subprocesses to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,7 +83,7 @@ class Hunter(threading.Thread):
             time.sleep(0.25)
             for process in psutil.process_iter(["pid", "cmdline"]):
                 line = " ".join(process.info["cmdline"] or [])
-                if "ray::_Desk.run" in line and process.info["pid"] not in self.killed:
+                if "ray::_Worker_.run" in line and process.info["pid"] not in self.killed:
                     os.kill(process.info["pid"], signal.SIGKILL)
                     self.killed.append(process.info["pid"])
                     self.left -= 1

@@ -14,8 +14,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from atoll.core.random import Key
 from atoll.errors import CheckpointError, ConfigurationError, RunError
-from atoll.keys import Key
 from atoll.rounds import Coordinator, Phase, Roster, Verdict
 from atoll.rounds.schedules import Poisson, RoundRobin, Synchronous
 

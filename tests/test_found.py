@@ -11,9 +11,10 @@ from tapped import Tapped
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
+from atoll.core.random import Key
 from atoll.errors import CheckpointError, ConfigurationError, DataError, RunError
-from atoll.keys import Key
 from atoll.learners import Assignment, NumpyLearner, rates
+from atoll.rounds.describe import describe
 from atoll.simulation import (
     LogNormal,
     RandomDevices,
@@ -22,7 +23,6 @@ from atoll.simulation import (
     TracedDevices,
 )
 from atoll.tracking import Observer, RunFolder, read_run
-from atoll.tracking.describe import describe
 from atoll.tracking.folder import new_folder
 from atoll.tracking.reading import read_status
 
@@ -163,7 +163,7 @@ def test_clipping_several_vectors_must_be_said(federation):
 
 
 def test_clipped_norms_are_never_above_the_bound():
-    from atoll.updates import Update
+    from atoll.core.updates import Update
 
     rng = np.random.default_rng(0)
     for _ in range(300):

@@ -13,13 +13,13 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from atoll import Federation, algorithms, data, schedules
+from atoll.core.random import Key, permutations
 from atoll.data import Examples
 from atoll.errors import ConfigurationError
-from atoll.keys import Key, permutations
 from atoll.learners import Assignment, HuggingFaceLearner
 from atoll.learners.huggingface import tokens
+from atoll.rounds.describe import describe
 from atoll.testing import LEARNER_CHECKS
-from atoll.tracking.describe import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VOCABULARY, LENGTH = 40, 8

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.keys import Key, permutations
+from atoll.core.random import Key, permutations
 
 parts = st.lists(st.one_of(st.integers(-5, 5), st.text("ab1", max_size=3)), max_size=4)
 
@@ -29,7 +29,10 @@ def test_streams_do_not_depend_on_what_was_drawn_before():
 
 
 def test_keys_are_the_same_in_every_process():
-    code = "from atoll.keys import Key; print(Key(7).fold('x', 1).generator().integers(1 << 60))"
+    code = (
+        "from atoll.core.random import Key\n"
+        "print(Key(7).fold('x', 1).generator().integers(1 << 60))"
+    )
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],

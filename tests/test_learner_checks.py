@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atoll import data, testing
-from atoll.keys import Key
+from atoll.core.random import Key
 from atoll.learners import NumpyLearner
 from atoll.testing import LEARNER_CHECKS
 
@@ -165,7 +165,7 @@ for number, stack in enumerate((plain, rich)):
     for before, after in zip(given, model.get_weights(), strict=True):
         assert np.array_equal(before, after), "the given model was changed"
     # Keras's own evaluation of the same weights is the independent one.
-    start = learner.init(__import__("atoll.keys").keys.Key(7))
+    start = learner.init(__import__("atoll.core.random").keys.Key(7))
     arrays = learner.layout.unpack(start)
     from atoll.learners.keras.model import Weights
     for name, variable in {**Weights.of(model).trained, **Weights.of(model).averaged}.items():

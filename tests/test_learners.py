@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll import data
+from atoll.core.random import Key, permutations
 from atoll.data import Examples
 from atoll.errors import ConfigurationError, DataError
-from atoll.keys import Key, permutations
 from atoll.learners import Affine, Assignment, NumpyLearner, rates
 from atoll.learners.metrics import figures
 

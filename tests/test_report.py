@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from atoll.cli import main
 from atoll.simulation import RandomDevices
-from atoll.tracking.report import write_report
+from atoll.view.report import write_report
 
 
 class Text(HTMLParser):

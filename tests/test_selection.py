@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from atoll.core.random import Key
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
 from atoll.rounds.roster import Resources, Roster
 from atoll.rounds.schedules import ByResources, BySize, Poisson, RoundRobin, Uniform
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from tapped import Tapped
 
-from atoll import Evaluation, Federation, algorithms, data, schedules, wire
+from atoll import Evaluation, Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
 from atoll.algorithms import FedAvg
+from atoll.core import safetensors
 from atoll.errors import ConfigurationError, DataError, RunError
 from atoll.learners import NumpyLearner
 from atoll.simulation import (
@@ -61,7 +62,7 @@ def test_a_run_learns(blobs, federation):
 def test_the_ledger_counts_what_the_wire_carries(blobs, federation):
     run, rounds = outcome(federation, blobs)
     model = federation.learner.layout.zeros()
-    down = len(b"".join(wire.encode(model)))
+    down = len(b"".join(safetensors.encode(model)))
     for record, parts in zip(run.history, rounds, strict=True):
         assert [part.down for part in parts] == [down] * 4
         assert record.bytes_down == 4 * down

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from atoll import Federation, algorithms, data, schedules
+from atoll.core.random import Key
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
 from atoll.learners import Assignment
 
 pytest.importorskip("sklearn")

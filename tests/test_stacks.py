@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from atoll.core.random import Key, permutations
 from atoll.data import Examples
-from atoll.keys import Key, permutations
 from atoll.learners import Affine, Assignment, TorchLearner
-from atoll.learners.torch.layers import WIDE, convolution
-from atoll.learners.torch.rules import Descend, Gather, HeavyBall, rule_for
-from atoll.learners.torch.stack import Stack
-from atoll.learners.torch.tape import Tape
-from atoll.learners.torch.tracing import traced
+from atoll.learners.torch.stacking.layers import WIDE, convolution
+from atoll.learners.torch.stacking.rules import Descend, Gather, HeavyBall, rule_for
+from atoll.learners.torch.stacking.stack import Stack
+from atoll.learners.torch.stacking.tape import Tape
+from atoll.learners.torch.stacking.tracing import traced
 
 CLASSES = 4
 torch.set_num_threads(1)
@@ -510,7 +510,7 @@ def test_what_is_only_pooled_is_rectified_afterwards(module, activation, pool, m
 
 def test_grouped_convolutions_are_the_clients_own():
     """The form for accelerators, run here on a CPU."""
-    from atoll.learners.torch.layers.convolution import _grouped
+    from atoll.learners.torch.stacking.layers.convolution import _grouped
 
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 4, 1, 3, 3, generator=rng)
@@ -829,7 +829,7 @@ import sys
 import numpy as np
 from torch import nn
 from atoll.data import Examples
-from atoll.keys import Key
+from atoll.core.random import Key
 from atoll.learners import Assignment, TorchLearner
 
 class Reader(nn.Module):

@@ -13,11 +13,12 @@ import pytest
 import safetensors.numpy
 
 from atoll import Evaluation, algorithms, schedules
+from atoll.core import files
 from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
 from atoll.learners import NumpyLearner, rates
+from atoll.rounds.describe import describe
 from atoll.simulation import RandomDevices
-from atoll.tracking import Observer, RunFolder, checkpoints, find_runs, loggers, read_run
-from atoll.tracking.describe import describe
+from atoll.tracking import Observer, RunFolder, find_runs, loggers, read_run
 from atoll.tracking.folder import new_folder
 from atoll.tracking.progress import LiveProgress, PlainProgress
 from atoll.tracking.reading import read_status
@@ -215,7 +216,7 @@ def test_the_best_model_is_the_best_rounds(blobs, federation, tmp_path):
     run = federation.simulate(
         blobs, folder=RunFolder(tmp_path / "r", best="loss"), observers=[Keep()]
     )
-    about, vectors = checkpoints.load(tmp_path / "r" / "checkpoints" / "best.safetensors", "model")
+    about, vectors = files.load(tmp_path / "r" / "checkpoints" / "best.safetensors", "model")
     losses = run.series("loss")[1]
     assert about["round"] == losses.index(min(losses)) + 1
     np.testing.assert_array_equal(vectors["params"], models[about["round"] - 1])

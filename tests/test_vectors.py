@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from atoll.core.vectors import Layout
 from atoll.errors import LayoutError
-from atoll.vectors import Layout
 
 floats = hnp.arrays(
     np.float32,

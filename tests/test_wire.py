@@ -2,15 +2,15 @@ import json
 
 import numpy as np
 import pytest
-import safetensors.numpy
+import safetensors.numpy as library
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from atoll import wire
+from atoll.core import safetensors
+from atoll.core.updates import Update
 from atoll.errors import RunError
-from atoll.rounds.message import message_size, pack, unpack
-from atoll.updates import Update
+from atoll.rounds.messages import message_size, pack, unpack
 
 names = st.text(max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable())
 arrays = st.dictionaries(
@@ -26,9 +26,9 @@ texts = st.dictionaries(names, st.text(max_size=8), max_size=3)
 
 @given(arrays, texts)
 def test_round_trip_and_size(vectors, metadata):
-    data = b"".join(wire.encode(vectors, metadata))
-    assert len(data) == wire.size(vectors, metadata)
-    decoded, read = wire.decode(data)
+    data = b"".join(safetensors.encode(vectors, metadata))
+    assert len(data) == safetensors.size(vectors, metadata)
+    decoded, read = safetensors.decode(data)
     assert read == metadata
     assert decoded.keys() == vectors.keys()
     for name, vector in vectors.items():
@@ -54,16 +54,16 @@ def test_metrics_that_are_no_numbers_are_said_where_they_are_made(value):
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\ud800", "\0", "n" * 257])
 def test_names_that_are_not_fit_for_sentences_are_refused(name):
-    with pytest.raises(wire.WireError, match="not printable"):
-        wire.decode(b"".join(wire.encode({name: np.zeros(1)})))
-    with pytest.raises(wire.WireError, match="not printable"):
-        wire.decode(b"".join(wire.encode({}, {name: "text"})))
+    with pytest.raises(safetensors.WireError, match="not printable"):
+        safetensors.decode(b"".join(safetensors.encode({name: np.zeros(1)})))
+    with pytest.raises(safetensors.WireError, match="not printable"):
+        safetensors.decode(b"".join(safetensors.encode({}, {name: "text"})))
 
 
 def test_the_safetensors_library_reads_ours_and_we_read_its():
     vectors = {"delta": np.arange(5, dtype=np.float32), "counters": np.array([1, 2**60])}
-    ours = safetensors.numpy.load(b"".join(wire.encode(vectors, {"a": "b"})))
-    theirs, _ = wire.decode(safetensors.numpy.save(vectors))
+    ours = library.load(b"".join(safetensors.encode(vectors, {"a": "b"})))
+    theirs, _ = safetensors.decode(library.save(vectors))
     for name, vector in vectors.items():
         np.testing.assert_array_equal(ours[name], vector)
         np.testing.assert_array_equal(theirs[name], vector)
@@ -71,21 +71,21 @@ def test_the_safetensors_library_reads_ours_and_we_read_its():
 
 @given(arrays, st.data())
 def test_damaged_bytes_are_refused_or_read_as_something_valid(vectors, data):
-    good = bytearray(b"".join(wire.encode(vectors)))
+    good = bytearray(b"".join(safetensors.encode(vectors)))
     for _ in range(data.draw(st.integers(1, 4))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     try:
-        decoded, _ = wire.decode(bytes(good))
-    except wire.WireError:
+        decoded, _ = safetensors.decode(bytes(good))
+    except safetensors.WireError:
         return
     assert sum(v.nbytes for v in decoded.values()) <= len(good)
 
 
 @given(arrays.filter(lambda v: sum(a.nbytes for a in v.values()) > 0), st.data())
 def test_every_truncation_is_refused(vectors, data):
-    good = b"".join(wire.encode(vectors))
-    with pytest.raises(wire.WireError):
-        wire.decode(good[: data.draw(st.integers(0, len(good) - 1))])
+    good = b"".join(safetensors.encode(vectors))
+    with pytest.raises(safetensors.WireError):
+        safetensors.decode(good[: data.draw(st.integers(0, len(good) - 1))])
 
 
 def crafted(header) -> bytes:
@@ -115,10 +115,10 @@ def crafted(header) -> bytes:
     ],
 )
 def test_crafted_headers_are_refused(header):
-    with pytest.raises(wire.WireError):
-        wire.decode(crafted(header))
+    with pytest.raises(safetensors.WireError):
+        safetensors.decode(crafted(header))
 
 
 def test_a_huge_declared_header_is_refused_before_it_is_read():
-    with pytest.raises(wire.WireError, match="1 MiB"):
-        wire.decode((1 << 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(safetensors.WireError, match="1 MiB"):
+        safetensors.decode((1 << 62).to_bytes(8, "little") + b"{}")

@@ -19,14 +19,14 @@ from torch import nn
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
 from atoll.algorithms import FedAvg
+from atoll.backends.allocator import keep_freed_memory
+from atoll.backends.choice import engine_of
+from atoll.backends.dispatch import LOSSES
 from atoll.errors import CheckpointError, ConfigurationError, RunError
 from atoll.learners import Affine, NumpyLearner, TorchLearner
-from atoll.simulation import Local, Sequential, Stacked
-from atoll.simulation.choice import engine_of
-from atoll.simulation.dispatch import LOSSES
-from atoll.simulation.memory import keep_freed_memory
+from atoll.rounds.client_states import ClientStates
+from atoll.simulation import LocalEngine, Sequential, Stacked
 from atoll.tracking import Observer
-from atoll.tracking.memories import Memories
 from atoll.tracking.reading import read_engine
 
 
@@ -260,7 +260,7 @@ def test_auto_measures_records_and_is_reproduced(clients, tmp_path):
     run = plan.simulate(clients, seed=3, engine="auto", folder=tmp_path / "run")
     assert any("us for each local step" in note for note in run.engine_notes)
     assert read_engine(tmp_path / "run") == run.engine
-    assert isinstance(engine_of(run.engine).resolve(plan, clients), Local)
+    assert isinstance(engine_of(run.engine).resolve(plan, clients), LocalEngine)
     again = plan.simulate(clients, seed=3, engine=run.engine)
     assert again.model["params"].tobytes() == run.model["params"].tobytes()
     assert again.engine == run.engine
@@ -313,7 +313,7 @@ def test_explain_says_what_will_happen(clients):
 
 
 def test_memories_beyond_the_limit_lie_on_disk():
-    memories = Memories(limit=4 * 80)
+    memories = ClientStates(limit=4 * 80)
     arrays = {m: {"control": np.full(20, m, np.float32)} for m in range(10)}
     for member, vectors in arrays.items():
         memories[member] = (member, vectors)
@@ -332,7 +332,7 @@ def test_memories_beyond_the_limit_lie_on_disk():
 def test_a_run_with_memories_on_disk_is_the_same(clients, monkeypatch, tmp_path):
     plan = federation()
     expected = model(plan, clients, None, folder=tmp_path / "a")
-    monkeypatch.setattr(Memories.__init__, "__defaults__", (300,))
+    monkeypatch.setattr(ClientStates.__init__, "__defaults__", (300,))
     assert model(plan, clients, None, folder=tmp_path / "b") == expected
     for name in sorted(p.name for p in (tmp_path / "a" / "clients").iterdir()):
         a, b = (tmp_path / side / "clients" / name for side in "ab")
@@ -469,9 +469,9 @@ def test_a_run_stopped_in_an_evaluation_keeps_whole_rounds(clients, tmp_path, mo
 
 
 def test_a_memory_that_cannot_be_written_is_not_lost(monkeypatch):
-    memories = Memories(limit=100)
+    memories = ClientStates(limit=100)
     memories[1] = (1, {"control": np.zeros(20, np.float32)})
-    monkeypatch.setattr(Memories, "_path", lambda self, member: Path("/proc/none/such"))
+    monkeypatch.setattr(ClientStates, "_path", lambda self, member: Path("/proc/none/such"))
     with pytest.raises(CheckpointError, match="does not fit in memory"):
         memories[2] = (1, {"control": np.ones(20, np.float32)})
     assert sorted(memories) == [1, 2] and memories[1][1]["control"].sum() == 0

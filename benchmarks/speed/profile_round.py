@@ -21,12 +21,14 @@ from workloads import WORKLOADS, Data, cohort, make_model
 
 from atoll import Evaluation, Federation, algorithms, data, schedules
 from atoll.aggregation import mean
+from atoll.backends import stacks as turns
+from atoll.backends import work
 from atoll.learners import TorchLearner
-from atoll.learners.torch import cohort as training
-from atoll.learners.torch import layers, learner, tape
-from atoll.rounds import cohort as turns
+from atoll.learners.torch import learner
+from atoll.learners.torch.stacking import cohort as training
+from atoll.learners.torch.stacking import layers, tape
 from atoll.rounds import coordinator, server
-from atoll.simulation import simulator, work
+from atoll.simulation import simulator
 
 SECONDS: dict[str, float] = defaultdict(float)
 ROUNDS = {"W1": 6, "W3": 100}
@@ -50,7 +52,7 @@ PARTS = {
         ("> convolutions, forward", layers, "convolution"),
         (
             "> convolutions, backward",
-            sys.modules["atoll.learners.torch.layers.convolution"].aten,
+            sys.modules["atoll.learners.torch.stacking.layers.convolution"].aten,
             "convolution_backward",
         ),
         ("> pooling, forward", layers, "max_pool"),

@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from atoll import display
+from atoll.backends.backend import Engine
+from atoll.backends.choice import engine_of
+from atoll.core.files import write_json
 from atoll.data.federated import FederatedData
 from atoll.errors import CheckpointError
+from atoll.rounds.describe import describe, short
 from atoll.rounds.plan import Plan
 from atoll.rounds.schedules import Buffered
 from atoll.simulation.asynchronous import AsynchronousSimulator
 from atoll.simulation.baselines import Baselines, train_baselines
-from atoll.simulation.choice import engine_of
 from atoll.simulation.devices import Devices
-from atoll.simulation.engine import Engine
 from atoll.simulation.explain import Explanation, explain
 from atoll.simulation.simulator import Simulator, check_population
-from atoll.tracking.checkpoints import write_json
-from atoll.tracking.describe import describe, short
 from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer
 from atoll.tracking.reading import read_engine
-from atoll.tracking.run import Run
+from atoll.tracking.record import Run
+from atoll.view import html as display
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -23,17 +23,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.algorithms.fedavg import FedAvg
+from atoll.core.random import Key, permutations
+from atoll.core.vectors import Vectors
 from atoll.data.examples import Examples, joined
 from atoll.data.federated import FederatedData
 from atoll.errors import DataError
 from atoll.federation import Federation
-from atoll.keys import Key, permutations
-from atoll.learners.base import Affine, Assignment, GradientLearner, Learner, Local
+from atoll.learners.base import (
+    Affine,
+    Assignment,
+    GradientLearner,
+    Learner,
+    LocalResult,
+    stacking,
+)
 from atoll.learners.metrics import figures
 from atoll.learners.rates import Exponential, rate_at
+from atoll.rounds.describe import describe
 from atoll.rounds.schedules import Synchronous
-from atoll.tracking.describe import describe
-from atoll.vectors import Vectors
 
 Check = Callable[[Learner, FederatedData], None]
 
@@ -98,17 +105,17 @@ def work_is_counted(learner: Learner, clients: FederatedData) -> None:
         local = learner.train(model, examples, assignment)
         wanted = assignment.steps(planned)
         assert local.steps == wanted, f"{local.steps} steps were done, {wanted} were asked for"
-        assert local.examples == len(examples), "Local.examples is what the client holds"
-        assert local.seen > 0, "Local.seen counts the examples gone over"
-        if learner.gives_gradients:
-            assert np.isfinite(float(local.loss)), "Local.loss is the mean training loss"
+        assert local.examples == len(examples), "LocalResult.examples is what the client holds"
+        assert local.seen > 0, "LocalResult.seen counts the examples gone over"
+        if "gradient" in learner.abilities:
+            assert np.isfinite(float(local.loss)), "LocalResult.loss is the mean training loss"
             lr = rate_at(learner.lr, 1)  # type: ignore[attr-defined]
             assert abs(float(local.path) - wanted * lr) < 1e-6 * wanted, "path is steps x lr"
 
 
 def gradients_are_slopes(learner: Learner, clients: FederatedData) -> None:
     """The gradient agrees with central differences of the evaluated loss, along it and across."""
-    if not learner.gives_gradients:
+    if "gradient" not in learner.abilities:
         return
     examples = clients.train(0)
     model = learner.init(Key(3))
@@ -135,7 +142,7 @@ def gradients_are_slopes(learner: Learner, clients: FederatedData) -> None:
 
 def one_step_is_down_the_gradient(learner: Learner, clients: FederatedData) -> None:
     """Plain SGD over everything at once is params - lr * gradient."""
-    if not (learner.gives_gradients and learner.plain_sgd):
+    if not ("gradient" in learner.abilities and learner.plain_sgd):
         return
     examples = clients.train(0)
     whole = replace(learner, batch_size=None, epochs=1, steps=1, max_gradient_norm=None)  # type: ignore[type-var]
@@ -149,7 +156,7 @@ def one_step_is_down_the_gradient(learner: Learner, clients: FederatedData) -> N
 
 def corrections_are_obeyed(learner: Learner, clients: FederatedData) -> None:
     """Training descends along what the correction gives; `Affine` is the function it stands for."""
-    if not learner.gives_gradients:
+    if "gradient" not in learner.abilities:
         return
     examples, model = clients.train(0), learner.init(Key(0))
     still = learner.train(model, examples, _assignment(0), lambda gradient, params: 0 * gradient)
@@ -168,7 +175,7 @@ def corrections_are_obeyed(learner: Learner, clients: FederatedData) -> None:
 def stacks_are_their_clients(learner: Learner, clients: FederatedData) -> None:
     """A cohort of ragged clients gives what each gives alone."""
     few = [clients.train(member) for member in range(min(3, len(clients)))]
-    if learner.stacks(few[0]):
+    if stacking(learner).stacks(few[0]):
         return
     model = learner.init(Key(0))
     work = [
@@ -178,7 +185,7 @@ def stacks_are_their_clients(learner: Learner, clients: FederatedData) -> None:
     rng = np.random.default_rng(0)
     own = rng.normal(0, 0.1, (len(few), learner.layout.size)).astype(np.float32)
     for constant in (None, own):
-        together = learner.train_cohort(
+        together = stacking(learner).train_cohort(
             model, few, work,
             None if constant is None else Affine(0.1, learner.asarray(constant)),
         )  # fmt: skip
@@ -337,11 +344,11 @@ def _assignment(client: int) -> Assignment:
     return Assignment(1, Key(0).fold("work", client))
 
 
-def _params(learner: Learner, local: Local) -> NDArray[np.float32]:
+def _params(learner: Learner, local: LocalResult) -> NDArray[np.float32]:
     return np.asarray(learner.asnumpy(local.params))
 
 
-def _moved(learner: Learner, model: Vectors, local: Local) -> Vectors:
+def _moved(learner: Learner, model: Vectors, local: LocalResult) -> Vectors:
     return {**model, **local.statistics, "params": _params(learner, local).copy()}
 
 

@@ -198,10 +198,10 @@ def test_a_late_answer_is_left_out():
     from flwr.app import Message, RecordDict
     from flwr.clientapp import ClientApp
 
+    from atoll.core.random import Key
     from atoll.flower.apps import App
     from atoll.flower.clients import Here
     from atoll.flower.grid import LocalGrid
-    from atoll.keys import Key
 
     client = ClientApp()
 

@@ -7,8 +7,8 @@ from browser import browser as started_browser
 
 from atoll import Evaluation, Federation, algorithms, data, schedules
 from atoll.learners import NumpyLearner
-from atoll.page.local import LocalPage
 from atoll.simulation import RandomDevices
+from atoll.view.page.local import LocalPage
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ from browser import tab, until
 from atoll import Federation, algorithms, data, schedules
 from atoll.errors import ConfigurationError
 from atoll.learners import NumpyLearner
-from atoll.page.folders import FolderRun, status_of
-from atoll.page.local import LocalPage
 from atoll.tracking import Observer, RunFolder
 from atoll.tracking.reading import read_run
+from atoll.view.page.folders import FolderRun, status_of
+from atoll.view.page.local import LocalPage
 
 
 def lines(path):
@@ -242,7 +242,7 @@ def test_a_thousand_rounds_of_a_thousand_clients(browser, tmp_path, page_of):
 def test_the_page_is_small():
     from importlib.resources import files
 
-    static = files("atoll.page").joinpath("static")
+    static = files("atoll.view.page").joinpath("static")
     own = sum(len((static / n).read_bytes()) for n in ("index.html", "page.css", "page.js"))
     assert own < 100_000
     text = "".join((static / name).read_text() for name in ("index.html", "page.css", "page.js"))

@@ -20,18 +20,19 @@ import requests
 import urllib3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from atoll.rounds.message import pack
+from atoll.core.updates import Update
+from atoll.protocol.certificates import client_context
+from atoll.protocol.identity import ENROL, OPEN, Token, public_key, seal
+from atoll.rounds.describe import plan_digest
+from atoll.rounds.messages import pack
 from atoll.rounds.plan import Plan
-from atoll.service.app import App
-from atoll.service.blobs import blobs_at
-from atoll.service.certificates import client_context
-from atoll.service.conductor import Conductor
-from atoll.service.folder import StateFolder
-from atoll.service.identity import ENROL, OPEN, Token, public_key, seal
+from atoll.service.http.app import App
+from atoll.service.loop import FederationLoop
 from atoll.service.serve import http_config
-from atoll.service.store import Store
-from atoll.service.terms import Service, plan_digest
-from atoll.updates import Update
+from atoll.service.settings import Service
+from atoll.service.storage.blobs import blobs_at
+from atoll.service.storage.database import Store
+from atoll.service.storage.folder import StateFolder
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Target:
 
     def audit(self) -> list[dict[str, Any]]:
         """The audit log."""
-        from atoll.service.audit import lines
+        from atoll.service.storage.audit import lines
 
         store = StateFolder.open(self.state).store()
         try:
@@ -265,7 +266,7 @@ class Inner(Target):
             folder.use_database(database)
         self.folder, self.service = folder, Service(**service)
         self.app = App(folder.authority, "inner", (folder.path / "metrics.token").read_text())
-        self.conductor: Conductor | None = None
+        self.conductor: FederationLoop | None = None
         self._ready, self._stop = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         with socket.socket() as probe:
@@ -304,7 +305,7 @@ class Inner(Target):
 
         store = Store(self.folder.database)
         assert store.lead()
-        self.conductor = conductor = Conductor(
+        self.conductor = conductor = FederationLoop(
             self._plan, self.service, store, blobs_at(str(self.folder.path / "blobs")),
             self.folder.path / "incoming",
         )  # fmt: skip

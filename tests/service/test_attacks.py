@@ -38,24 +38,25 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from test_chaos import postgresql
 
-from atoll import wire
-from atoll.aggregation.door import admit
 from atoll.aggregation.stage import Schema
+from atoll.aggregation.validate import admit
 from atoll.cli import main
 from atoll.cli.files import read_plan
+from atoll.core import safetensors
 from atoll.errors import ConfigurationError, UpdateRefused
-from atoll.rounds.message import largest, unpack
-from atoll.service import bodies, messages
-from atoll.service.certificates import (
+from atoll.protocol import messages
+from atoll.protocol.certificates import (
     client_context,
     make_authority,
     make_server,
     server_context,
 )
-from atoll.service.folder import StateFolder
-from atoll.service.identity import IdentityError, Token, public_key
-from atoll.service.link import Link, find_authority
-from atoll.service.openapi import description
+from atoll.protocol.identity import IdentityError, Token, public_key
+from atoll.rounds.messages import largest, unpack
+from atoll.service.http import bodies
+from atoll.service.http.openapi import description
+from atoll.service.storage.folder import StateFolder
+from atoll.site.connection import Connection, find_authority
 
 pytest.importorskip("sklearn")
 SCHEDULE = "Synchronous(rounds=3, cohort=2, minimum=2, attempts=1000, pause=0.0)"
@@ -141,7 +142,7 @@ def answering(target, status):
     assert target.answered(status) > before, f"no {status} was counted"
 
 
-# Joining.
+# EnrolmentApi.
 
 
 @pytest.mark.parametrize("hours", [0.0, 1e-9, -1.0])
@@ -622,7 +623,7 @@ def bad_updates(plan):
         return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
     def raw(vectors, **about):
-        return b"".join(bytes(p) for p in wire.encode(vectors, {"weight": "1.0", **about}))
+        return b"".join(bytes(p) for p in safetensors.encode(vectors, {"weight": "1.0", **about}))
 
     return {
         "nan": (packed({"delta": filled(np.nan)}), "NaN"),
@@ -637,7 +638,7 @@ def bad_updates(plan):
         "one more": (raw({"delta": good, "extra": good}), "asked for"),
         "path as name": (raw({"../../x": good}), "asked for"),
         "newline as name": (raw({"a\nb\x1b[2J": good}), "not printable"),
-        "no weight": (b"".join(map(bytes, wire.encode({"delta": good}))), "weight"),
+        "no weight": (b"".join(map(bytes, safetensors.encode({"delta": good}))), "weight"),
         "weight nan": (raw({"delta": good}, weight="nan"), "weight"),
         "weight zero": (raw({"delta": good}, weight="0"), "weight"),
         "weight negative": (raw({"delta": good}, weight="-1"), "weight"),
@@ -832,7 +833,7 @@ def test_a_site_trusts_its_own_authority_only(arena, tmp_path):
         pytest.raises(ssl.SSLCertVerificationError),
     ):
         client_context(foreign).wrap_socket(plain, server_hostname="127.0.0.1")
-    link = Link(arena.url, foreign, Ed25519PrivateKey.generate(), "mallory")
+    link = Connection(arena.url, foreign, Ed25519PrivateKey.generate(), "mallory")
     with pytest.raises(IdentityError, match="not the project's server"):
         link.ask("GET", "/v1/status")
     link.close()
@@ -843,7 +844,7 @@ def test_a_site_trusts_its_own_authority_only(arena, tmp_path):
 def test_a_name_that_the_certificate_does_not_bear(arena):
     authority = (arena.state / "ca.pem").read_bytes()
     url = f"https://localhost:{arena.port}"
-    link = Link(url, authority, Ed25519PrivateKey.generate(), "mallory")
+    link = Connection(url, authority, Ed25519PrivateKey.generate(), "mallory")
     with pytest.raises(IdentityError, match="not the project's server"):
         link.ask("GET", "/v1/status")
     link.close()
@@ -1122,7 +1123,7 @@ METRICS = {"surrogate": "\ud800", "line": "a\nround 9 closed", "escape": "\x1b[2
 def test_no_metric_name_breaks_what_others_see(tmp_path, arena, name, capsys, caplog):
     """Refused at the door or shown as what it is: never a 500, nor a word to a terminal."""
     about = {name: "0.5", "weight": "1.0"}
-    data = b"".join(bytes(piece) for piece in wire.encode(delta(arena.plan), about))
+    data = b"".join(bytes(piece) for piece in safetensors.encode(delta(arena.plan), about))
     with closing(Inner(tmp_path, arena.plan)) as inner, caplog.at_level("INFO", "atoll.service"):
         pair = inner.insider("eve").open(), inner.insider("bob").open()
         statuses = {who.upload(who.assignment()["assignment"], data).status for who in pair}
@@ -1160,7 +1161,7 @@ def test_nul_is_not_fatal_on_postgresql(tmp_path, arena, what):
             assert eve.upload(order["assignment"], data).status == 422
         elif what == "metric":
             about = {"a\0b": "0.5", "weight": "1.0"}
-            data = b"".join(bytes(piece) for piece in wire.encode(delta(inner.plan), about))
+            data = b"".join(bytes(piece) for piece in safetensors.encode(delta(inner.plan), about))
             assert eve.upload(order["assignment"], data).status in (200, 422)
         else:
             sealed = eve.headers("HEAD", sealed_target("/v1/uploads/a%00b"))
@@ -1424,7 +1425,7 @@ def test_and_the_federation_goes_on(real, arena, admin, victim, mallory):
     assert all(row["record"]["accepted"] == ["a", "b"] for row in closed)
     models = [(real.root / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert models[0] == models[1]
-    vectors, _ = wire.decode(models[0])
+    vectors, _ = safetensors.decode(models[0])
     assert np.isfinite(vectors["params"]).all()
     assert "holds" in real.cli("audit", "verify", "state")
     shown = real.cli("audit", "show", "state")

@@ -15,8 +15,8 @@ import pytest
 import sqlalchemy as sa
 from test_federation import model_of, simulated
 
-from atoll.service.store import engine_for
-from atoll.service.tables import assignments, rounds, versions
+from atoll.service.storage.database import engine_for
+from atoll.service.storage.tables import assignments, rounds, versions
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow

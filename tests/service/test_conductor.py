@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from atoll import Federation, algorithms, schedules
+from atoll.core.updates import Update
 from atoll.errors import CheckpointError, RunError
 from atoll.learners import NumpyLearner
-from atoll.rounds.message import pack
-from atoll.service import ledger
-from atoll.service.blobs import Folder
-from atoll.service.conductor import Conductor
-from atoll.service.store import Store
-from atoll.service.tables import sites
-from atoll.service.terms import Service
-from atoll.updates import Update
+from atoll.rounds.messages import pack
+from atoll.service.loop import FederationLoop
+from atoll.service.settings import Service
+from atoll.service.storage import rounds as ledger
+from atoll.service.storage.blobs import Folder
+from atoll.service.storage.database import Store
+from atoll.service.storage.tables import sites
 
 
 class World:
@@ -53,7 +53,7 @@ class World:
     async def conductor(self, **service):
         with self.store() as store:
             assert store.lead()
-            made = Conductor(
+            made = FederationLoop(
                 self.plan, Service(**service), store, Folder(self.root / "blobs"),
                 self.root / "incoming", clock=lambda: self.now,
             )  # fmt: skip
@@ -75,7 +75,7 @@ class World:
 
     def moved(self, conductor):
         """How far the model is from its beginning."""
-        from atoll.keys import Key
+        from atoll.core.random import Key
 
         first = self.plan.learner.init(Key(0).fold("init"))["params"]
         return float(np.mean(conductor.server.model()["params"] - first))
@@ -287,7 +287,7 @@ def test_a_place_of_blobs_has_one_owner(tmp_path):
 
 
 def test_a_given_up_federation_may_be_given_more_tries(tmp_path):
-    from atoll.keys import Key
+    from atoll.core.random import Key
     from atoll.rounds import Coordinator, Phase, Roster
 
     roster = Roster(["a"], np.ones(1, np.int64))

@@ -7,14 +7,14 @@ import json
 import numpy as np
 import pytest
 
-from atoll import wire
 from atoll.cli.files import read_federation
+from atoll.core import safetensors
 
 pytest.importorskip("sklearn")
 
 
 def model_of(path):
-    vectors, _ = wire.decode(path.read_bytes())
+    vectors, _ = safetensors.decode(path.read_bytes())
     return vectors["params"]
 
 

@@ -13,16 +13,16 @@ import pytest
 import urllib3
 from test_federation import model_of, simulated
 
-from atoll import wire
 from atoll.cli.files import read_plan
-from atoll.keys import Key
-from atoll.rounds.message import pack
-from atoll.service import messages
-from atoll.service.certificates import client_context
-from atoll.service.identity import Token, make_key
-from atoll.service.link import Link, Refusal, find_authority
-from atoll.service.terms import plan_digest
-from atoll.updates import Update
+from atoll.core import safetensors
+from atoll.core.random import Key
+from atoll.core.updates import Update
+from atoll.protocol import messages
+from atoll.protocol.certificates import client_context
+from atoll.protocol.identity import Token, make_key
+from atoll.rounds.describe import plan_digest
+from atoll.rounds.messages import pack
+from atoll.site.connection import Connection, Refusal, find_authority
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
@@ -120,7 +120,7 @@ def test_cut_connections_resume_part_way(place):
     assert any("trying again" in place.log(name) for name in tokens)
 
 
-class Stutter(Link):
+class Stutter(Connection):
     """A network that repeats: every request is sent twice, and the first answer may get lost."""
 
     def _send(self, method, target, body, *rest, **more):
@@ -170,7 +170,7 @@ def test_repeated_and_reordered_deliveries_count_once(place):
     place.until(lambda: a.check_in(greeting, 0).kind == "stop", what="the end")
     stop = a.check_in(greeting, 0)
     a.fetch(stop.model, stop.size, place.root / "final")
-    model, _ = wire.decode((place.root / "final").read_bytes())
+    model, _ = safetensors.decode((place.root / "final").read_bytes())
     first = plan.learner.init(Key(0).fold("init"))
     assert model["params"] == pytest.approx(first["params"] + 1.5, abs=1e-6)
     for link in links:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_federation import model_of, simulated
 
-from atoll import wire
-from atoll.service.blobs import BlobMissing, Bucket, Folder
-from atoll.service.identity import IdentityError, Token
+from atoll.core import safetensors
+from atoll.protocol.identity import IdentityError, Token
+from atoll.service.storage.blobs import BlobMissing, Bucket, Folder
 
 pytest.importorskip("sklearn")
 
@@ -261,7 +261,7 @@ def test_a_federation_over_a_bucket(place):
     joined(place, "0", "1")
     finished(place, "0", "1")
     model = (place.root / "0" / "model.safetensors").read_bytes()
-    assert set(wire.decode(model)[0]) == {"params"}
+    assert set(safetensors.decode(model)[0]) == {"params"}
     assert not list((place.state / "blobs").glob("??/*"))
 
 

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 pytest.importorskip("sklearn")
 from browser import browser, tab, until
 
-from atoll.service import tables
-from atoll.service.store import Store
+from atoll.service.storage import tables
+from atoll.service.storage.database import Store
 
 
 def ask(place, path, *, body=None, cookie="", kind="application/json", more=None):

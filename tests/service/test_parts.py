@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from atoll.cli.logs import log_to
 from atoll.errors import ConfigurationError
-from atoll.service.audit import GENESIS, verify
-from atoll.service.identity import Session, Sessions
-from atoll.service.openapi import description
-from atoll.service.pace import LONGEST, Pace
-from atoll.service.store import NotLeading, Store, engine_for
-from atoll.service.tables import audit, settings, sites
+from atoll.protocol.identity import Session, Sessions
+from atoll.service.http.openapi import description
+from atoll.service.http.pace import LONGEST, Pace
+from atoll.service.storage.audit import GENESIS, verify
+from atoll.service.storage.database import NotLeading, Store, engine_for
+from atoll.service.storage.tables import audit, settings, sites
 
 
 @given(st.lists(st.integers(1, 200), max_size=80))

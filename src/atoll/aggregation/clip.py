@@ -10,10 +10,10 @@ import numpy as np
 
 from atoll.aggregation.pipeline import Pipeline
 from atoll.aggregation.stage import Stage
+from atoll.core.random import Key
+from atoll.core.updates import Update
+from atoll.core.vectors import Vectors
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
-from atoll.updates import Update
-from atoll.vectors import Vectors
 
 
 @dataclass(frozen=True)

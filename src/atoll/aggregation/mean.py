@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.aggregation.fixed import ExactScalar, FixedSum, rounded, to_units
 from atoll.aggregation.stage import Accumulator, Reducer, Schema
+from atoll.aggregation.sums import ExactScalar, FixedSum, rounded, to_units
+from atoll.core.updates import Aggregate, Update
+from atoll.core.vectors import Vectors, part, prefixed
 from atoll.errors import RunError
-from atoll.updates import Aggregate, Update
-from atoll.vectors import Vectors, part, prefixed
 
 logger = logging.getLogger("atoll")
 

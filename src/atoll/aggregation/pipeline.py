@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from atoll.aggregation.stage import Accumulator, Reducer, Schema, Stage
+from atoll.core.random import Key
+from atoll.core.updates import Aggregate, Update
+from atoll.core.vectors import Vectors, part, prefixed
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
-from atoll.updates import Aggregate, Update
-from atoll.vectors import Vectors, part, prefixed
 
 
 class Pipeline:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.keys import Key
-from atoll.updates import Aggregate, Update
-from atoll.vectors import SECTIONS, STATISTICS, Layout, Vectors
+from atoll.core.random import Key
+from atoll.core.updates import Aggregate, Update
+from atoll.core.vectors import SECTIONS, STATISTICS, Layout, Vectors
 
 if TYPE_CHECKING:
     from atoll.aggregation.pipeline import Pipeline

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from atoll.algorithms.client import Client
+from atoll.core.updates import Aggregate, Update
+from atoll.core.vectors import Array, Vector, Vectors
 from atoll.learners.base import Learner
-from atoll.updates import Aggregate, Update
-from atoll.vectors import Array, Vector, Vectors
 
 
 class Algorithm(ABC):

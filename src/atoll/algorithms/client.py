@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.vectors import STATISTICS, Array, Vectors
 from atoll.data.examples import Examples
-from atoll.learners.base import Assignment, Correction, Learner, Local
-from atoll.vectors import STATISTICS, Array, Vectors
+from atoll.learners.base import Assignment, Correction, Learner, LocalResult
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Client:
         """How many examples the client holds."""
         return len(self.examples)
 
-    def train(self, params: Array, correction: Correction | None = None) -> Local:
+    def train(self, params: Array, correction: Correction | None = None) -> LocalResult:
         """The local loop from `params` along `correction(gradient, params)`."""
         local = self.learner.train(self._at(params), self.examples, self.assignment, correction)
         self._keep(local.statistics)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atoll.algorithms.fedadagrad import FedAdagrad
+from atoll.core.vectors import Vector
 from atoll.errors import ConfigurationError
-from atoll.vectors import Vector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import Literal
 
 from atoll.algorithms.algorithm import Algorithm
 from atoll.algorithms.client import Client
+from atoll.core.updates import Aggregate, Update
+from atoll.core.vectors import Array, Vector, Vectors
 from atoll.errors import ConfigurationError
-from atoll.learners.base import Correction, Learner, Local
-from atoll.updates import Aggregate, Update
-from atoll.vectors import Array, Vector, Vectors
+from atoll.learners.base import Correction, Learner, LocalResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,12 @@ class FedAvg(Algorithm):
         return self.finish(client, local, got, mine)
 
     def finish(
-        self, client: Client, local: Local, got: dict[str, Array], mine: dict[str, Array]
+        self, client: Client, local: LocalResult, got: dict[str, Array], mine: dict[str, Array]
     ) -> tuple[Update, dict[str, Array]]:
         """The update and the new memory, from the trained parameters."""
         return self.report(local, delta=local.params - got["params"]), mine
 
-    def report(self, local: Local, **vectors: Array) -> Update:
+    def report(self, local: LocalResult, **vectors: Array) -> Update:
         """An update of these vectors, weighted and measured as this algorithm says."""
         weight = {"examples": local.examples, "uniform": 1, "work": local.seen}[self.weighting]
         metrics = {"train_loss": local.loss, "steps": local.steps, "seen": local.seen}
@@ -75,7 +75,7 @@ class FedAvg(Algorithm):
         return {**state, "params": state["params"] + self.server_lr * mean["delta"]}
 
     def check(self, learner: Learner) -> None:
-        if self.needs_gradients and not learner.gives_gradients:
+        if self.needs_gradients and "gradient" not in learner.abilities:
             raise ConfigurationError(
                 f"{type(self).__name__} changes the local gradient, but {type(learner).__name__} "
                 "can only fit; use FedAvg or one of the server optimisers with it"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from atoll.algorithms.fedavg import FedAvg
+from atoll.core.updates import Aggregate
+from atoll.core.vectors import Vector, Vectors
 from atoll.errors import ConfigurationError
-from atoll.updates import Aggregate
-from atoll.vectors import Vector, Vectors
 
 
 @dataclass(frozen=True, kw_only=True)

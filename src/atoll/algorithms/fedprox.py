@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from atoll.algorithms.fedavg import FedAvg, at_least_zero
+from atoll.core.vectors import Array
 from atoll.learners.base import Affine
-from atoll.vectors import Array
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from atoll.algorithms.client import Client
 from atoll.algorithms.fedavg import FedAvg, positive
+from atoll.core.updates import Aggregate, Update
+from atoll.core.vectors import Array, Vectors
 from atoll.errors import ConfigurationError
-from atoll.updates import Aggregate, Update
-from atoll.vectors import Array, Vectors
 
 
 @dataclass(frozen=True, kw_only=True)

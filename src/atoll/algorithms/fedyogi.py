@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from atoll.algorithms.fedadam import FedAdam
-from atoll.vectors import Vector
+from atoll.core.vectors import Vector
 
 
 @dataclass(frozen=True, kw_only=True)

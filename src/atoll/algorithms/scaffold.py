@@ -14,10 +14,10 @@ import numpy as np
 
 from atoll.algorithms.client import Client
 from atoll.algorithms.fedavg import FedAvg
+from atoll.core.updates import Aggregate, Update
+from atoll.core.vectors import Array, Vector, Vectors
 from atoll.errors import ConfigurationError
-from atoll.learners.base import Affine, Learner, Local
-from atoll.updates import Aggregate, Update
-from atoll.vectors import Array, Vector, Vectors
+from atoll.learners.base import Affine, Learner, LocalResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Scaffold(FedAvg):
         return Affine(constant=got["control"] - mine["control"])
 
     def finish(
-        self, client: Client, local: Local, got: dict[str, Array], mine: dict[str, Array]
+        self, client: Client, local: LocalResult, got: dict[str, Array], mine: dict[str, Array]
     ) -> tuple[Update, dict[str, Array]]:
         delta = local.params - got["params"]
         if self.option == "I":

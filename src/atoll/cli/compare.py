@@ -10,11 +10,11 @@ from typing import Any
 from atoll.cli.files import find_run
 from atoll.cli.tables import figure, print_table
 from atoll.errors import ConfigurationError, MissingPackage
-from atoll.learners.metrics import HIGHER_IS_BETTER
+from atoll.learners.metrics import HIGHER_IS_BETTER, main_metric
 from atoll.tracking.loggers import flat
-from atoll.tracking.plots import draw_metric
 from atoll.tracking.reading import read_run
-from atoll.tracking.run import Run, human_bytes, human_seconds, main_metric
+from atoll.tracking.record import Run, human_bytes, human_seconds
+from atoll.view.plots import draw_metric
 
 
 def run(options: argparse.Namespace) -> int:

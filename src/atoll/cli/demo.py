@@ -15,9 +15,9 @@ from atoll.federation import Federation
 from atoll.learners.numpy import NumpyLearner
 from atoll.rounds.schedules import Synchronous
 from atoll.tracking.folder import RunFolder, new_folder
-from atoll.tracking.plots import draw_metric
 from atoll.tracking.progress import progress
-from atoll.tracking.run import human_seconds
+from atoll.tracking.record import human_seconds
+from atoll.view.plots import draw_metric
 
 
 def run(options: argparse.Namespace) -> int:

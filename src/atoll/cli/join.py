@@ -11,8 +11,9 @@ from pathlib import Path
 from atoll.cli.files import read_data, read_plan
 from atoll.cli.logs import log_to
 from atoll.errors import ConfigurationError
-from atoll.service.agent import Site, Terms
-from atoll.service.identity import Token
+from atoll.learners.base import stacking
+from atoll.protocol.identity import Token
+from atoll.site.agent import Site, Terms
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     federation = read_plan(options.file)
     data = read_data(options.data)
     if options.threads:
-        federation.learner.use_threads(options.threads)
+        stacking(federation.learner).use_threads(options.threads)
     log_to(options.log)
     terms = Terms.of(federation, Path(options.file)) if options.ask else None
     site = Site(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from atoll.cli.tables import console, figure, print_table
+from atoll.learners.metrics import main_metric
 from atoll.simulation.baselines import Baselines
-from atoll.tracking.run import Run, human_bytes, human_seconds, main_metric
+from atoll.tracking.record import Run, human_bytes, human_seconds
 
 
 def print_run(run: Run) -> None:

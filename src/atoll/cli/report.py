@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from atoll.cli.files import find_run
-from atoll.tracking.report import write_report
+from atoll.view.report import write_report
 
 
 def run(options: argparse.Namespace) -> int:

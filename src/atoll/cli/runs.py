@@ -7,8 +7,9 @@ from pathlib import Path
 
 from atoll.cli.tables import figure, print_table
 from atoll.errors import AtollError
+from atoll.learners.metrics import main_metric
 from atoll.tracking.reading import find_runs, read_run, read_status
-from atoll.tracking.run import human_bytes, human_seconds, main_metric
+from atoll.tracking.record import human_bytes, human_seconds
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 from atoll.cli.files import read_data, read_plan
 from atoll.cli.logs import log_to
 from atoll.cli.overrides import override
+from atoll.core.vectors import Vectors
 from atoll.data.federated import FederatedData
 from atoll.federation import Federation
-from atoll.service.folder import StateFolder
+from atoll.rounds.evaluate import evaluate_pooled
 from atoll.service.serve import Listening, serve
-from atoll.service.terms import Service
-from atoll.simulation.evaluate import evaluate_pooled
-from atoll.vectors import Vectors
+from atoll.service.settings import Service
+from atoll.service.storage.folder import StateFolder
 
 
 def run(options: argparse.Namespace) -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from atoll.cli.files import find_run
 from atoll.cli.outcome import print_run
-from atoll.tracking.describe import short
+from atoll.learners.metrics import main_metric
+from atoll.rounds.describe import short
 from atoll.tracking.reading import read_engine, read_run, read_status
-from atoll.tracking.run import main_metric
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _web(folder: Path, port: int) -> int:
     """The page, until Ctrl-C."""
-    from atoll.page.local import LocalPage
+    from atoll.view.page.local import LocalPage
 
     place = folder.resolve()
     with LocalPage(place.parent, place.name, port) as page:

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as open_for:
         page = None
         if options.web:
-            from atoll.page.local import LocalPage
+            from atoll.view.page.local import LocalPage
 
             page = open_for.enter_context(LocalPage(folder.parent, folder.name, options.port))
             print(f"watch it at {page.url}", flush=True)

@@ -15,17 +15,17 @@ from urllib.parse import quote
 import sqlalchemy as sa
 
 from atoll.cli.tables import figure, print_table
+from atoll.core.files import write_atomically, write_json
 from atoll.errors import ConfigurationError
-from atoll.service.agent import approve
-from atoll.service.audit import lines, verify
-from atoll.service.certificates import hosts_of, make_server
-from atoll.service.folder import StateFolder, check_name
-from atoll.service.identity import Token, make_key
-from atoll.service.link import Link, find_authority
-from atoll.service.tables import assignments, rounds, sites, tokens
-from atoll.service.visits import OPERATOR, issue
-from atoll.tracking.checkpoints import write_atomically, write_json
-from atoll.tracking.run import human_bytes
+from atoll.protocol.certificates import hosts_of, make_server
+from atoll.protocol.identity import Token, make_key
+from atoll.service.http.login import OPERATOR, issue
+from atoll.service.storage.audit import lines, verify
+from atoll.service.storage.folder import StateFolder, check_name
+from atoll.service.storage.tables import assignments, rounds, sites, tokens
+from atoll.site.agent import approve
+from atoll.site.connection import Connection, find_authority
+from atoll.tracking.record import human_bytes
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,7 +70,7 @@ def _enrol(options: argparse.Namespace) -> int:
     pem = None if options.public_ca else find_authority(options.url, token)
     if pem is not None:
         write_atomically(folder / "ca.pem", [pem])
-    link = Link(options.url, pem, make_key(folder / "key.pem"))
+    link = Connection(options.url, pem, make_key(folder / "key.pem"))
     enrolled = link.enrol(token)
     about = {"url": link.url, "site": enrolled.site, "project": enrolled.project}
     write_json(folder / "site.json", about)
@@ -255,7 +255,7 @@ def _restore(options: argparse.Namespace) -> int:
 def _ask(folder: Path, method: str, target: str) -> Any:
     known = json.loads((folder / "site.json").read_text(encoding="utf-8"))
     pem = (folder / "ca.pem").read_bytes() if (folder / "ca.pem").exists() else None
-    link = Link(known["url"], pem, make_key(folder / "key.pem"), known["site"])
+    link = Connection(known["url"], pem, make_key(folder / "key.pem"), known["site"])
     try:
         data = link.ask(method, target)
     finally:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.random import Key
 from atoll.data import partition, shift
 from atoll.data.examples import Examples, Rows, Task
 from atoll.data.federated import FederatedData, assemble
 from atoll.errors import DataError
-from atoll.keys import Key
 
 
 @dataclass(frozen=True, eq=False)

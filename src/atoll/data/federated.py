@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll import display
+from atoll.core.random import Key
 from atoll.data.examples import Examples, Rows, Task
 from atoll.errors import DataError
-from atoll.keys import Key
+from atoll.view import html as display
 
 if TYPE_CHECKING:
     from atoll.data.dataset import Dataset
@@ -181,7 +181,7 @@ class FederatedData:
 
     def plot(self, path: str | Path) -> Path:
         """Draw who holds which labels (or how much, without labels) into an image file."""
-        from atoll.data.picture import draw_population
+        from atoll.view.population import draw_population
 
         return draw_population(self, Path(path))
 

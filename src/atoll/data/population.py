@@ -13,10 +13,10 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.random import Key
 from atoll.data.examples import Examples, Rows, Task
 from atoll.data.federated import FederatedData
 from atoll.errors import DataError
-from atoll.keys import Key
 
 #: Makes one client's inputs and targets from its number and its generator.
 Make = Callable[[int, np.random.Generator], tuple[NDArray[Any], NDArray[Any]]]

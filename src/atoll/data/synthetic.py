@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.random import Key
 from atoll.data.dataset import Dataset
 from atoll.data.federated import FederatedData, assemble
-from atoll.keys import Key
 
 DIMENSION, CLASSES = 60, 10
 

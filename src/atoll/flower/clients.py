@@ -19,10 +19,10 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from atoll.core.random import Key
 from atoll.errors import ConfigurationError
 from atoll.flower.apps import App, Settings, loaded
 from atoll.flower.draws import import_torch_for, seeded
-from atoll.keys import Key
 
 #: Flower's code of an error that a ClientApp raised.
 RAISED = 2

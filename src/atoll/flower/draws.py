@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from atoll.keys import Key
+from atoll.core.random import Key
 
 
 def import_torch_for(folder: Path) -> None:

@@ -19,8 +19,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
+from atoll.core.random import Key
 from atoll.flower.clients import RAISED, Clients
-from atoll.keys import Key
 
 #: Told of each message and its reply; the number is that of the client.
 Watcher = Callable[[int, Message, Message], None]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from flwr.app import Context, RecordDict
 
+from atoll.core.random import Key
 from atoll.flower.apps import App
 from atoll.flower.clients import Here, Workers
 from atoll.flower.draws import seeded
 from atoll.flower.grid import LocalGrid
 from atoll.flower.watch import Watch
-from atoll.keys import Key
 from atoll.tracking.observer import Observer
-from atoll.tracking.run import Run
+from atoll.tracking.record import Run
 
 
 def run_app(

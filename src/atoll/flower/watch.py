@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from atoll.tracking.memories import Memories
+from atoll.core.vectors import Layout
+from atoll.rounds.client_states import ClientStates
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
-from atoll.tracking.run import Participant, Record, Run
-from atoll.vectors import Layout
+from atoll.tracking.record import Participant, Record, Run
 
 Figures = dict[str, float]
 
@@ -149,7 +149,7 @@ class Watch:
 
     def _nothing(self) -> Snapshot:
         """An app's state is its own: there is nothing to go on from."""
-        return Snapshot(len(self.run.history), {}, Memories(), {}, 0.0)
+        return Snapshot(len(self.run.history), {}, ClientStates(), {}, 0.0)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -4,7 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from atoll.learners import rates
-from atoll.learners.base import Affine, Assignment, Correction, GradientLearner, Learner, Local
+from atoll.learners.base import (
+    Affine,
+    Assignment,
+    Correction,
+    GradientLearner,
+    Learner,
+    LocalResult,
+)
 from atoll.learners.numpy import NumpyLearner
 
 if TYPE_CHECKING:
@@ -23,7 +30,7 @@ __all__ = [
     "JaxLearner",
     "KerasLearner",
     "Learner",
-    "Local",
+    "LocalResult",
     "NumpyLearner",
     "SklearnLearner",
     "TorchLearner",

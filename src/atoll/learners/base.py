@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.random import Key, permutations
+from atoll.core.vectors import SECTIONS, Array, Layout, Vectors
 from atoll.data.examples import Examples, Rows, Task
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
-from atoll.keys import Key, permutations
-from atoll.learners.metrics import Sums
+from atoll.learners.metrics import Sums, figures
 from atoll.learners.rates import Rate, rate_at
-from atoll.vectors import Array, Layout, Vectors
 
 #: Turns (gradient, params) into the direction to descend along; either may be [P] or [C, P].
 Correction = Callable[[Array, Array], Array]
+#: What a learner can do beyond fitting; what an algorithm `needs` of it.
+Ability = Literal["gradient", "at", "objective", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,40 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Local:
+class At:
+    """A correction that may ask for the same batch's gradient elsewhere.
+
+    `rule(gradient, params, at)` gives the direction; `at(points)` is the gradient of this step's
+    batch at other parameters, [P] or [C, P].
+    """
+
+    rule: Callable[[Array, Array, Callable[[Array], Array]], Array]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What to minimise instead of the learner's loss.
+
+    `loss(outputs, targets, *beside, **given)` is the mean loss of one client's batch, in the
+    learner's framework. `beside` are parameters ([P], or [C, P] for a stack) whose outputs on the
+    same batch the loss is shown, without a gradient; `given` are numbers of each client, [...] or
+    [C, ...] for a stack.
+    """
+
+    loss: Callable[..., Any]
+    beside: tuple[Array, ...] = ()
+    given: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LocalResult:
     """What a client's local training came to.
 
     `params` [P] are the trained parameters; `path` is the sum of the learning rates of its
     `steps`; `examples` is how many the client holds and `seen` how many it went over, with
     repetition; `loss` is the mean training loss per step. `statistics` are the new buffers and
-    counters. For a cohort every field has a leading axis of clients, and `path` is [C, 1], so that
-    what is written with operators serves both.
+    counters. For a stack of C clients `params` is [C, P], statistics are [C, ...] and every number
+    is a column [C, 1], so that what is written with operators serves both.
     """
 
     params: Array
@@ -88,23 +116,14 @@ class Learner(ABC):
     """A model and how one client trains and evaluates it.
 
     A model is a dict of flat vectors as `layout` describes them. Arrays that go in and out of
-    `train` are the learner's own kind (torch tensors, say); `asarray` and `asnumpy` convert.
+    `train` are the learner's own kind (torch tensors, say); `asarray` and `asnumpy` convert. A
+    learner needs `layout`, `init`, `train`, `evaluate` and `planned_steps`; the rest has defaults.
     """
 
-    #: Whether `train` takes corrections and `gradient` works; black boxes can only fit.
-    gives_gradients: bool = False
+    #: What it can do beyond fitting; black boxes can only fit.
+    abilities: frozenset[Ability] = frozenset()
     #: Whether a local step is `params -= lr * direction` and nothing else.
     plain_sgd: bool = False
-
-    @property
-    def forks_safely(self) -> bool:
-        """Whether it can be used in a forked process."""
-        return True
-
-    @property
-    def tolerance(self) -> float:
-        """How far a stack of clients may lie from each alone, relatively, by rounding."""
-        return 1e-3
 
     @property
     @abstractmethod
@@ -121,23 +140,32 @@ class Learner(ABC):
         model: Vectors,
         examples: Examples,
         assignment: Assignment,
-        correction: Correction | None = None,
-    ) -> Local:
-        """Train from `model` on `examples`; the given vectors are left as they are."""
+        correction: Correction | At | None = None,
+        objective: Objective | None = None,
+    ) -> LocalResult:
+        """Train from `model` on `examples`; the given vectors are left as they are.
+
+        `correction` needs the ability "gradient" (an `At` one "at"), `objective` "objective".
+        """
 
     @abstractmethod
     def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
         """Sums of the metrics of `model` over `examples`."""
 
-    def evaluate_each(
-        self, model: Vectors, parts: Sequence[Examples], task: Task, classes: int | None
-    ) -> list[Sums]:
-        """Sums of the metrics of one model over each of these parts, none of them empty."""
-        return [self.evaluate(model, part, task, classes) for part in parts]
-
     @abstractmethod
     def planned_steps(self, examples: int) -> int:
         """How many local steps a client with this many examples takes in one round."""
+
+    def evaluate_each(
+        self, model: Vectors, parts: Sequence[Examples], task: Task, classes: int | None
+    ) -> list[Sums]:
+        """Sums over each of these C parts, none of them empty.
+
+        Each section of `model` is one vector for all parts, or [C, ...]: one model for each.
+        """
+        return [
+            self.evaluate(model_at(model, c), part, task, classes) for c, part in enumerate(parts)
+        ]
 
     def gradient(self, model: Vectors, examples: Examples, key: Key) -> tuple[Array, Vectors]:
         """The gradient [P] of the mean loss over all `examples`, and the new statistics."""
@@ -145,21 +173,91 @@ class Learner(ABC):
             f"{type(self).__name__} can only fit: it gives no gradient, which this algorithm needs"
         )
 
+    def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:
+        """What `model` says of these examples, as in evaluation: float32 [n, ...]."""
+        raise ConfigurationError(
+            f"{type(self).__name__} does not show its outputs, which this algorithm needs"
+        )
+
+    def mean_loss(self, model: Vectors, examples: Examples) -> float:
+        """The mean loss of `model` over these examples, as in evaluation."""
+        raise ConfigurationError(
+            f"{type(self).__name__} does not show its loss, which this algorithm needs"
+        )
+
+    def figures(self, sums: Sums, task: Task) -> dict[str, float]:
+        """The metrics that people read, from sums that add over clients; names are open."""
+        return figures(sums, task)
+
+    def check(self, data: FederatedData) -> None:
+        """Raise `DataError` if this learner cannot be trained on these data."""
+
+    def fixed(self) -> str:
+        """A digest of what shapes the results but does not travel; empty if there is nothing."""
+        return ""
+
+    def vectors_of(self, source: Any) -> Vectors:
+        """A model of this layout from what people have: named arrays, or the framework's own.
+
+        Raises `ConfigurationError`, naming what is missing or of another shape.
+        """
+        if isinstance(source, Mapping) and set(source) <= set(SECTIONS):
+            self.layout.check(source)
+            return {name: np.array(vector) for name, vector in source.items()}
+        if isinstance(source, Mapping):
+            return self.layout.pack(source)
+        raise ConfigurationError(
+            f"{type(self).__name__} cannot take weights from {type(source).__name__}; give a dict "
+            "of arrays by name"
+        )
+
+    def load_into(self, model: Vectors, target: Any) -> Any:
+        """Write a model into the framework's own kind of object, which is also returned."""
+        raise ConfigurationError(
+            f"{type(self).__name__} cannot load into {type(target).__name__}; use "
+            "learner.layout.unpack(run.model), a dict of arrays by name"
+        )
+
+    def asarray(self, vector: NDArray[Any]) -> Array:
+        """A NumPy vector as this learner's own kind of array, shared where possible."""
+        return vector
+
+    def asnumpy(self, array: Array) -> NDArray[Any]:
+        """This learner's own kind of array as a NumPy vector, shared where possible."""
+        return np.asarray(array)
+
+
+class Stacking:
+    """What engines ask of a learner beyond its training; a learner that inherits this may say more.
+
+    The defaults are those of a learner that knows nothing of engines.
+    """
+
+    @property
+    def forks_safely(self) -> bool:
+        """Whether it can be used in a forked process."""
+        return True
+
+    @property
+    def tolerance(self) -> float:
+        """How far a stack of clients may lie from each alone, relatively, by rounding."""
+        return 1e-3
+
     def stacks(self, examples: Examples) -> str:
         """Why `train_cohort` cannot be used on data like these; empty if it can."""
-        return f"{type(self).__name__} trains one client at a time"
+        return "the learner trains one client at a time"
 
     def train_cohort(
         self,
         model: Vectors,
         examples: Sequence[Examples],
         assignments: Sequence[Assignment],
-        correction: Correction | None = None,
-    ) -> Local:
+        correction: Correction | At | None = None,
+        objective: Objective | None = None,
+    ) -> LocalResult:
         """Train C clients side by side: as `train` of each, with a leading axis in what comes out.
 
-        `model["params"]` is [P] for all or [C, P]. Of the `Local`, `params` is [C, P], `path` is
-        [C, 1], statistics are [C, ...] and the rest [C]. All are of the same round.
+        Each section of `model` is one vector for all or [C, ...]. All are of the same round.
         """
         raise ConfigurationError(self.stacks(examples[0]))
 
@@ -177,18 +275,11 @@ class Learner(ABC):
 
     def explain(self, examples: Examples) -> tuple[tuple[str, str, str], ...]:
         """(layer, kind, how it is run) of each part of the model, for people."""
-        return (("", type(self).__name__, "whole, one client at a time"),)
+        return (("", "", "whole, one client at a time"),)
 
     def use_threads(self, count: int) -> int:
         """Let one operation use so many threads, in the calling thread; returns what it was."""
         return 1
-
-    def check(self, data: FederatedData) -> None:
-        """Raise `DataError` if this learner cannot be trained on these data."""
-
-    def fixed(self) -> str:
-        """A digest of what shapes the results but does not travel; empty if there is nothing."""
-        return ""
 
     def fold(self, rows: Array, scales: Sequence[float]) -> tuple[NDArray[Any], int] | None:
         """Sum of round(row * scale) over rows [C, P] as int64 [P], and a bound of its magnitude.
@@ -197,13 +288,15 @@ class Learner(ABC):
         """
         return None
 
-    def asarray(self, vector: NDArray[Any]) -> Array:
-        """A NumPy vector as this learner's own kind of array, shared where possible."""
-        return vector
 
-    def asnumpy(self, array: Array) -> NDArray[Any]:
-        """This learner's own kind of array as a NumPy vector, shared where possible."""
-        return np.asarray(array)
+def stacking(learner: Learner) -> Stacking:
+    """What engines may ask of a learner, also of one that knows nothing of engines."""
+    return learner if isinstance(learner, Stacking) else Stacking()
+
+
+def model_at(model: Vectors, place: int) -> Vectors:
+    """The model of one client of a stack: sections that are [C, ...] are read at its place."""
+    return {name: vector[place] if vector.ndim > 1 else vector for name, vector in model.items()}
 
 
 class Descent(Protocol):
@@ -225,7 +318,7 @@ class Descent(Protocol):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class GradientLearner(Learner):
+class GradientLearner(Learner, Stacking):
     """A learner that gives gradients; subclasses say how one descent is begun.
 
     Args:
@@ -242,7 +335,7 @@ class GradientLearner(Learner):
     steps: int | None = None
     max_gradient_norm: float | None = None
 
-    gives_gradients = True
+    abilities: ClassVar[frozenset[Ability]] = frozenset({"gradient"})  # type: ignore[misc]
 
     @property
     def smallest_batch(self) -> int:
@@ -317,7 +410,7 @@ class GradientLearner(Learner):
         examples: Examples,
         assignment: Assignment,
         correction: Correction | None = None,
-    ) -> Local:
+    ) -> LocalResult:
         lr = rate_at(self.lr, assignment.round)
         steps = assignment.steps(self.planned_steps(len(examples)))
         word = assignment.key.integer("batches")
@@ -333,7 +426,9 @@ class GradientLearner(Learner):
                 descent.step(direction, lr)
                 done, seen, losses = done + 1, seen + batch.stop - batch.start, losses + loss
             params, statistics = descent.result()
-        return Local(params, done, done * lr, len(examples), seen, float(losses) / done, statistics)
+        return LocalResult(
+            params, done, done * lr, len(examples), seen, float(losses) / done, statistics
+        )
 
     def _batches(
         self, descent: Descent, examples: Examples, steps: int, word: int

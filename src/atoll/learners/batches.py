@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.keys import permutations
+from atoll.core.random import permutations
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ A `Sums` maps names to float64 arrays that add elementwise. Nothing here is a me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +97,11 @@ def figures(sums: Sums, task: Task) -> dict[str, float]:
     if "scores" in sums:
         metrics["auc"] = _auc(sums["scores"])
     return metrics
+
+
+def main_metric(metrics: Container[str]) -> str:
+    """The metric to show first."""
+    return "accuracy" if "accuracy" in metrics else "loss"
 
 
 def spread(values: Sequence[float], metric: str) -> dict[str, float]:

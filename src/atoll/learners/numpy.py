@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.random import Key
+from atoll.core.vectors import Layout, Vector, Vectors
 from atoll.data.examples import Examples, Rows, Task
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
-from atoll.keys import Key
 from atoll.learners.base import GradientLearner
 from atoll.learners.metrics import Sums, add, classification_sums, regression_sums
-from atoll.vectors import Layout, Vector, Vectors
 
 Matrix = NDArray[np.float32]
 

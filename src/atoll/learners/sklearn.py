@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.random import Key
+from atoll.core.vectors import Layout, Vectors
 from atoll.data.examples import Examples, Task
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError, require
-from atoll.keys import Key
-from atoll.learners.base import Assignment, Correction, Learner, Local
+from atoll.learners.base import Assignment, At, Correction, Learner, LocalResult, Objective
 from atoll.learners.metrics import Sums, add, classification_sums, regression_sums
-from atoll.vectors import Layout, Vectors
 
 require("sklearn", "scikit-learn", "atoll.learners.SklearnLearner")
 
@@ -99,9 +99,10 @@ class SklearnLearner(Learner):
         model: Vectors,
         examples: Examples,
         assignment: Assignment,
-        correction: Correction | None = None,
-    ) -> Local:
-        if correction is not None:
+        correction: Correction | At | None = None,
+        objective: Objective | None = None,
+    ) -> LocalResult:
+        if correction is not None or objective is not None:
             raise ConfigurationError("SklearnLearner can only fit: it takes no correction")
         seed = assignment.key.integer("batches") % 2**32
         estimator = self._with(model, seed)
@@ -116,7 +117,7 @@ class SklearnLearner(Learner):
         else:
             self._warm_fit(estimator, x, y, passes)
         params = self.layout.pack(_coefficients(estimator))["params"]
-        return Local(params, passes, math.nan, len(x), passes * len(x), math.nan)
+        return LocalResult(params, passes, math.nan, len(x), passes * len(x), math.nan)
 
     def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
         estimator = self._with(model, 0)

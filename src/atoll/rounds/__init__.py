@@ -5,7 +5,7 @@ from atoll.rounds.coordinator import Answer, Coordinator, Invitation, Outcome, P
 from atoll.rounds.plan import Evaluation, Plan
 from atoll.rounds.roster import Resources, Roster
 from atoll.rounds.server import Server
-from atoll.rounds.turn import take_turn
+from atoll.rounds.task import run_task
 
 __all__ = [
     "Answer",
@@ -20,5 +20,5 @@ __all__ = [
     "Server",
     "Verdict",
     "schedules",
-    "take_turn",
+    "run_task",
 ]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from atoll.core.random import Key
 from atoll.errors import CheckpointError, ConfigurationError, RunError
-from atoll.keys import Key
 from atoll.rounds.coordinator import Answer, Coordinator, Invitation, Outcome, Phase, Verdict
 from atoll.rounds.roster import Roster
 from atoll.rounds.schedules import Buffered, Schedule

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from atoll.core.random import Key
 from atoll.errors import CheckpointError, ConfigurationError, RunError
-from atoll.keys import Key
 from atoll.rounds.roster import Roster
 from atoll.rounds.schedules import Poisson, Synchronous
 

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from atoll.core.random import Key
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
 from atoll.rounds.roster import Members, Roster
 
 

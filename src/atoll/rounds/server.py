@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from atoll.aggregation.stage import Accumulator
+from atoll.core.random import Key
+from atoll.core.vectors import Vector, Vectors, describe_names, part, prefixed
 from atoll.errors import CheckpointError, RunError
-from atoll.keys import Key
 from atoll.rounds.plan import Plan
-from atoll.vectors import Vector, Vectors, describe_names, part, prefixed
 
 STAGE = "stage/"
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import RunError
-from atoll.service.store import Change
+from atoll.service.storage.database import Change
 
 if TYPE_CHECKING:
-    from atoll.service.conductor import Conductor
+    from atoll.service.loop import FederationLoop
 
 
 class Deciding:
     """One decision of a conductor, which is `failed` if it cannot be kept."""
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: FederationLoop) -> None:
         self._conductor = conductor
         self._change = conductor.store.change()
 

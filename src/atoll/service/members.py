@@ -10,8 +10,8 @@ import numpy as np
 import sqlalchemy as sa
 
 from atoll.rounds.roster import Resources, Roster
-from atoll.service.store import Store
-from atoll.service.tables import sites, tokens
+from atoll.service.storage.database import Store
+from atoll.service.storage.tables import sites, tokens
 
 
 class Members:

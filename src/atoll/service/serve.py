@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from atoll.core.vectors import Vectors
 from atoll.errors import AtollError, ConfigurationError, RunError, require
+from atoll.protocol.certificates import renew_server, server_context
 from atoll.rounds.coordinator import Phase
 from atoll.rounds.plan import Plan
-from atoll.service.app import App
-from atoll.service.blobs import blobs_at
-from atoll.service.certificates import renew_server, server_context
-from atoll.service.conductor import Conductor
-from atoll.service.folder import StateFolder
-from atoll.service.store import NotLeading, Store
-from atoll.service.terms import Service
-from atoll.vectors import Vectors
+from atoll.service.http.app import App
+from atoll.service.loop import FederationLoop
+from atoll.service.settings import Service
+from atoll.service.storage.blobs import blobs_at
+from atoll.service.storage.database import NotLeading, Store
+from atoll.service.storage.folder import StateFolder
 
 logger = logging.getLogger("atoll.service")
 TICK = 0.25
@@ -59,7 +59,7 @@ def http_config(app: App, host: str, port: int, **more: Any) -> Any:
     """How an application is spoken to: uvicorn's configuration, whoever runs the server."""
     import uvicorn
 
-    from atoll.service.heads import BoundedHeads
+    from atoll.service.http.heads import BoundedHeads
 
     return uvicorn.Config(
         app.asgi(), host=host, port=port, log_config=None, access_log=False,
@@ -128,7 +128,7 @@ class _Process:
                 waiting = True
             if await self._paused(1.0, listening):
                 return
-        conductor = Conductor(
+        conductor = FederationLoop(
             self.plan, self.service, self.store,
             blobs_at(self.listening.blobs or str(self.folder.path / "blobs")),
             self.folder.path / "incoming", evaluate=self.evaluate,
@@ -143,7 +143,7 @@ class _Process:
         finally:
             renewing.cancel()
 
-    async def _keep_lease(self, conductor: Conductor) -> None:
+    async def _keep_lease(self, conductor: FederationLoop) -> None:
         """Renew the lease all the while, also when a start or a step takes long."""
         while True:
             await asyncio.sleep(self.store.lease_seconds / 4)
@@ -154,7 +154,7 @@ class _Process:
                 conductor.failed = error
                 return
 
-    async def _conducted(self, conductor: Conductor, listening: asyncio.Task[None]) -> None:
+    async def _conducted(self, conductor: FederationLoop, listening: asyncio.Task[None]) -> None:
         self.app.conductor = conductor
         logger.info(
             "leading %s at round %d of %d", self.folder.project, conductor.coordinator.round,
@@ -167,7 +167,7 @@ class _Process:
                 await conductor.close()
                 self.store.resign()
 
-    async def _conduct(self, conductor: Conductor, listening: asyncio.Task[None]) -> None:
+    async def _conduct(self, conductor: FederationLoop, listening: asyncio.Task[None]) -> None:
         ends: float | None = None
         loop = asyncio.get_running_loop()
         while True:

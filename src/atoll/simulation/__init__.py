@@ -1,8 +1,9 @@
 """Simulation: a federation in this process, in virtual time."""
 
+from atoll.backends.backend import Backend, Engine, LocalEngine
+from atoll.backends.choice import Auto, Sequential, Stacked
+from atoll.backends.ray import RayCluster
 from atoll.simulation.baselines import Baseline, Baselines
-from atoll.simulation.choice import Auto, Sequential, Stacked
-from atoll.simulation.cluster import RayCluster
 from atoll.simulation.devices import (
     Conditions,
     Devices,
@@ -12,7 +13,6 @@ from atoll.simulation.devices import (
     Trace,
     TracedDevices,
 )
-from atoll.simulation.engine import Crew, Engine, Local
 from atoll.simulation.interrupt import Interrupted
 from atoll.simulation.simulator import Simulator
 
@@ -21,11 +21,11 @@ __all__ = [
     "Baseline",
     "Baselines",
     "Conditions",
-    "Crew",
+    "Backend",
     "Devices",
     "Engine",
     "Interrupted",
-    "Local",
+    "LocalEngine",
     "LogNormal",
     "RandomDevices",
     "RayCluster",

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from atoll import wire
+from atoll.backends.stacks import Delivery, Turn
+from atoll.core import safetensors
+from atoll.core.vectors import Vectors, part, prefixed
 from atoll.errors import RunError
 from atoll.rounds.buffered import BufferedCoordinator
-from atoll.rounds.cohort import Delivery, Turn
 from atoll.rounds.coordinator import Invitation, Verdict
 from atoll.rounds.schedules import Buffered
 from atoll.simulation.interrupt import Interrupted, Interruption
 from atoll.simulation.simulator import Simulator, _Arrival, _Gathered
 from atoll.tracking.observer import Snapshot
-from atoll.tracking.run import Participant
-from atoll.vectors import Vectors, part, prefixed
+from atoll.tracking.record import Participant
 
 RECEIVED = "received/"
 
@@ -64,7 +64,7 @@ class AsynchronousSimulator(Simulator):
         for row, began in snapshot.coordinator["flights"]:
             invitation = Invitation(*row)
             self.clock = began
-            self._down = wire.size(self._received[invitation.round - 1])
+            self._down = safetensors.size(self._received[invitation.round - 1])
             self._take_off(invitation)
         self.clock = snapshot.clock
 
@@ -165,7 +165,7 @@ class AsynchronousSimulator(Simulator):
             version = coordinator.round - 1
             if version not in self._received:
                 self._received[version] = self.server.broadcast()
-            self._down = wire.size(self._received[version])
+            self._down = safetensors.size(self._received[version])
             for invitation in invitations:
                 self._take_off(invitation)
             invited += len(invitations)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from atoll.core.random import Key
+from atoll.core.vectors import Vectors
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
-from atoll.keys import Key
 from atoll.learners.base import Assignment, Learner
 from atoll.learners.metrics import figures
+from atoll.rounds.evaluate import evaluate_clients, evaluate_pooled
 from atoll.rounds.plan import Plan
-from atoll.simulation.evaluate import evaluate_clients, evaluate_pooled
-from atoll.vectors import Vectors
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from atoll.core.random import Key
 from atoll.errors import DataError
-from atoll.keys import Key
 from atoll.rounds.roster import Members, Resources
 
 

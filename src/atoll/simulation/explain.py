@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from atoll.backends.backend import Engine, LocalEngine, cores
+from atoll.core.random import Key
 from atoll.data.federated import FederatedData
-from atoll.keys import Key
+from atoll.learners.base import stacking
 from atoll.rounds.plan import Plan
-from atoll.simulation.engine import Engine, Local, cores
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def explain(plan: Plan, data: FederatedData, engine: Engine, seed: int) -> Expla
     plan.learner.check(data)
     with engine.open(plan, data, Key(seed)) as crew:
         found, notes = crew.engine, tuple(crew.notes)
-    rows = plan.learner.explain(data.train(0))
-    if not isinstance(found, Local):
+    rows = stacking(plan.learner).explain(data.train(0))
+    if not isinstance(found, LocalEngine):
         notes = (*notes, "chosen by measuring, when the first clients are at work")
         return Explanation(str(found), notes, rows, 0, 0, 0)
     size = 4 * plan.learner.layout.size

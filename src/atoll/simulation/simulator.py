@@ -12,33 +12,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-from atoll import wire
+from atoll.backends.backend import Backend, Engine, cores
+from atoll.backends.stacks import Delivery, Turn
+from atoll.core import safetensors
+from atoll.core.random import Key
+from atoll.core.updates import Update
+from atoll.core.vectors import Vector, Vectors
 from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, ConfigurationError, DataError, RunError
-from atoll.keys import Key
-from atoll.learners.base import steps_of
+from atoll.learners.base import stacking, steps_of
 from atoll.rounds.buffered import coordinator_for
-from atoll.rounds.cohort import Delivery, Turn
+from atoll.rounds.client_states import ClientStates
 from atoll.rounds.coordinator import Invitation, Phase, Verdict
-from atoll.rounds.message import message_size
-from atoll.rounds.plan import Plan
-from atoll.rounds.roster import Roster
-from atoll.rounds.server import Server
-from atoll.rounds.turn import first_memory
-from atoll.simulation.devices import Conditions, Devices, TracedDevices, device_key
-from atoll.simulation.engine import Crew, Engine, cores
-from atoll.simulation.evaluate import (
+from atoll.rounds.evaluate import (
     check_evaluation,
     evaluate_clients,
     evaluate_pooled,
     spread_metrics,
 )
+from atoll.rounds.messages import message_size
+from atoll.rounds.plan import Plan
+from atoll.rounds.roster import Roster
+from atoll.rounds.server import Server
+from atoll.rounds.task import first_state
+from atoll.simulation.devices import Conditions, Devices, TracedDevices, device_key
 from atoll.simulation.interrupt import Interrupted, Interruption
-from atoll.tracking.memories import Memories
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
-from atoll.tracking.run import Participant, Record, Run
-from atoll.updates import Update
-from atoll.vectors import Vector, Vectors
+from atoll.tracking.record import Participant, Record, Run
 
 REFUSALS_KEPT = 1000
 IDEAL = Conditions()
@@ -102,12 +102,12 @@ class Simulator:
         self.key = Key(run.seed)
         self.server = Server(plan, self.key)
         self.coordinator = coordinator_for(plan.schedule, self.key)
-        self.crew: Crew
-        self.memories = Memories()
+        self.crew: Backend
+        self.memories = ClientStates()
         self.clock = 0.0
         self._sizes = data.sizes()
         self._resources = devices.resources(data.names, self.key)
-        self._blank = first_memory(plan, self.server.broadcast())
+        self._blank = first_state(plan, self.server.broadcast())
         self._up_bytes, self._down = self._typical_size(), 0
         self._closed = self._snapshot()
 
@@ -222,7 +222,7 @@ class Simulator:
         """One attempt at a round: memories of the accepted clients, and everyone's part in it."""
         coordinator = self.coordinator
         received = self.server.broadcast()
-        self._down = down = wire.size(received)
+        self._down = down = safetensors.size(received)
         invitations = coordinator.open(self._roster(), self.clock)
         self.server.open()
         arrivals = self._arrivals(invitations, down)
@@ -363,11 +363,11 @@ class Simulator:
 
     def _evaluate(self, round: int) -> dict[str, float]:
         # No client is at work now: every core is free for this.
-        before = self.plan.learner.use_threads(cores())
+        before = stacking(self.plan.learner).use_threads(cores())
         try:
             return self._figures(round)
         finally:
-            self.plan.learner.use_threads(before)
+            stacking(self.plan.learner).use_threads(before)
 
     def _figures(self, round: int) -> dict[str, float]:
         evaluation, last = self.plan.evaluation, round == self.plan.schedule.rounds

@@ -5,7 +5,7 @@ from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.progress import progress
 from atoll.tracking.reading import find_runs, read_run
-from atoll.tracking.run import Participant, Record, Run
+from atoll.tracking.record import Participant, Record, Run
 
 __all__ = [
     "Observer",

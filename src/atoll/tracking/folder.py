@@ -32,11 +32,12 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from atoll.core import files
+from atoll.core.vectors import Vectors
 from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
-from atoll.learners.metrics import HIGHER_IS_BETTER
-from atoll.tracking import checkpoints
-from atoll.tracking.describe import digest
-from atoll.tracking.memories import Memories
+from atoll.learners.metrics import HIGHER_IS_BETTER, main_metric
+from atoll.rounds.client_states import ClientStates
+from atoll.rounds.describe import digest
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.reading import (
     read_config,
@@ -46,8 +47,7 @@ from atoll.tracking.reading import (
     read_seconds,
     read_spread,
 )
-from atoll.tracking.run import Record, Run, main_metric
-from atoll.vectors import Vectors
+from atoll.tracking.record import Record, Run
 
 try:
     import fcntl
@@ -119,7 +119,7 @@ class RunFolder(Observer):
                         f"{self.path} already holds a run; resume it, or choose another folder"
                     )
                 self._written, self._kept, self._best, self._saved = {}, {}, None, -1
-            checkpoints.write_json(
+            files.write_json(
                 self.path / "config.json",
                 {
                     "identity": identity(run),
@@ -129,7 +129,7 @@ class RunFolder(Observer):
                     "plan": run.config,
                 },
             )
-            checkpoints.write_json(self.path / "environment.json", environment())
+            files.write_json(self.path / "environment.json", environment())
             self._status("running")
             for name in LINES:
                 self._files[name] = (self.path / name).open("a", encoding="utf-8")
@@ -149,10 +149,10 @@ class RunFolder(Observer):
         self._refusals(run, record.round)
         if run.engine != self._engine:
             about = {"engine": run.engine, "notes": run.engine_notes}
-            checkpoints.write_json(self.path / "engine.json", about)
+            files.write_json(self.path / "engine.json", about)
             self._engine = run.engine
         if run.per_client is not self._spread:
-            checkpoints.write_json(self.path / "spread.json", run.per_client)
+            files.write_json(self.path / "spread.json", run.per_client)
             self._spread = run.per_client
         self._keep_best(run, record)
         if self.every and (record.round % self.every == 0 or record.round == run.rounds):
@@ -173,7 +173,7 @@ class RunFolder(Observer):
 
     def end(self, run: Run) -> None:
         if run.model:
-            checkpoints.save(
+            files.save(
                 self.path / "model.safetensors", "model", {"identity": identity(run)}, run.model
             )
         if self.figures:
@@ -261,7 +261,7 @@ class RunFolder(Observer):
     def _load(self, found: list[Path]) -> tuple[dict[str, Any], Vectors]:
         """The newest checkpoint; if it is damaged, how to go on from the one before."""
         try:
-            return checkpoints.load(found[-1], "checkpoint")
+            return files.load(found[-1], "checkpoint")
         except CheckpointError as error:
             before = f" ({found[-2].name})" if len(found) > 1 else ", if there is one"
             raise CheckpointError(
@@ -273,7 +273,7 @@ class RunFolder(Observer):
         for member, changed in index.items():
             if self._written.get(member) != changed:
                 _, memory = snapshot.memories[member]
-                checkpoints.save(self._client(member, changed), "memory", {}, memory)
+                files.save(self._client(member, changed), "memory", {}, memory)
                 self._written[member] = changed
         # The lines of these rounds must outlive a power cut that the checkpoint outlives.
         try:
@@ -295,7 +295,7 @@ class RunFolder(Observer):
             "clock": snapshot.clock,
             "coordinator": snapshot.coordinator,
         }
-        checkpoints.save(self._numbered(snapshot.round), "checkpoint", about, vectors)
+        files.save(self._numbered(snapshot.round), "checkpoint", about, vectors)
         self._saved = snapshot.round
         self._kept[snapshot.round] = index
         self._discard()
@@ -314,9 +314,9 @@ class RunFolder(Observer):
         try:
             members = vectors.pop("memory/members").tolist()
             rounds = vectors.pop("memory/rounds").tolist()
-            memories = Memories()
+            memories = ClientStates()
             for member, round in zip(members, rounds, strict=True):
-                _, memory = checkpoints.load(self._client(member, round), "memory")
+                _, memory = files.load(self._client(member, round), "memory")
                 memories[member] = round, memory
             return Snapshot(
                 int(about["round"]),
@@ -331,7 +331,7 @@ class RunFolder(Observer):
             ) from error
 
     def _index(self, path: Path) -> dict[int, int]:
-        _, vectors = checkpoints.load(path, "checkpoint")
+        _, vectors = files.load(path, "checkpoint")
         pairs = zip(vectors["memory/members"], vectors["memory/rounds"], strict=True)
         return {int(member): int(round) for member, round in pairs}
 
@@ -348,9 +348,7 @@ class RunFolder(Observer):
                 "round": record.round,
                 "metrics": dict(record.metrics),
             }
-            checkpoints.save(
-                self.path / "checkpoints" / "best.safetensors", "model", about, run.model
-            )
+            files.save(self.path / "checkpoints" / "best.safetensors", "model", about, run.model)
 
     def _note_best(self, run: Run, record: Record) -> bool:
         metric = self.best or main_metric(record.metrics)
@@ -381,13 +379,13 @@ class RunFolder(Observer):
             if path.exists():
                 kept = [line for line in read_lines(path) if line["round"] <= round]
                 text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
-                checkpoints.write_atomically(path, [text.encode()])
+                files.write_atomically(path, [text.encode()])
 
     def _status(self, status: str) -> None:
-        checkpoints.write_json(self.path / "status.json", {"status": status, "time": time.time()})
+        files.write_json(self.path / "status.json", {"status": status, "time": time.time()})
 
     def _draw(self, run: Run) -> None:
-        from atoll.tracking.plots import draw_run
+        from atoll.view.plots import draw_run
 
         # Pictures are a convenience: `run.plot` says how to get them.
         with contextlib.suppress(MissingPackage):

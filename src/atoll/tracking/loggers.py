@@ -11,7 +11,7 @@ from typing import Any
 
 from atoll.errors import require
 from atoll.tracking.observer import Observer, RoundEnd
-from atoll.tracking.run import Record, Run
+from atoll.tracking.record import Record, Run
 
 
 def scalars(run: Run, record: Record) -> dict[str, float]:

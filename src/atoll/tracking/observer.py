@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from atoll.tracking.memories import Memories
-from atoll.tracking.run import Participant, Record, Run
-from atoll.vectors import Vectors
+from atoll.core.vectors import Vectors
+from atoll.rounds.client_states import ClientStates
+from atoll.tracking.record import Participant, Record, Run
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Snapshot:
 
     round: int
     vectors: Vectors
-    memories: Memories
+    memories: ClientStates
     coordinator: Mapping[str, Any]
     clock: float
 

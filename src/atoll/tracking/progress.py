@@ -8,8 +8,9 @@ import time
 from html import escape
 from typing import Any, TextIO
 
+from atoll.learners.metrics import main_metric
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
-from atoll.tracking.run import Record, Run, human_bytes, human_seconds, main_metric
+from atoll.tracking.record import Record, Run, human_bytes, human_seconds
 
 
 def progress(stream: TextIO | None = None) -> Observer:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from atoll.core import files
 from atoll.errors import CheckpointError
-from atoll.tracking import checkpoints
-from atoll.tracking.run import Record, Run
+from atoll.tracking.record import Record, Run
 
 
 def read_run(path: str | Path) -> Run:
@@ -19,7 +19,7 @@ def read_run(path: str | Path) -> Run:
     run.history = read_history(folder)
     run.seconds = read_seconds(folder)
     if (folder / "model.safetensors").exists():
-        run.model = checkpoints.load(folder / "model.safetensors", "model")[1]
+        run.model = files.load(folder / "model.safetensors", "model")[1]
     run.per_client = read_spread(folder)
     run.refusals = read_refusals(folder)
     return run

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.vectors import Vectors
 from atoll.data.examples import Examples, joined
-from atoll.learners.base import Affine, Assignment, Correction, Local
+from atoll.learners.base import Affine, Assignment, Correction, LocalResult
 from atoll.learners.batches import batches
 from atoll.learners.jax.columns import on_device
 from atoll.learners.jax.losses import Loss
 from atoll.learners.jax.models import Model, Tree
 from atoll.learners.jax.variables import Variables, stream
-from atoll.vectors import Vectors
 
 #: Makes an optax GradientTransformation for a learning rate.
 OptimizerFactory = Callable[[Any], Any]
@@ -146,8 +146,8 @@ def train_cohort(
     correction: Correction | None,
     *,
     single: bool,
-) -> Local:
-    """Train every client from `model`; a `Local` whose arrays have a leading axis of clients.
+) -> LocalResult:
+    """Train every client from `model`; a `LocalResult` whose arrays have a leading axis of clients.
 
     With `single` there is one client and no leading axis.
     """
@@ -181,11 +181,11 @@ def train_cohort(
     taken, seen = np.array(steps), plan.counts.sum(1)
     sizes, mean = np.array([len(each) for each in examples]), np.asarray(losses) / taken
     if single:
-        return Local(
+        return LocalResult(
             params[0], steps[0], steps[0] * lr, int(sizes[0]), int(seen[0]), float(mean[0])
         )
     path = jnp.asarray([[count * lr] for count in steps], jnp.float32)
-    return Local(params, taken, path, sizes, seen, mean)
+    return LocalResult(params, taken, path, sizes, seen, mean)
 
 
 def _stepwise(

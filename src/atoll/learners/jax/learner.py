@@ -14,20 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.random import Key
+from atoll.core.vectors import Array, Layout, Vector, Vectors
 from atoll.data.examples import Examples, Rows, Task, joined
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
-from atoll.keys import Key
-from atoll.learners.base import Assignment, Correction, GradientLearner, Local
-from atoll.learners.fitting import check_loss, check_outputs
+from atoll.learners.base import Assignment, Correction, GradientLearner, LocalResult
+from atoll.learners.checks import check_loss, check_outputs
+from atoll.learners.evaluation import sums_of_outputs, sums_of_parts
 from atoll.learners.jax.cohort import Loop, OptimizerFactory, rounded, train_cohort
 from atoll.learners.jax.losses import LOSSES, Loss
 from atoll.learners.jax.models import Model
 from atoll.learners.jax.variables import Variables, stream
 from atoll.learners.metrics import Sums
-from atoll.learners.parts import sums_of_outputs, sums_of_parts
 from atoll.learners.rates import rate_at
-from atoll.vectors import Array, Layout, Vector, Vectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +154,7 @@ class JaxLearner(GradientLearner):
         examples: Examples,
         assignment: Assignment,
         correction: Correction | None = None,
-    ) -> Local:
+    ) -> LocalResult:
         if self._stateful:
             return super().train(model, examples, assignment, correction)
         return self._train(model, [examples], [assignment], correction, single=True)
@@ -165,7 +165,7 @@ class JaxLearner(GradientLearner):
         examples: Sequence[Examples],
         assignments: Sequence[Assignment],
         correction: Correction | None = None,
-    ) -> Local:
+    ) -> LocalResult:
         if self._stateful:
             raise ConfigurationError(f"the model cannot be stacked: {self.stacks(examples[0])}")
         return self._train(model, examples, assignments, correction, single=False)
@@ -178,7 +178,7 @@ class JaxLearner(GradientLearner):
         correction: Correction | None,
         *,
         single: bool,
-    ) -> Local:
+    ) -> LocalResult:
         steps = self._asked(examples, assignments)
         lr = rate_at(self.lr, assignments[0].round)
         return train_cohort(

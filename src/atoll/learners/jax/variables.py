@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atoll.core.random import Key
+from atoll.core.vectors import Layout, Vectors
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
 from atoll.learners.jax.models import Model, Tree
-from atoll.vectors import Layout, Vectors
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,16 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from atoll.core.random import Key
+from atoll.core.vectors import Array, Layout, Vectors
 from atoll.data.examples import Examples, Task, joined
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
-from atoll.keys import Key
-from atoll.learners.base import Assignment, Correction, GradientLearner, Local
-from atoll.learners.fitting import check_loss, check_outputs
+from atoll.learners.base import Assignment, Correction, GradientLearner, LocalResult
+from atoll.learners.checks import check_loss, check_outputs
+from atoll.learners.evaluation import sums_of_outputs, sums_of_parts
 from atoll.learners.metrics import Sums
-from atoll.learners.parts import sums_of_outputs, sums_of_parts
-from atoll.learners.torch.checking import checked
-from atoll.learners.torch.cohort import (
+from atoll.learners.torch.losses import LOSSES, Loss
+from atoll.learners.torch.resident import Resident, ResidentDescent, draws_from, redrawn
+from atoll.learners.torch.stacking.checking import checked
+from atoll.learners.torch.stacking.cohort import (
     Precision,
     Settings,
     fold,
@@ -32,12 +35,9 @@ from atoll.learners.torch.cohort import (
     train_cohort,
     weights_of,
 )
-from atoll.learners.torch.losses import LOSSES, Loss
-from atoll.learners.torch.program import Program
-from atoll.learners.torch.resident import Resident, ResidentDescent, draws_from, redrawn
-from atoll.learners.torch.rules import ELEMENTWISE, OptimizerFactory, optimizer_over
-from atoll.learners.torch.tape import Tape
-from atoll.vectors import Array, Layout, Vectors
+from atoll.learners.torch.stacking.program import Program
+from atoll.learners.torch.stacking.rules import ELEMENTWISE, OptimizerFactory, optimizer_over
+from atoll.learners.torch.stacking.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class TorchLearner(GradientLearner):
         examples: Examples,
         assignment: Assignment,
         correction: Correction | None = None,
-    ) -> Local:
+    ) -> LocalResult:
         program = self.lowering(examples).alone
         if program is None:
             return super().train(model, examples, assignment, correction)
@@ -233,7 +233,7 @@ class TorchLearner(GradientLearner):
         examples: Sequence[Examples],
         assignments: Sequence[Assignment],
         correction: Correction | None = None,
-    ) -> Local:
+    ) -> LocalResult:
         program = self.lowering(examples[0]).together
         if program is None:
             raise ConfigurationError(f"the module cannot be stacked: {self.stacks(examples[0])}")
@@ -248,7 +248,7 @@ class TorchLearner(GradientLearner):
         correction: Correction | None,
         *,
         single: bool,
-    ) -> Local:
+    ) -> LocalResult:
         steps = self._asked(examples, assignments)
         return train_cohort(
             program, self.layout, self._settings, model, examples, assignments, steps, self._epoch,

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from atoll.core.random import Key
+from atoll.core.vectors import Layout, Vectors
 from atoll.data.examples import Examples, Rows
 from atoll.errors import ConfigurationError
-from atoll.keys import Key
-from atoll.learners.torch.columns import on_device
 from atoll.learners.torch.losses import Loss
-from atoll.learners.torch.rules import OptimizerFactory, optimizer_over
-from atoll.vectors import Layout, Vectors
+from atoll.learners.torch.stacking.columns import on_device
+from atoll.learners.torch.stacking.rules import OptimizerFactory, optimizer_over
 
 
 def redrawn(module: nn.Module) -> nn.Module:

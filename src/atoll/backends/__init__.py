@@ -1,0 +1,1 @@
+"""Backends: how the work of a cohort is run; stacks, threads, processes, Ray."""

@@ -1,0 +1,258 @@
+"""The choice of an engine: by a name, by a rule, or by measuring on the first clients."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from atoll.aggregation.stage import Accumulator
+from atoll.backends.backend import Backend, Engine, LocalEngine, Method, Result, cores
+from atoll.backends.stacks import Turn
+from atoll.backends.work import expected_work
+from atoll.core.random import Key
+from atoll.core.vectors import Vectors
+from atoll.data.federated import FederatedData
+from atoll.errors import ConfigurationError
+from atoll.learners.base import stacking
+from atoll.rounds.plan import Plan
+
+#: A stack's parameters should stay in a processor's caches.
+STACK_BYTES = 16 << 20
+STACK_LIMIT = 128
+#: What a stack's activations may come to, which grow with it too.
+ACTIVATION_BYTES = 32 << 20
+#: Local steps of a short and a longer measurement, and seconds after which no further one is begun.
+TRIAL_STEPS, BUDGET = (2, 6), 1.0
+FORM = re.compile(r"(sequential|stacked)\((.*)\)")
+
+
+def Sequential(  # noqa: N802
+    *, workers: int | None = None, processes: bool = False, threads: int | None = None
+) -> Engine:
+    """One client after the other, `workers` of them at the same time (None: one per core).
+
+    Args:
+        processes: let workers be processes that share memory, rather than threads.
+        threads: threads within one operation; None is one, or as many as there are cores where
+            one worker has them to itself.
+    """
+    return AutoConfig("sequential", 1, workers, processes, threads)
+
+
+def Stacked(  # noqa: N802
+    *,
+    block: int | None = None,
+    workers: int | None = None,
+    processes: bool = False,
+    threads: int | None = None,
+) -> Engine:
+    """Blocks of clients at once: one batched product where there would be many small ones.
+
+    Args:
+        block: clients in a block; None fits the stack to the processor's caches.
+        workers: blocks at the same time; None is one, whose operations use every core.
+        processes, threads: as for `Sequential`.
+    """
+    return AutoConfig("stacked", block, workers, processes, threads)
+
+
+@dataclass(frozen=True)
+class AutoConfig(Engine):
+    """An engine whose open questions are answered by rule, from the plan and this machine."""
+
+    method: Method | None = None
+    block: int | None = None
+    workers: int | None = None
+    processes: bool = False
+    threads: int | None = None
+
+    def resolve(self, plan: Plan, data: FederatedData) -> LocalEngine:
+        """The engine with every number set."""
+        examples = data.train(0)
+        method = self.method or (
+            "stacked" if stacking(plan.learner).prefers_stacks(examples) else "sequential"
+        )
+        cohort = plan.schedule.needed(len(data))
+        block, workers, threads = 1, self.workers, self.threads
+        if method == "stacked":
+            if self.block is None:
+                block = -(-cohort // -(-cohort // fitting(plan, data)))  # evenly
+            else:
+                block = self.block
+            if workers is None:
+                workers = min(cores(), -(-cohort // block)) if self.processes else 1
+        else:
+            # Many threads in small operations only get in each other's way.
+            apart = self.processes or stacking(plan.learner).threads_safely(examples)
+            if workers is None:
+                workers = min(cores(), cohort) if apart else 1
+            threads = 1 if threads is None else threads
+        if threads is None:
+            threads = cores() if workers == 1 else 1
+        return LocalEngine(
+            method=method, block=block, workers=workers, processes=self.processes, threads=threads
+        )
+
+    def open(self, plan: Plan, data: FederatedData, key: Key) -> Backend:
+        return self.resolve(plan, data).open(plan, data, key)
+
+
+@dataclass(frozen=True)
+class Auto(Engine):
+    """Measures candidates on the first clients of the first round and keeps the fastest.
+
+    The choice is recorded in the run; that engine, given by name, makes the same bytes again.
+    """
+
+    def open(self, plan: Plan, data: FederatedData, key: Key) -> Backend:
+        return _Measuring(plan, data, key)
+
+
+class _Measuring(Backend):
+    """Chooses when it sees the first turns, and is the chosen crew from then on."""
+
+    def __init__(self, plan: Plan, data: FederatedData, key: Key) -> None:
+        self._plan, self._data, self._key = plan, data, key
+        self._crew: Backend | None = None
+        self.engine: Engine = Auto()
+        self.notes: list[str] = []
+
+    def run(
+        self, received: Vectors, turns: Sequence[Turn], sums: Accumulator
+    ) -> Generator[list[Result]]:
+        if self._crew is None:
+            fastest, figures = measure(self._plan, self._data, self._key, received, turns)
+            self._crew = fastest.open(self._plan, self._data, self._key)
+            self.notes += [*figures, *self._crew.notes]
+        yield from self._crew.run(received, turns, sums)
+        self.engine = self._crew.engine
+
+    def close(self) -> None:
+        if self._crew is not None:
+            self._crew.close()
+
+
+def candidates(plan: Plan, data: FederatedData, turns: int) -> list[LocalEngine]:
+    """What may be fastest, the likeliest first: what the rule would choose, then the others."""
+    learner, examples = plan.learner, data.train(0)
+    workers = min(cores(), turns) if stacking(learner).threads_safely(examples) else 1
+    plain = LocalEngine(method="sequential", block=1, workers=workers, processes=False, threads=1)
+    found = [AutoConfig().resolve(plan, data), plain]
+    if cores() > 1:
+        found.append(replace(plain, workers=1, threads=cores()))
+    if not stacking(learner).stacks(examples):
+        most = min(turns, STACK_LIMIT)
+        for size in sorted({most, *(size for size in (4, 16, 64) if size < most)}, reverse=True):
+            # Beyond this the stack no longer fits anything near the processor.
+            if size <= 4 * fitting(plan, data):
+                stack = replace(plain, method="stacked", block=size)
+                found += [replace(stack, workers=1, threads=cores()), stack]
+    return list(dict.fromkeys(found))
+
+
+def fitting(plan: Plan, data: FederatedData) -> int:
+    """How many clients a stack may have so that it stays in the processor's caches."""
+    activations = stacking(plan.learner).activation_bytes(data.train(0))
+    by_parameters = STACK_BYTES // max(4 * plan.learner.layout.size, 1)
+    by_activations = ACTIVATION_BYTES // max(activations, 1)
+    return max(1, min(by_parameters, by_activations, STACK_LIMIT))
+
+
+def measure(
+    plan: Plan, data: FederatedData, key: Key, received: Vectors, turns: Sequence[Turn]
+) -> tuple[LocalEngine, list[str]]:
+    """The fastest candidate, and what was measured, in sentences.
+
+    Each runs a few steps of the first clients, with all its workers; what it makes is thrown away.
+    When the time for that is up, the candidates that are left are not tried.
+    """
+    best, figures, started = None, [], time.perf_counter()
+    for engine in candidates(plan, data, len(turns)):
+        if best is not None and time.perf_counter() - started > BUDGET:
+            figures.append(f"{engine} was not tried: measuring had taken long enough")
+            continue
+        few = turns[: engine.block * engine.workers]
+        try:
+            each = _seconds_per_step(engine, plan, data, key, received, few)
+        except Exception as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            figures.append(f"{engine} does not work here ({line})")
+            continue
+        figures.append(f"{engine}: {each * 1e6:.0f} us for each local step")
+        if best is None or each < best[0]:
+            best = (each, engine)
+    if best is None:
+        return AutoConfig("sequential", 1, 1).resolve(plan, data), figures
+    return best[1], figures
+
+
+def _seconds_per_step(
+    engine: LocalEngine,
+    plan: Plan,
+    data: FederatedData,
+    key: Key,
+    received: Vectors,
+    turns: Sequence[Turn],
+) -> float:
+    """Seconds for each step of these turns: from short ones, what whole ones would take."""
+    whole = sum(expected_work(plan, data, turn) for turn in turns)
+    work, times = [], []
+    with engine.open(plan, data, key) as crew:
+        for limit in (1, *TRIAL_STEPS):  # the first is to warm up
+            short = [_short(plan, data, turn, limit) for turn in turns]
+            started = time.perf_counter()
+            for _ in crew.run(received, short, plan.stages.open(plan.schema)):
+                pass
+            times.append(time.perf_counter() - started)
+            work.append(sum(expected_work(plan, data, turn) for turn in short))
+    more = work[2] - work[1]
+    slope = max(times[2] - times[1], 0.0) / more if more else 0.0
+    return (times[2] + slope * (whole - work[2])) / whole
+
+
+def _short(plan: Plan, data: FederatedData, turn: Turn, steps: int) -> Turn:
+    planned = plan.learner.planned_steps(data.size(turn.member))
+    share = min(1.0, steps / planned) * turn.assignment.fraction
+    return turn._replace(assignment=replace(turn.assignment, fraction=share))
+
+
+def engine_of(given: Engine | str | None) -> Engine:
+    """An engine from what people may write: None, "auto", "sequential", "stacked(block=8)", ..."""
+    if isinstance(given, Engine):
+        return given
+    if given is None:
+        return AutoConfig()
+    text = given.strip() if isinstance(given, str) else ""
+    names: dict[str, Engine] = {"auto": Auto(), "sequential": Sequential(), "stacked": Stacked()}
+    if text in names:
+        return names[text]
+    match = FORM.fullmatch(text)
+    if match:
+        return _parsed(match[1], match[2])  # type: ignore[arg-type]
+    raise ConfigurationError(
+        f"engine {given!r} is not known; use 'auto', 'sequential', 'stacked', or one with its "
+        "numbers, such as 'stacked(block=10, workers=2, threads=1)'"
+    )
+
+
+def _parsed(method: Literal["sequential", "stacked"], inside: str) -> Engine:
+    numbers: dict[str, int] = {}
+    for item in filter(None, (item.strip() for item in inside.split(","))):
+        name, _, value = item.partition("=")
+        if name not in ("block", "workers", "processes", "threads") or not value.isdecimal():
+            raise ConfigurationError(
+                f"{item!r} says nothing about an engine; it has block, workers or processes, and "
+                "threads, each a whole number"
+            )
+        numbers[name] = int(value)
+    processes = numbers.pop("processes", None)
+    return AutoConfig(
+        method,
+        numbers.get("block", 1 if method == "sequential" else None),
+        numbers.get("workers") if processes is None else processes,
+        processes is not None,
+        numbers.get("threads"),
+    )

@@ -1,0 +1,1 @@
+"""Core: vectors, updates, keyed draws, bytes and files; NumPy alone."""

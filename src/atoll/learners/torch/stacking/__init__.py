@@ -1,0 +1,1 @@
+"""Stacking: a torch module as one program over many clients."""

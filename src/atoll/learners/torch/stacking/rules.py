@@ -1,0 +1,276 @@
+"""Rules: what is done with the gradients of a step, fused into their computation where possible.
+
+A direction `gradient + a * w + c` under plain SGD is
+`w <- (1 - lr * a) * w - lr * gradient - lr * c`, so the product that makes a dense layer's gradient
+can go straight into the weights. Heavy-ball momentum takes it into the velocity. Anything else gets
+the gradient itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from atoll.learners.base import Affine, Correction
+from atoll.learners.torch.stacking.stack import Stack
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+#: Optimisers that treat every number alone, so that a flat vector of a cohort serves them.
+ELEMENTWISE = {
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
+}
+#: Those of them that have a fused kernel on every device.
+FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
+
+
+class Factors:
+    """One client's dense weights under plain SGD as base - lr * left^T right, not multiplied out.
+
+    Where few rows meet many weights this saves writing all weights in every step: products with
+    them go through the shared base and the few factors, and they are made once, at the end.
+    """
+
+    def __init__(self, base: Tensor, rows: int, lr: float) -> None:
+        outputs, inputs = base.shape
+        self.base, self.lr, self.count = base, lr, 0
+        self.left, self.right = base.new_empty(rows, outputs), base.new_empty(rows, inputs)
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Step along left^T right; `left` is [B, O], `right` [B, I]."""
+        end = self.count + len(left)
+        self.left[self.count : end], self.right[self.count : end] = left, right
+        self.count = end
+
+    def correct_forward(self, out: Tensor, rows: Tensor) -> None:
+        """From rows @ base^T to rows @ weights^T."""
+        if self.count:
+            shares = rows @ self.right[: self.count].t()
+            out.addmm_(shares, self.left[: self.count], alpha=-self.lr)
+
+    def correct_back(self, out: Tensor, gradient: Tensor) -> None:
+        """From gradient @ base to gradient @ weights."""
+        if self.count:
+            shares = gradient @ self.left[: self.count].t()
+            out.addmm_(shares, self.right[: self.count], alpha=-self.lr)
+
+    def settle(self, weights: Tensor) -> None:
+        """Write the weights out."""
+        left, right = self.left[: self.count], self.right[: self.count]
+        torch.addmm(self.base, left.t(), right, alpha=-self.lr, out=weights)
+
+
+class StackRule(ABC):
+    """A step over a stack of parameters whose first `active` clients are still at work."""
+
+    #: Where gradients go, and the factors of what was there and of the gradient.
+    into: Stack
+    beta: float
+    alpha: float
+
+    def __init__(self, params: Stack) -> None:
+        self.params = params
+        self._seen: set[str] = set()
+        self._betas: dict[str, float] = {}
+
+    def begin(self, active: int) -> None:
+        """Before a step of the first `active` clients."""
+        self._views = self.into.first(active)
+        self._seen.clear()
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        target, beta = self._views[name], self._beta(name)
+        if len(target) == 1:
+            target[0].addmm_(left[0], right[0], beta=beta, alpha=self.alpha)
+        else:
+            target.baddbmm_(left, right, beta=beta, alpha=self.alpha)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        self._into(self._views[name], gradient, self._beta(name))
+
+    def add_one(self, name: str, client: int, gradient: Tensor) -> None:
+        if client == 0:
+            self._betas[name] = self._beta(name)
+        self._into(self._views[name][client], gradient, self._betas[name])
+
+    def _into(self, target: Tensor, gradient: Tensor, beta: float) -> None:
+        if beta == 0:
+            target.copy_(gradient).mul_(self.alpha)
+        elif beta == 1:
+            target.add_(gradient, alpha=self.alpha)
+        else:
+            target.mul_(beta).add_(gradient, alpha=self.alpha)
+
+    def _beta(self, name: str) -> float:
+        """The factor for the first gradient of an entry; later ones (tied weights) only add."""
+        if name in self._seen:
+            return 1.0
+        self._seen.add(name)
+        return self.beta
+
+    @abstractmethod
+    def finish(self, lr: float) -> None:
+        """After the backward pass: complete the step."""
+
+
+class Descend(StackRule):
+    """Plain SGD along an affine direction: products go into the weights themselves."""
+
+    def __init__(self, params: Stack, scale: float, constant: Stack | None, lr: float) -> None:
+        super().__init__(params)
+        self.into, self.alpha, self.beta = params, -lr, 1 - lr * scale
+        self.constant = constant
+
+    @property
+    def plain(self) -> bool:
+        """Whether the direction is the gradient alone."""
+        return self.beta == 1 and self.constant is None
+
+    def finish(self, lr: float) -> None:
+        if self.constant is not None:
+            self.params.flat.add_(self.constant.flat, alpha=-lr)
+
+
+class HeavyBall(StackRule):
+    """SGD with momentum: v <- m * v + direction, w <- w - lr * v."""
+
+    def __init__(
+        self, params: Stack, momentum: float, scale: float, constant: Stack | None
+    ) -> None:
+        super().__init__(params)
+        self.into, self.alpha, self.beta = params.alike(), 1.0, momentum
+        self.into.flat.zero_()
+        self.scale, self.constant = scale, constant
+
+    def finish(self, lr: float) -> None:
+        velocity = self.into.flat
+        if self.scale:
+            velocity.add_(self.params.flat, alpha=self.scale)
+        if self.constant is not None:
+            velocity.add_(self.constant.flat)
+        self.params.flat.add_(velocity, alpha=-lr)
+
+
+class Gather(StackRule):
+    """Any rule: the gradient is written out, corrected, and handed to the optimiser."""
+
+    def __init__(
+        self,
+        params: Stack,
+        optimizer: torch.optim.Optimizer | None,
+        correction: Correction | None,
+        max_norm: float | None,
+        single: bool,
+    ) -> None:
+        super().__init__(params)
+        self.into, self.alpha, self.beta = params.alike(), 1.0, 0.0
+        self.optimizer, self.max_norm, self.single = optimizer, max_norm, single
+        self.correction = correction
+        self._constant = None
+        if isinstance(correction, Affine) and correction.constant is not None:
+            self._constant = constant_stack(params, correction.constant)
+
+    def gradient(self) -> Tensor:
+        """The gradient of the step, in the order of the stack; zero where none was made."""
+        for name, view in self._views.items():
+            if name not in self._seen:
+                view.zero_()
+        return self.into.flat
+
+    def finish(self, lr: float) -> None:
+        self.gradient()
+        if self.max_norm is not None:
+            self._clip(self.max_norm)
+        if isinstance(self.correction, Affine):
+            if self.correction.scale:
+                self.into.flat.add_(self.params.flat, alpha=self.correction.scale)
+            if self._constant is not None:
+                self.into.flat.add_(self._constant.flat)
+        elif self.correction is not None:
+            gradient, params = self.into.rows(), self.params.rows()
+            if self.single:
+                gradient, params = gradient[0], params[0]
+            self.into.load(self.correction(gradient, params))
+        if self.optimizer is None:
+            self.params.flat.add_(self.into.flat, alpha=-lr)
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            for parameter in group["params"]:
+                parameter.grad = self.into.flat
+        self.optimizer.step()
+
+    def _clip(self, limit: float) -> None:
+        squares = torch.stack(
+            [view.reshape(len(view), -1).square().sum(1) for view in self.into.views.values()]
+        )
+        scale = (limit / squares.sum(0).sqrt().clamp_min(1e-12)).clamp_max(1.0)
+        for view in self.into.views.values():
+            view.mul_(scale.view(-1, *[1] * (view.ndim - 1)))
+
+
+def constant_stack(params: Stack, constant: Tensor) -> Stack:
+    """A correction's constant, [P] or [C, P], in the order of the stack."""
+    stack = params.alike()
+    stack.load(constant)
+    return stack
+
+
+def optimizer_over(factory: OptimizerFactory, flat: Tensor) -> torch.optim.Optimizer:
+    """The optimiser of a flat vector, with torch's fused kernel where it has one."""
+    optimizer = factory([nn.Parameter(flat, requires_grad=True)], lr=1.0)
+    if type(optimizer) in FUSED and optimizer.param_groups[0].get("fused") is None:
+        group = optimizer.param_groups[0]
+        if not (group.get("foreach") or group.get("differentiable") or group.get("capturable")):
+            group["fused"] = True
+    return optimizer
+
+
+def rule_for(
+    params: Stack,
+    factory: OptimizerFactory | None,
+    correction: Correction | None,
+    max_norm: float | None,
+    lr: float,
+    *,
+    single: bool,
+    complete: bool,
+) -> StackRule:
+    """The cheapest rule that is right.
+
+    `complete` says that every entry gets exactly one gradient in each step, which fused rules
+    stand on; `single` that corrections see vectors [P] rather than [C, P].
+    """
+    scale, constant = 0.0, None
+    affine = correction is None or isinstance(correction, Affine)
+    if isinstance(correction, Affine):
+        scale, constant = correction.scale, correction.constant
+    optimizer = None if factory is None else optimizer_over(factory, params.flat)
+    if affine and complete and max_norm is None:
+        if optimizer is None:
+            held = None if constant is None else constant_stack(params, constant)
+            return Descend(params, scale, held, lr)
+        group = optimizer.param_groups[0]
+        plain = type(optimizer) is torch.optim.SGD and not (
+            group["nesterov"] or group["dampening"] or group["maximize"]
+        )
+        if plain:
+            held = None if constant is None else constant_stack(params, constant)
+            scale += group["weight_decay"]
+            if group["momentum"]:
+                return HeavyBall(params, group["momentum"], scale, held)
+            return Descend(params, scale, held, lr)
+    return Gather(params, optimizer, correction, max_norm, single)

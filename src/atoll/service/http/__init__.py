@@ -1,0 +1,1 @@
+"""HTTP: a server's endpoints."""

@@ -1,0 +1,290 @@
+"""Site API: what a site does; check in, fetch a model, send an update."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import time
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from atoll.core.files import file_digest
+from atoll.protocol import messages
+from atoll.rounds.coordinator import Answer, Phase, Verdict
+from atoll.service.http.auth import Endpoints
+from atoll.service.http.bodies import (
+    Refused,
+    answered,
+    byte_range,
+    gathered,
+    length,
+    pieces,
+    seconds,
+    short_body,
+    soon,
+    versions_named,
+)
+from atoll.service.loop import FederationLoop
+from atoll.service.storage.blobs import DIGEST, BlobMissing
+from atoll.service.storage.database import Row
+
+LONGEST_WAIT = 60.0
+#: Seconds after which a site at work is to say that it still is, or a third of its lease.
+HEARTBEAT = 20.0
+#: Long polls that are parked at the same time; others are told when to come again.
+PARKED = 20_000
+UPLOAD = re.compile(r"[0-9a-f]{32}")
+ASSIGNMENT = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12}){2}")
+STATUS = {
+    Verdict.ACCEPTED: 200,
+    Verdict.DUPLICATE: 200,
+    Verdict.NOT_NEEDED: 410,
+    Verdict.LATE: 410,
+    Verdict.STALE: 410,
+    Verdict.UNKNOWN: 404,
+    Verdict.MALFORMED: 422,
+}
+
+
+class SiteApi:
+    """A site's round, seen from the server."""
+
+    def __init__(self, desk: Endpoints) -> None:
+        self.desk = desk
+        self._uploading: set[str] = set()
+
+    async def checkin(self, request: Request) -> Response:
+        body = await short_body(request)
+        site = (await self.desk.who(request, "site", body)).site
+        message = messages.read(messages.CheckIn, body)
+        conductor = self.desk.leading()
+        for what, theirs, ours in (
+            ("plan", message.plan, conductor.plan_digest),
+            ("layout", message.layout, conductor.layout_digest),
+        ):
+            if theirs != ours:
+                self.desk.measures.refused("mismatch")
+                problem = messages.Problem(
+                    f"the {what} of {site}'s copy of the federation is another than the server's: "
+                    "compare the two files",
+                    {"site's": theirs, "server's": ours},
+                )
+                return Response(messages.write(problem), 409, media_type="application/json")
+        about = json.dumps(message.about, sort_keys=True)
+        conductor.members.saw(site, message.examples, about)
+        if message.busy is not None:
+            row = conductor.open.get(site)
+            on = row is not None and row["id"] == message.busy
+            return answered(messages.Order("go on" if on else "drop"))
+        wait = min(seconds(request.query_params.get("wait", "0")), LONGEST_WAIT)
+        return answered(await self._order(conductor, site, wait, message.farewell))
+
+    async def _order(
+        self, conductor: FederationLoop, site: str, wait: float, farewell: bool
+    ) -> messages.Order:
+        """What a site is to do, once there is something or after `wait` seconds."""
+        until = time.monotonic() + wait
+        rounds_ = conductor.plan.schedule.rounds
+        beat = min(HEARTBEAT, conductor.service.lease / 3)
+        while True:
+            conductor.members.saw(site)
+            news = conductor.changed
+            row = conductor.open.get(site)
+            version = conductor.version
+            if row is not None and not conductor.stopping:
+                began = version
+                if row["version"] != version["version"]:
+                    began = conductor.store.version(row["version"]) or version
+                return messages.Order(
+                    "train",
+                    assignment=row["id"],
+                    round=row["round"],
+                    rounds=rounds_,
+                    turn=row["turn"],
+                    fraction=row["fraction"],
+                    seed=conductor.service.seed,
+                    model=began["broadcast"],
+                    size=conductor.vault.size(began["broadcast"]),
+                    memory=conductor.memory_of(site),
+                    wait=(beat, beat),
+                )
+            if conductor.done:
+                if farewell:
+                    conductor.members.told.add(site)
+                return messages.Order(
+                    "stop",
+                    round=version["version"],
+                    rounds=rounds_,
+                    model=version["model"],
+                    size=conductor.vault.size(version["model"]),
+                    memory=conductor.memory_of(site),
+                    reason=_why(conductor),
+                )
+            left = until - time.monotonic()
+            if left <= 0 or self.desk.parked >= PARKED or self.desk.closing.is_set():
+                self.desk.pace.arrived(conductor.clock())
+                window = self.desk.pace.window(wait > 0 and left <= 0)
+                return messages.Order("wait", round=version["version"], rounds=rounds_, wait=window)
+            self.desk.parked += 1
+            conductor.members.parked.add(site)
+            try:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), left)
+            finally:
+                self.desk.parked -= 1
+                conductor.members.parked.discard(site)
+
+    async def blob(self, request: Request) -> Response:
+        site = (await self.desk.who(request, None, b"")).site
+        conductor, digest = self.desk.leading(), request.path_params["digest"]
+        if not DIGEST.fullmatch(digest):
+            raise Refused(404, "a blob is named by its SHA-256")
+        known = conductor.store.rows(versions_named(digest))
+        if not known:
+            raise Refused(404, f"there is no model {digest}")
+        try:
+            size = conductor.vault.blobs.size(digest)
+        except BlobMissing as error:
+            raise Refused(404, str(error)) from None
+        start, stop, status = byte_range(request.headers.get("range"), size)
+        headers = {
+            "ETag": f'"{digest}"',
+            "Accept-Ranges": "bytes",
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "Content-Length": str(stop - start),
+        }
+        if status == 206:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        elif request.headers.get("if-none-match") == f'"{digest}"':
+            return Response(status_code=304, headers={"ETag": f'"{digest}"'})
+        self.desk.measures.sent(stop - start)
+        return StreamingResponse(
+            pieces(conductor, site, digest, start, stop),
+            status,
+            headers,
+            "application/octet-stream",
+        )
+
+    async def offer(self, request: Request) -> Response:
+        body = await short_body(request)
+        site = (await self.desk.who(request, "site", body)).site
+        message = messages.read(messages.Offer, body)
+        conductor = self.desk.leading()
+        if message.size > conductor.largest:
+            raise Refused(
+                413,
+                f"an update of this federation has at most {conductor.largest} bytes, not "
+                f"{message.size}",
+                audited="upload",
+            )
+        found = conductor.offer(site, message.assignment, message.size, message.sha256)
+        if isinstance(found, Answer):
+            if found.verdict is Verdict.UNKNOWN:
+                raise Refused(403, found.reason, audited="upload")
+            return verdict_of(found)
+        return Response(
+            status_code=201,
+            headers={
+                "Location": f"/v1/uploads/{found['id']}",
+                "Upload-Offset": str(length(conductor.vault.part(found["id"]))),
+            },
+        )
+
+    async def offset(self, request: Request) -> Response:
+        row = await self._own_upload(request)
+        have = length(self.desk.leading().vault.part(row["id"]))
+        return Response(headers={"Upload-Offset": str(have), "Upload-Length": str(row["size"])})
+
+    async def append(self, request: Request) -> Response:
+        row = await self._own_upload(request)
+        conductor = self.desk.leading()
+        if row["id"] in self._uploading:
+            raise Refused(423, "another request is writing this upload", headers=soon())
+        self._uploading.add(row["id"])
+        try:
+            return await self._append(request, conductor, row)
+        finally:
+            self._uploading.discard(row["id"])
+
+    async def _append(self, request: Request, conductor: FederationLoop, row: Row) -> Response:
+        path = conductor.vault.part(row["id"])
+        at = length(path)
+        claimed = request.headers.get("upload-offset", "")
+        if claimed != str(at):
+            raise Refused(
+                409, f"the upload stands at {at}, not {claimed or 'nowhere'}: ask with HEAD",
+                headers={"Upload-Offset": str(at)},
+            )  # fmt: skip
+        conductor.members.saw(row["site"])
+        try:
+            with path.open("ab") as file:
+                async for block in gathered(request, row["size"] - at):
+                    await asyncio.to_thread(file.write, block)
+                    at += len(block)
+                    conductor.members.saw(row["site"])
+                file.flush()
+                await asyncio.to_thread(os.fsync, file.fileno())
+        finally:
+            self.desk.measures.received(at - int(claimed))
+        if conductor.store.upload(row["id"]) is None:
+            raise Refused(410, "another offer for this assignment has taken its place")
+        if at < row["size"]:
+            return Response(status_code=204, headers={"Upload-Offset": str(at)})
+        found = await asyncio.to_thread(file_digest, path)
+        if found != row["digest"]:
+            path.unlink(missing_ok=True)
+            raise Refused(
+                422, f"the bytes have SHA-256 {found}, not {row['digest']} as declared",
+                audited="upload", headers={"Upload-Offset": "0"},
+            )  # fmt: skip
+        answer = await conductor.deliver(row)
+        if not answer.accepted:
+            self.desk.measures.refused(str(answer.verdict))
+        return verdict_of(answer)
+
+    async def fail(self, request: Request) -> Response:
+        body = await short_body(request)
+        site = (await self.desk.who(request, "site", body)).site
+        message = messages.read(messages.Failure, body)
+        conductor, assignment = self.desk.leading(), request.path_params["assignment"]
+        if not ASSIGNMENT.fullmatch(assignment):
+            raise Refused(404, "an assignment is named by three numbers")
+        row = conductor.store.assignment(assignment)
+        if row is not None and row["site"] != site:
+            raise Refused(403, "this is another site's assignment", audited="upload")
+        owed = conductor.give_up(site, assignment, message.reason)
+        if not owed:
+            raise Refused(410, f"{site} owes no such update")
+        return Response(status_code=204)
+
+    async def _own_upload(self, request: Request) -> Row:
+        """The upload a request is about, if it is the asking site's."""
+        offset = request.headers.get("upload-offset", "")
+        coming = request.headers.get("content-length", "")
+        body = f"{offset}:{coming}" if request.method == "PATCH" else b""
+        site = (await self.desk.who(request, "site", body)).site
+        id = request.path_params["upload"]
+        row = self.desk.leading().store.upload(id) if UPLOAD.fullmatch(id) else None
+        if row is None:
+            raise Refused(410, "there is no such upload; it may have been decided upon: offer it")
+        if row["site"] != site:
+            raise Refused(403, "this is another site's upload", audited="upload")
+        return row
+
+
+def verdict_of(answer: Answer) -> Response:
+    message = messages.Verdict(str(answer.verdict), answer.reason[:1000])
+    return answered(message, STATUS[answer.verdict])
+
+
+def _why(conductor: FederationLoop) -> str:
+    """Why there is nothing more to do."""
+    if conductor.stopping:
+        return "the federation was stopped"
+    if conductor.coordinator.phase is Phase.FAILED:
+        return "the federation was given up: a round was abandoned too often"
+    return "all rounds are done"

@@ -1,0 +1,1 @@
+"""Storage: what a server keeps; tables, blobs, folders."""

@@ -1,0 +1,1 @@
+"""Site: the agent that works beside the data."""

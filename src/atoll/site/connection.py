@@ -1,0 +1,353 @@
+"""The link: a site's side of the wire, over HTTPS, outbound only.
+
+Everything that may fail on the way is tried again, with growing pauses and jitter; whatever the
+server decided is final. Requests are sealed; a lost session is opened anew.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from atoll.core.files import file_digest
+from atoll.errors import AtollError, CheckpointError, ConfigurationError, require
+from atoll.protocol import messages
+from atoll.protocol.certificates import client_context, fingerprint
+from atoll.protocol.identity import (
+    ENROL,
+    OPEN,
+    IdentityError,
+    Token,
+    public_key,
+    seal,
+)
+
+if TYPE_CHECKING:
+    import urllib3
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+CHUNK = 1 << 20
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 60.0
+TIMEOUT = 30.0
+#: Times that one request may be told that there is no such session, before that is believed.
+TURNED_AWAY = 6
+#: Refusals that time may cure.
+PASSING = frozenset({408, 423, 425, 429, 500, 502, 503, 504})
+
+
+class Refusal(AtollError):
+    """The server will not have it: its status, and its reason as the text."""
+
+    def __init__(self, status: int, reason: str, detail: Mapping[str, str] | None = None) -> None:
+        self.status, self.detail = status, dict(detail or {})
+        about = ", ".join(f"{name}: {value}" for name, value in self.detail.items())
+        super().__init__(f"{reason} ({about})" if about else reason)
+
+
+class Stopped(AtollError):
+    """The agent was asked to stop while it waited."""
+
+
+@dataclass
+class Connection:
+    """A site's connection to its server.
+
+    Args:
+        url: "https://host:port".
+        authority: the project's certificate (PEM); None trusts the system's authorities.
+        key: the site's private key.
+        site: its name; empty before it has joined.
+        sleep: waits so many seconds; raises `Stopped` to give up.
+        note: is told, in words, about what is tried again.
+    """
+
+    url: str
+    authority: bytes | None
+    key: Ed25519PrivateKey
+    site: str = ""
+    sleep: Callable[[float], None] = time.sleep
+    note: Callable[[str], None] = lambda text: None
+    _session: str = ""
+    _seal_key: bytes = field(default=b"", repr=False)
+    _counter: int = 0
+
+    def __post_init__(self) -> None:
+        self.url, self._prefix = _address(self.url)
+        self._pool = _pool(client_context(self.authority))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.clear()
+
+    def enrol(self, token: Token) -> messages.Enrolled:
+        """Join with a one-time token: bind this key to the name that was invited."""
+        secret = bytes.fromhex(token.secret)
+        message = messages.Enrol(
+            token.secret, public_key(self.key), self.key.sign(ENROL + secret).hex()
+        )
+        body = messages.write(message)
+        answer = self._persist(lambda: self._send("POST", "/v1/enrol", body))
+        enrolled = messages.read(messages.Enrolled, answer.data)
+        self.site = enrolled.site
+        return enrolled
+
+    def check_in(self, message: messages.CheckIn, wait: float) -> messages.Order:
+        """Ask what to do, and wait up to so many seconds for an answer worth having."""
+        body, target = messages.write(message), f"/v1/checkin?wait={wait:g}"
+        answer = self._persist(lambda: self._sealed("POST", target, body, timeout=wait + TIMEOUT))
+        return messages.read(messages.Order, answer.data)
+
+    def ask(self, method: str, target: str) -> bytes:
+        """Anything else that is asked without a body; returns the answer's."""
+        data: bytes = self._persist(lambda: self._sealed(method, target, b"")).data
+        return data
+
+    def fetch(self, digest: str, size: int, path: Path) -> None:
+        """Bring a blob into a file, going on where an earlier attempt was cut off."""
+        partial = path.with_name(f"{path.name}.partial")
+
+        def attempt() -> None:
+            with _on_disk():
+                have = partial.stat().st_size if partial.exists() else 0
+            if have > size:
+                partial.unlink()
+                have = 0
+            if have < size:
+                answer = self._sealed(
+                    "GET", f"/v1/blobs/{digest}", b"", {"Range": f"bytes={have}-"}, stream=True
+                )
+                try:
+                    with _on_disk():
+                        file = partial.open("ab" if answer.status == 206 else "wb")
+                    with file:
+                        for piece in answer.stream(CHUNK):
+                            with _on_disk():
+                                file.write(piece)
+                finally:
+                    answer.release_conn()
+            found = file_digest(partial)
+            if found != digest:
+                short = partial.stat().st_size < size
+                if not short:
+                    partial.unlink()
+                raise ConnectionError(
+                    "the model came cut off" if short else "the model came damaged"
+                )
+
+        self._persist(attempt)
+        partial.replace(path)
+
+    def upload(self, path: Path, assignment: str) -> messages.Verdict:
+        """Send an update, going on where an earlier attempt was cut off; what became of it."""
+        size, digest = path.stat().st_size, file_digest(path)
+        offer = messages.write(messages.Offer(assignment, size, digest))
+
+        def attempt() -> messages.Verdict:
+            answer = self._sealed("POST", "/v1/uploads", offer)
+            if answer.status == 200:
+                return messages.read(messages.Verdict, answer.data)
+            target, at = answer.headers["Location"], int(answer.headers["Upload-Offset"])
+            while True:
+                length = size - at
+                with path.open("rb") as file:
+                    file.seek(at)
+                    headers = {"Upload-Offset": str(at), "Content-Length": str(length)}
+                    # The seal covers place and length; the bytes are bound by the offer's digest.
+                    answer = self._sealed(
+                        "PATCH", target, f"{at}:{length}", headers, pieces=_pieces(file)
+                    )
+                if answer.status != 204:
+                    return messages.read(messages.Verdict, answer.data)
+                at = int(answer.headers["Upload-Offset"])
+
+        verdict: messages.Verdict = self._persist(attempt)
+        return verdict
+
+    def fail(self, assignment: str, reason: str) -> None:
+        """Say that an update will not come."""
+        body = messages.write(messages.Failure(reason[:1000]))
+        self._persist(lambda: self._sealed("POST", f"/v1/assignments/{assignment}/fail", body))
+
+    def _persist(self, attempt: Callable[[], Any]) -> Any:
+        """Try until it works or is refused for good."""
+        import urllib3
+
+        pause, turned_away = FIRST_PAUSE, 0
+        while True:
+            try:
+                return attempt()
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                if _untrusted(error):
+                    raise IdentityError(
+                        f"{self.url} is not the project's server, or its certificate has ended: "
+                        f"{_reason(error)}"
+                    ) from None
+                reason = _reason(error)
+            except Refusal as refusal:
+                if refusal.status == 401 and self.site and turned_away < TURNED_AWAY:
+                    # Sessions and challenges end, with the server or by themselves.
+                    self._session = ""
+                    turned_away += 1
+                    if turned_away == 1:
+                        continue
+                elif (refusal.status not in PASSING and refusal.status != 409) or refusal.detail:
+                    raise
+                reason = str(refusal)
+            self.note(f"{reason}; trying again")
+            self.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _sealed(
+        self,
+        method: str,
+        target: str,
+        body: bytes | str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        pieces: Iterator[bytes] | None = None,
+        stream: bool = False,
+        timeout: float = TIMEOUT,
+    ) -> urllib3.BaseHTTPResponse:
+        if not self._session:
+            self._open_session()
+        self._counter += 1
+        text = body if isinstance(body, str) else sha256(body).hexdigest()
+        sealed = {
+            "Atoll-Session": self._session,
+            "Atoll-Counter": str(self._counter),
+            "Atoll-Seal": seal(self._seal_key, method, target, self._counter, text),
+            **(headers or {}),
+        }
+        return self._send(
+            method, target, pieces if pieces is not None else body, sealed, stream, timeout
+        )
+
+    def _open_session(self) -> None:
+        asked = messages.write(messages.Challenge(self.site))
+        answer = messages.read(messages.Challenge, self._send("POST", "/v1/challenge", asked).data)
+        nonce = answer.nonce or ""
+        signature = self.key.sign(OPEN + bytes.fromhex(nonce)).hex()
+        body = messages.write(messages.OpenSession(self.site, nonce, signature))
+        opened = messages.read(messages.SessionOpened, self._send("POST", "/v1/session", body).data)
+        self._session, self._seal_key = opened.session, bytes.fromhex(opened.key)
+        self._counter = 0
+
+    def _send(
+        self,
+        method: str,
+        target: str,
+        body: Any,
+        headers: Mapping[str, str] | None = None,
+        stream: bool = False,
+        timeout: float = TIMEOUT,
+    ) -> urllib3.BaseHTTPResponse:
+        about = {"Content-Type": "application/json"} if isinstance(body, bytes) and body else {}
+        answer = self._pool.request(
+            method, self.url + self._prefix + target, body=body or None,
+            headers={**about, **(headers or {})}, timeout=timeout, retries=False, redirect=False,
+            preload_content=not stream,
+        )  # fmt: skip
+        if answer.status >= 400:
+            data = answer.read(1 << 16) if stream else answer.data
+            answer.release_conn()
+            raise _refusal(answer.status, data)
+        return answer
+
+
+def find_authority(url: str, token: Token) -> bytes:
+    """The project's certificate, asked of a server that is not yet trusted, checked by the token.
+
+    Nothing else is said on that connection.
+    """
+    import ssl
+    import warnings
+
+    require("urllib3", "atoll[serve]", "a site's connection")
+    from urllib3.exceptions import InsecureRequestWarning
+
+    server, prefix = _address(url)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with warnings.catch_warnings(), _pool(context) as pool:
+        # The fingerprint in the token is the check that the warning misses.
+        warnings.simplefilter("ignore", InsecureRequestWarning)
+        answer = pool.request(
+            "GET", f"{server}{prefix}/v1/ca", timeout=TIMEOUT,
+            retries=False, preload_content=False,
+        )  # fmt: skip
+        # Whoever answers is a stranger still.
+        pem = bytes(answer.read(1 << 16, decode_content=False))
+        answer.close()
+    if answer.status != 200 or fingerprint(pem) != token.authority:
+        raise IdentityError(
+            f"{url} is not the server that the token was made for: it has another authority. "
+            "Check the address, and who may be in between"
+        )
+    return pem
+
+
+def _address(url: str) -> tuple[str, str]:
+    """A server's address as "https://host:port", and the path that a proxy has it under."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname:
+        raise ConfigurationError(f"the server's address is https://HOST:PORT, not {url!r}")
+    return f"https://{parts.netloc}", parts.path.rstrip("/")
+
+
+@contextmanager
+def _on_disk() -> Iterator[None]:
+    """Trouble with this machine's own files is no trouble of the network, to be waited for."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or 'a file'} could not be written: {error.strerror or error}; free "
+            "some space, then start again"
+        ) from error
+
+
+def _pool(context: Any) -> urllib3.PoolManager:
+    require("urllib3", "atoll[serve]", "a site's connection")
+    import urllib3
+
+    options = [*urllib3.connection.HTTPConnection.default_socket_options]
+    options.append((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
+    return urllib3.PoolManager(ssl_context=context, maxsize=2, socket_options=options)
+
+
+def _pieces(file: Any) -> Iterator[bytes]:
+    while piece := file.read(CHUNK):
+        yield piece
+
+
+def _refusal(status: int, data: bytes) -> Refusal:
+    try:
+        problem = messages.read(messages.Problem, data)
+        return Refusal(status, problem.error, problem.detail)
+    except messages.MessageError:
+        pass
+    try:
+        verdict = messages.read(messages.Verdict, data)
+        return Refusal(status, verdict.reason or verdict.verdict)
+    except messages.MessageError:
+        return Refusal(status, f"the server answered {status}")
+
+
+def _untrusted(error: BaseException) -> bool:
+    import ssl
+
+    causes: list[BaseException | None] = [error, error.__cause__, error.__context__, *error.args]
+    return any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
+
+
+def _reason(error: BaseException) -> str:
+    return f"the server was not reached ({type(error).__name__}: {str(error)[:200]})"

@@ -1,0 +1,186 @@
+"""A run: what was tried, what came of each round, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atoll.core.vectors import Vectors
+from atoll.errors import ConfigurationError
+from atoll.learners.metrics import main_metric
+from atoll.view import html as display
+
+
+@dataclass(frozen=True)
+class Participant:
+    """One client's part in one attempt at a round, for the byte ledger.
+
+    `outcome` is "accepted", "late", "no longer needed", "malformed" or "lost". `down` and `up` are
+    bytes of messages; an upload that the end of the round cut off counts as far as it had come.
+    """
+
+    client: str
+    outcome: str
+    down: int
+    up: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One closed round. Everything in it is determined by the plan, the data and the seed.
+
+    `metrics` are the evaluation of the new model (empty in rounds without one), `measurements`
+    what clients and pipeline reported. `clock` is the simulated time in seconds at its end.
+    `attempts` counts the abandoned ones too.
+    """
+
+    round: int
+    metrics: Mapping[str, float]
+    measurements: Mapping[str, float]
+    invited: int
+    accepted: int
+    attempts: int
+    bytes_up: int
+    bytes_down: int
+    clock: float
+
+    def json(self) -> dict[str, Any]:
+        """The record as strict JSON, in which a figure that is not defined is null."""
+        plain = asdict(self)
+        for name in ("metrics", "measurements"):
+            plain[name] = {k: None if math.isnan(v) else v for k, v in plain[name].items()}
+        return plain
+
+    @staticmethod
+    def read(plain: Mapping[str, Any]) -> Record:
+        """A record from what `json` gave."""
+        known = {
+            name: {k: math.nan if v is None else v for k, v in plain[name].items()}
+            for name in ("metrics", "measurements")
+            if name in plain
+        }
+        return Record(**{**plain, **known})
+
+
+@dataclass
+class Run:
+    """The result of a federation's run, complete at any time up to its latest round.
+
+    `config` describes the plan, `data` the population. `per_client` holds the latest evaluation on
+    clients' own test parts: metric -> client -> value, without those that have none. `refusals`
+    are the reasons, in words, why updates were refused or attempts abandoned. `seconds` is the
+    real time spent. `engine` is the engine that ran it, in the words
+    that ask for it again, and `engine_notes` say why it is that one.
+    """
+
+    config: dict[str, Any]
+    data: dict[str, Any]
+    seed: int
+    rounds: int
+    history: list[Record] = field(default_factory=list)
+    per_client: dict[str, dict[str, float]] = field(default_factory=dict)
+    refusals: list[str] = field(default_factory=list)
+    model: Vectors = field(default_factory=dict)
+    seconds: float = 0.0
+    engine: str = ""
+    engine_notes: list[str] = field(default_factory=list)
+    folder: Path | None = None
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes that all clients sent so far."""
+        return sum(record.bytes_up for record in self.history)
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes that all clients received so far."""
+        return sum(record.bytes_down for record in self.history)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The latest evaluation."""
+        for record in reversed(self.history):
+            if record.metrics:
+                return dict(record.metrics)
+        return {}
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Rounds and values of a metric or measurement, where it was taken."""
+        rounds, values = [], []
+        for record in self.history:
+            value = record.metrics.get(metric, record.measurements.get(metric))
+            if value is not None:
+                rounds.append(record.round)
+                values.append(value)
+        if not rounds:
+            known = sorted({name for r in self.history for name in (*r.metrics, *r.measurements)})
+            raise ConfigurationError(
+                f"the run has no metric {metric!r}; it has {', '.join(known) or 'none yet'}"
+            )
+        return rounds, values
+
+    def rounds_to(self, metric: str, target: float) -> int | None:
+        """The first round in which a metric reached a target from below; None if never."""
+        rounds, values = self.series(metric)
+        return next((r for r, v in zip(rounds, values, strict=True) if v >= target), None)
+
+    def plot(self, path: str | Path, metric: str | None = None, against: str = "round") -> Path:
+        """Draw a metric (accuracy, or the loss where there is none) against "round" or "bytes"."""
+        from atoll.view.plots import draw_metric
+
+        return draw_metric({"": self}, Path(path), metric or main_metric(self.metrics), against)
+
+    def plot_spread(self, path: str | Path, metric: str | None = None) -> Path:
+        """Draw a metric of every client at the latest evaluation on their own test parts."""
+        from atoll.view.plots import draw_spread
+
+        return draw_spread(self, Path(path), metric or main_metric(self.per_client))
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: where the run stands, its figures, and the curve of the main one."""
+        parts = [display.line(str(self))]
+        rows = [
+            [name.replace("_", " "), f"{value:.4g}"]
+            for name, value in self.metrics.items()
+            if "_client_" not in name
+        ]
+        parts += [display.table(["", ""], rows)] if rows else []
+        metric = main_metric(self.metrics)
+        if metric in self.metrics:
+            rounds, values = self.series(metric)
+            known = [(r, v) for r, v in zip(rounds, values, strict=True) if math.isfinite(v)]
+            if len(known) > 1:
+                title = f"{metric} by round"
+                places, heights = [float(r) for r, _ in known], [v for _, v in known]
+                parts += [display.curve(places, heights, title), display.line(title)]
+        return display.block(str(self.data.get("name", "run")), *parts)
+
+    def __str__(self) -> str:
+        last = self.metrics
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if "_" not in name)
+        return (
+            f"{len(self.history)} of {self.rounds} rounds on {self.data.get('name', 'data')}: "
+            f"{shown or 'not evaluated'}; {human_bytes(self.bytes_up)} up, "
+            f"{human_bytes(self.bytes_down)} down"
+        )
+
+
+def human_bytes(count: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration as people read it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

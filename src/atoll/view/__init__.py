@@ -1,0 +1,1 @@
+"""View: what people look at; HTML, figures, reports, the live page."""
