@@ -7,27 +7,51 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Hundreds of processes are started by the tests; compiled files save each a third of a second.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-slow check docs benchmarks clean
+.PHONY: help demo test test-slow check docs benchmarks clean
 
-demo: $(VENV)/demo.done
+# Without a target: what there is. A target says after ## what it does.
+help:
+	@awk -F ': .*## |:.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.done  ## install into .venv, train on real data, compare; about a minute
 	@$(BIN)/atoll demo
 
-test: $(VENV)/test.done check
+test: $(VENV)/test.done check  ## style, types and the tests, with everything they need; ten minutes
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/test.done
+test-slow: $(VENV)/test.done  ## statistical and end-to-end checks; much longer
 	$(BIN)/python -m pytest -m slow
 
-check: $(VENV)/test.done
+check: $(VENV)/test.done  ## style and types only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/test.done
+docs: $(VENV)/test.done  ## build the pages into docs/_build/html
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-clean:
+# Short runs of what needs no data from elsewhere, no rivals' environments and no GPU. Committed
+# results come from the scripts' own settings, which write to benchmarks/results.
+FIGURES := build/benchmarks
+
+benchmarks: $(VENV)/test.done  ## short benchmarks into build/benchmarks; about five minutes
+	@mkdir -p $(FIGURES)
+	$(BIN)/python benchmarks/speed/run.py --workload W3 --passes 1 --out $(FIGURES)/speed.json
+	$(BIN)/python benchmarks/frameworks.py --out $(FIGURES)/frameworks.json
+	$(BIN)/python benchmarks/fedbuff.py --seeds 1 --concurrency 10 --out $(FIGURES)/fedbuff.json
+	$(BIN)/python benchmarks/fedprox_synthetic.py --rounds 10 --out $(FIGURES)/fedprox.json
+	$(BIN)/python benchmarks/service_load.py --clients 20 --checkins 200 --megabytes 8 \
+		--out $(FIGURES)/service_load.json
+	@if [ -n "$$ATOLL_BROWSER" ] || command -v chromium || command -v google-chrome; then \
+		echo $(BIN)/python benchmarks/page.py --out $(FIGURES)/page.json; \
+		$(BIN)/python benchmarks/page.py --out $(FIGURES)/page.json; \
+	else \
+		echo "left out, for want of chromium: benchmarks/page.py"; \
+	fi
+	@echo "the figures are in $(FIGURES)"
+
+clean:  ## remove the virtual environment and everything that was built
 	rm -rf $(VENV) docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/pip:

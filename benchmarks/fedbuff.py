@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sigma", type=float, default=1.0, help="of the log-normal speeds")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[10, 50, 150])
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     found = []
     for concurrency in options.concurrency:
@@ -123,7 +124,7 @@ def main() -> None:
                 f"{seconds:8.0f} s ({line['faster']:.1f} x faster), "
                 f"server lr {rate:g} and {quickest:g}"
             )
-    RESULTS.write_text(
+    options.out.write_text(
         json.dumps(
             {
                 "date": datetime.now(UTC).date().isoformat(),

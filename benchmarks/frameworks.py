@@ -10,6 +10,7 @@ seeds, which the table shows.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -87,6 +88,9 @@ FORMS: dict[str, Callable[[], Learner]] = {
 
 def main() -> None:
     """Run every form with every seed and write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "frameworks.json")
+    options = parser.parse_args()
     clients = data.load("digits").dirichlet(clients=20, alpha=0.3, seed=0)
     rows = []
     for name, make in FORMS.items():
@@ -111,9 +115,7 @@ def main() -> None:
         "date": str(date.today()), "cores": os.cpu_count(), "machine": platform.processor(),
         "seeds": SEEDS, **versions,
     }  # fmt: skip
-    (HERE / "results" / "frameworks.json").write_text(
-        json.dumps({"about": about, "forms": rows}, indent=2) + "\n"
-    )
+    options.out.write_text(json.dumps({"about": about, "forms": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

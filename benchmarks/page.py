@@ -8,6 +8,7 @@ server and a new browser context, so nothing is cached; medians go to results/pa
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "page")]
+sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "view")]
 
 from browser import browser, tab, until  # noqa: E402
 from test_local_page import big_run  # noqa: E402
@@ -31,6 +32,9 @@ REPEATS = 5
 
 def main() -> None:
     """Open it a few times and write how long that took."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "page.json")
+    options = parser.parse_args()
     curves, clients = [], []
     with tempfile.TemporaryDirectory() as root, browser() as started:
         big_run(Path(root) / "big")
@@ -41,7 +45,7 @@ def main() -> None:
                 until(shown, "clients.length === 1000", 30)
                 clients.append(shown.evaluate("performance.now()") / 1000)
             time.sleep(0.5)
-    static = HERE.parent / "src" / "atoll" / "page" / "static"
+    static = HERE.parent / "src" / "atoll" / "view" / "page" / "static"
     own = sum((static / name).stat().st_size for name in ("index.html", "page.css", "page.js"))
     found = {
         "seconds to the curves": round(statistics.median(curves), 3),
@@ -53,7 +57,7 @@ def main() -> None:
         },
     }  # fmt: skip
     print(json.dumps(found, indent=2))
-    (HERE / "results" / "page.json").write_text(json.dumps(found, indent=2) + "\n")
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 from atoll import data, testing
 from atoll.core.random import Key
 from atoll.learners import NumpyLearner
+from atoll.learners.base import At
 from atoll.testing import LEARNER_CHECKS
 
 ids = {"ids": lambda value: getattr(value, "__name__", None)}
@@ -141,6 +142,7 @@ os.environ["KERAS_BACKEND"] = sys.argv[1]
 import keras
 import numpy as np
 from atoll import data
+from atoll.core.random import Key
 from atoll.learners import KerasLearner
 from atoll.testing import LEARNER_CHECKS
 
@@ -165,7 +167,7 @@ for number, stack in enumerate((plain, rich)):
     for before, after in zip(given, model.get_weights(), strict=True):
         assert np.array_equal(before, after), "the given model was changed"
     # Keras's own evaluation of the same weights is the independent one.
-    start = learner.init(__import__("atoll.core.random").keys.Key(7))
+    start = learner.init(Key(7))
     arrays = learner.layout.unpack(start)
     from atoll.learners.keras.model import Weights
     for name, variable in {**Weights.of(model).trained, **Weights.of(model).averaged}.items():
@@ -258,7 +260,7 @@ class Doubling(NumpyLearner):
 class Careless(NumpyLearner):
     """Trains the vectors it was given, and draws its model from nowhere."""
 
-    def train(self, model, examples, assignment, correction=None):
+    def train(self, model, examples, assignment, correction=None, objective=None):
         local = super().train(model, examples, assignment, correction)
         model["params"][:] = local.params
         return local
@@ -272,7 +274,7 @@ class Careless(NumpyLearner):
 class Deaf(NumpyLearner):
     """Does not listen to corrections, and counts all work as whole."""
 
-    def train(self, model, examples, assignment, correction=None):
+    def train(self, model, examples, assignment, correction=None, objective=None):
         whole = type(assignment)(assignment.round, assignment.key)
         return super().train(model, examples, whole, None)
 
@@ -291,7 +293,7 @@ class Averaging(NumpyLearner):
 class Forgetful(NumpyLearner):
     """Goes on from where its last client ended."""
 
-    def train(self, model, examples, assignment, correction=None):
+    def train(self, model, examples, assignment, correction=None, objective=None):
         before = self.__dict__.get("last", 0.0)
         moved = {"params": model["params"] + np.float32(0.1) * before}
         local = super().train(moved, examples, assignment, correction)
@@ -302,7 +304,7 @@ class Forgetful(NumpyLearner):
 class Tidy(NumpyLearner):
     """Takes examples in their order, whatever the key, and says that it saw one."""
 
-    def train(self, model, examples, assignment, correction=None):
+    def train(self, model, examples, assignment, correction=None, objective=None):
         from dataclasses import replace
 
         fixed = type(assignment)(assignment.round, Key(0), assignment.fraction)
@@ -312,7 +314,7 @@ class Tidy(NumpyLearner):
 class Greedy(NumpyLearner):
     """Trains on everybody's rows, at the first round's rate, without the limit of the norm."""
 
-    def train(self, model, examples, assignment, correction=None):
+    def train(self, model, examples, assignment, correction=None, objective=None):
         from dataclasses import replace
 
         free = replace(self, max_gradient_norm=None)
@@ -328,9 +330,75 @@ class Greedy(NumpyLearner):
         return str(np.random.default_rng().random())
 
 
+class Boastful(NumpyLearner):
+    """Claims what it does not do: every point is where it stands, every objective is its own."""
+
+    abilities = frozenset({"gradient", "at", "objective", "outputs"})
+
+    def train(self, model, examples, assignment, correction=None, objective=None):
+        if isinstance(correction, At):
+            rule = correction.rule
+            correction = lambda gradient, params: rule(gradient, params, lambda at: gradient)  # noqa: E731
+        return super().train(model, examples, assignment, correction)
+
+    def outputs(self, model, examples):
+        return -super().outputs(model, examples)
+
+    def evaluate_each(self, model, parts, task, classes):
+        first = {name: vector[0] if vector.ndim > 1 else vector for name, vector in model.items()}
+        return super().evaluate_each(first, parts, task, classes)
+
+
+class Obliging(NumpyLearner):
+    """Takes everything, and claims and does little of it."""
+
+    abilities = frozenset({"gradient"})
+
+    def train(self, model, examples, assignment, correction=None, objective=None):
+        affine = None if isinstance(correction, At) else correction
+        return super().train(model, examples, assignment, affine)
+
+    def vectors_of(self, source):
+        if set(source) == {"params"}:
+            return super().vectors_of(source)
+        return super().vectors_of({**self.layout.unpack(self.init(Key(0))), **source})
+
+
+class Writing(NumpyLearner):
+    """Writes into what corrections hold."""
+
+    def descend(self, model, examples, key):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def begun():
+            with NumpyLearner.descend(self, model, examples, key) as descent:
+                plain = descent.gradient_at
+
+                def gradient_at(batch, points, objective=None):
+                    points += 1
+                    return plain(batch, points, objective)
+
+                descent.gradient_at = gradient_at
+                yield descent
+
+        return begun()
+
+
 @pytest.mark.parametrize(
     ("kind", "caught"),
     [
+        (
+            Boastful,
+            {
+                "gradients_elsewhere_are_gradients",
+                "objectives_are_minimised",
+                "outputs_are_what_is_evaluated",
+                "each_part_may_have_its_own_model",
+            },
+        ),
+        (Obliging, {"what_is_not_claimed_is_refused", "weights_come_and_go_by_name"}),
+        (Writing, {"gradients_elsewhere_are_gradients"}),
         (Tidy, {"the_local_loop_is_as_documented", "keys_are_what_draws"}),
         (
             Greedy,
@@ -361,13 +429,16 @@ def test_stacks_that_differ_are_caught(clients):
         def stacks(self, examples):
             return ""
 
-        def train_cohort(self, model, examples, assignments, correction=None):
+        def train_cohort(self, model, examples, assignments, correction=None, objective=None):
             locals = [self.train(model, e, a) for e, a in zip(examples, assignments, strict=True)]
             first = locals[0]
             return type(first)(
-                np.stack([each.params + 0.01 for each in locals]), [e.steps for e in locals], 0,
-                [e.examples for e in locals], [e.seen for e in locals], [e.loss for e in locals],
-            )  # fmt: skip
+                np.stack([each.params + 0.01 for each in locals]),
+                *(
+                    np.array([[getattr(each, name)] for each in locals])
+                    for name in ("steps", "path", "examples", "seen", "loss")
+                ),
+            )
 
     with pytest.raises(AssertionError, match="in a stack from alone"):
         testing.stacks_are_their_clients(Drifting(layers=(8, 3), lr=0.1), clients)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from atoll.backends.backend import Engine
 from atoll.backends.choice import engine_of
 from atoll.core.files import write_json
+from atoll.core.vectors import Vectors
 from atoll.data.federated import FederatedData
 from atoll.errors import CheckpointError
+from atoll.learners.base import Learner
 from atoll.rounds.describe import describe, short
 from atoll.rounds.plan import Plan
-from atoll.rounds.schedules import Buffered
 from atoll.simulation.asynchronous import AsynchronousSimulator
+from atoll.simulation.attackers import Attackers
 from atoll.simulation.baselines import Baselines, train_baselines
 from atoll.simulation.devices import Devices
 from atoll.simulation.explain import Explanation, explain
@@ -22,21 +25,13 @@ from atoll.simulation.simulator import Simulator, check_population
 from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer
 from atoll.tracking.reading import read_engine
-from atoll.tracking.record import Run
+from atoll.tracking.record import Record, Run
 from atoll.view import html as display
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Federation(Plan):
-    """What all parties agree on; `simulate` runs it in this process.
-
-    Args:
-        learner: the model and how one client trains and evaluates it.
-        algorithm: what clients do with what they receive, and what the server does in return.
-        schedule: how many rounds, who is asked, when a round ends.
-        pipeline: what happens to updates on their way, e.g. `Clip(1.0) >> Mean()`.
-        evaluation: when the model is measured, and on whose data.
-    """
+    """What all parties agree on (see `Plan`), and the verbs that put it to work."""
 
     def simulate(
         self,
@@ -44,7 +39,9 @@ class Federation(Plan):
         *,
         seed: int = 0,
         devices: Devices | None = None,
+        attackers: Attackers | None = None,
         engine: Engine | str | None = None,
+        initial: Any = None,
         folder: str | Path | RunFolder | None = None,
         resume: bool = False,
         observers: Sequence[Observer] = (),
@@ -55,14 +52,41 @@ class Federation(Plan):
             clients: who holds what.
             seed: of every draw; the same plan, data and seed give the same bytes.
             devices: how fast and reliable clients are; None is instant and always there.
-            engine: how turns are run, e.g. "auto", "sequential", "stacked(block=10, workers=2)" or
-                one of `atoll.simulation`'s engines; None chooses by rule. See `explain`.
+            attackers: clients that report something else than they should.
+            engine: how tasks are run, e.g. `simulation.Stacked(block=10)`, or "auto"; None chooses
+                by rule. See `explain`.
+            initial: weights to start from: a run, named arrays, or what the learner's framework
+                has (a module, a state_dict); None asks the learner.
             folder: where to keep the run (see `tracking.RunFolder`); None keeps nothing.
             resume: go on with the run in `folder` from its latest checkpoint.
             observers: what else is told about each round, e.g. `tracking.progress()`.
         """
+        return self.rounds(
+            clients, seed=seed, devices=devices, attackers=attackers, engine=engine,
+            initial=initial, folder=folder, resume=resume, observers=observers,
+        ).go()  # fmt: skip
+
+    def rounds(
+        self,
+        clients: FederatedData,
+        *,
+        seed: int = 0,
+        devices: Devices | None = None,
+        attackers: Attackers | None = None,
+        engine: Engine | str | None = None,
+        initial: Any = None,
+        folder: str | Path | RunFolder | None = None,
+        resume: bool = False,
+        observers: Sequence[Observer] = (),
+    ) -> Rounds:
+        """The same, round by round: `for record in federation.rounds(clients): ...`.
+
+        What it yields are `tracking.Record`s; leaving the loop ends the run, whose state so far is
+        in `.run`, and in its folder if it has one.
+        """
         data = check_population(clients)
         run = Run(self.describe(), _fingerprint(data, folder), seed, self.schedule.rounds)
+        run.learner = self.learner
         keeper = (
             RunFolder(folder, best=self.evaluation.best)
             if isinstance(folder, str | Path)
@@ -70,24 +94,27 @@ class Federation(Plan):
         )
         if resume and keeper is not None and (engine is None or engine == "auto"):
             engine = read_engine(keeper.path) or engine
-        kind = AsynchronousSimulator if isinstance(self.schedule, Buffered) else Simulator
-        simulator = kind(
+        start = None if initial is None else initial_model(self.learner, initial)
+        simulator = (Simulator if self.schedule.lockstep else AsynchronousSimulator)(
             self,
             data,
             run,
             devices=devices or Devices(),
             engine=engine_of(engine),
             observers=[*([keeper] if keeper else []), *observers],
+            attackers=attackers,
+            initial=start,
         )
-        if devices is not None:
-            run.config["devices"] = describe(devices)
+        for name, given in (("devices", devices), ("attackers", attackers), ("initial", start)):
+            if given is not None:
+                run.config[name] = describe(given)
         if resume:
             if keeper is None:
                 raise CheckpointError("resume=True needs the folder of the run to go on with")
             snapshot = keeper.resume(run)
             if snapshot is not None:
                 simulator.restore(snapshot)
-        return simulator.go()
+        return Rounds(simulator)
 
     def explain(self, clients: FederatedData, *, engine: Engine | str | None = None) -> Explanation:
         """How `simulate` would run this over these clients; print it.
@@ -132,6 +159,38 @@ class Federation(Plan):
         """The resolved configuration, ready for JSON."""
         plain: dict[str, object] = {"kind": "atoll.Federation"}
         return plain | {field.name: describe(getattr(self, field.name)) for field in fields(self)}
+
+
+class Rounds:
+    """A run, round by round."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+        self._records = simulator.rounds()
+
+    @property
+    def run(self) -> Run:
+        """The run so far."""
+        return self._simulator.run
+
+    def __iter__(self) -> Iterator[Record]:
+        try:
+            yield from self._records
+        finally:
+            self._records.close()
+
+    def go(self) -> Run:
+        """Run to the end."""
+        for _ in self._records:
+            pass
+        return self.run
+
+
+def initial_model(learner: Learner, given: Any) -> Vectors:
+    """A model to start from, from whatever people have it in."""
+    if isinstance(given, Run):
+        given = given.model
+    return learner.vectors_of(given)
 
 
 def _fingerprint(data: FederatedData, folder: object) -> dict[str, object]:

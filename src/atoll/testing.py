@@ -9,8 +9,8 @@
 
 `clients` is a small `FederatedData` of two or more clients of different sizes, which the learner
 fits. A check passes, or raises `AssertionError` with a sentence. What a learner does not offer
-(gradients, stacks) is not asked of it. Expected values come from finite differences, from sums and
-from the loop that the documentation promises, never from the learner alone.
+(its `abilities`, stacks) is not asked of it. Expected values come from finite differences, from
+sums and from the loop that the documentation promises, never from the learner alone.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from atoll.core.random import Key, permutations
 from atoll.core.vectors import Vectors
 from atoll.data.examples import Examples, joined
 from atoll.data.federated import FederatedData
-from atoll.errors import DataError
+from atoll.errors import ConfigurationError, DataError
 from atoll.federation import Federation
 from atoll.learners.base import (
     Affine,
     Assignment,
+    At,
     GradientLearner,
     Learner,
     LocalResult,
+    Objective,
     stacking,
 )
 from atoll.learners.metrics import figures
@@ -196,9 +198,179 @@ def stacks_are_their_clients(learner: Learner, clients: FederatedData) -> None:
                 None if constant is None else Affine(0.1, learner.asarray(constant[place])),
             )  # fmt: skip
             _near(rows[place], _params(learner, alone), f"client {place} in a stack from alone")
-            for name in ("steps", "examples", "seen"):
-                assert getattr(together, name)[place] == getattr(alone, name), name
-            _near(together.loss[place], alone.loss, "the loss in a stack from that alone")
+            for name in ("steps", "examples", "seen", "path", "loss"):
+                column = np.asarray(learner.asnumpy(getattr(together, name)))
+                assert column.shape == (len(few), 1), f"{name} of a stack is a column [C, 1]"
+                _near(column[place, 0], getattr(alone, name), f"{name} in a stack from that alone")
+
+
+def gradients_elsewhere_are_gradients(learner: Learner, clients: FederatedData) -> None:
+    """`at` of an `At` gives the batch's gradient where it is asked, and moves nothing itself."""
+    if "at" not in learner.abilities:
+        return
+    examples, model = clients.train(0), learner.init(Key(0))
+    plain = learner.train(model, examples, _assignment(0))
+    here = learner.train(model, examples, _assignment(0), At(lambda g, params, at: at(params)))
+    _near(_params(learner, here), _params(learner, plain), "training along at(params) from none")
+    for section, vector in plain.statistics.items():
+        _near(here.statistics[section], vector, f"{section} after asking for gradients from none")
+    point = _disturbed(model["params"], 1)
+    given = learner.asarray(point.copy())
+    learner.train(model, examples, _assignment(0), At(lambda g, params, at: at(given)))
+    assert np.array_equal(learner.asnumpy(given), point), "training changed what at was asked of"
+    if not (isinstance(learner, GradientLearner) and learner.plain_sgd):
+        return
+    whole = replace(learner, batch_size=None, epochs=1, steps=1, max_gradient_norm=None)
+    if set(model) != {"params"} or _draws(whole, model, examples):
+        return
+    local = whole.train(model, examples, _assignment(0), At(lambda g, params, at: at(given)))
+    wanted = model["params"] - rate_at(whole.lr, 1) * _gradient(whole, {"params": point}, examples)
+    _near(_params(whole, local), wanted, "a step along at(point) from one along its gradient")
+
+
+def objectives_are_minimised(learner: Learner, clients: FederatedData) -> None:
+    """Training goes down the slope of the objective, which is found by differences of outputs."""
+    if not ({"objective", "outputs"} <= learner.abilities):
+        return
+    examples, model = clients.train(0), learner.init(Key(7))
+    other, weight = _disturbed(model["params"], 2), np.array(2.0, np.float32)
+    vector, number = learner.asarray(other.copy()), learner.asarray(weight.copy())
+    objective = Objective(_distance, (vector,), {"weight": number})
+    learner.train(model, examples, _assignment(0), None, objective)
+    for given, before in ((vector, other), (number, weight)):
+        assert np.array_equal(learner.asnumpy(given), before), "training changed what it was given"
+    if not (isinstance(learner, GradientLearner) and learner.plain_sgd):
+        return
+    whole = replace(learner, batch_size=None, epochs=1, steps=1, max_gradient_norm=None)
+    if set(model) != {"params"} or _draws(whole, model, examples):
+        return
+    target = whole.outputs({"params": other}, examples).astype(np.float64)
+
+    def value(params: NDArray[Any]) -> float:
+        found = whole.outputs({"params": params.astype(np.float32)}, examples)
+        return float(weight * np.square(found - target).mean())
+
+    local = whole.train(model, examples, _assignment(0), None, objective)
+    _near(float(local.loss), value(model["params"]), "the loss from the objective's")
+    gradient = (model["params"] - _params(whole, local)).astype(np.float64)
+    gradient /= rate_at(whole.lr, 1)
+    length = float(np.linalg.norm(gradient))
+    step = 1e-2 * gradient / max(length, 1e-30)
+    slope = (value(model["params"] + step) - value(model["params"] - step)) / 2e-2
+    assert length > 0, "an objective moved nothing"
+    assert abs(slope - length) < 0.02 * length + 1e-3, (
+        f"training went along a gradient of length {length:.4g}, where the objective's slope is "
+        f"{slope:.4g}"
+    )
+
+
+def stacks_are_asked_as_their_clients(learner: Learner, clients: FederatedData) -> None:
+    """Gradients elsewhere and objectives of a stack are those of each client alone."""
+    few = [clients.train(member) for member in range(min(3, len(clients)))]
+    if stacking(learner).stacks(few[0]):
+        return
+    model, count = learner.init(Key(0)), len(few)
+    work = [Assignment(1, Key(0).fold("work", place)) for place in range(count)]
+    points = np.stack([_disturbed(model["params"], place) for place in range(count)])
+    weights = np.arange(1, count + 1, dtype=np.float32)
+
+    def asked(place: int | slice) -> list[tuple[At | None, Objective | None]]:
+        own, weight = learner.asarray(points[place]), learner.asarray(np.array(weights[place]))
+        found: list[tuple[At | None, Objective | None]] = []
+        if "at" in learner.abilities:
+            found.append((At(lambda g, params, at: g + at(own)), None))
+        if "objective" in learner.abilities:
+            found.append((None, Objective(_distance, (own,), {"weight": weight})))
+        return found
+
+    together = [
+        stacking(learner).train_cohort(model, few, work, *given) for given in asked(slice(None))
+    ]
+    for place, (examples, assignment) in enumerate(zip(few, work, strict=True)):
+        for stack, given in zip(together, asked(place), strict=True):
+            alone = learner.train(model, examples, assignment, *given)
+            row = np.asarray(learner.asnumpy(stack.params))[place]
+            _near(row, _params(learner, alone), f"client {place}, asked in a stack, from alone")
+
+
+def what_is_not_claimed_is_refused(learner: Learner, clients: FederatedData) -> None:
+    """Asked for what is not among its `abilities`, a learner says a `ConfigurationError`."""
+    examples, model = clients.train(0), learner.init(Key(0))
+    asks: dict[str, Callable[[], object]] = {
+        "gradient": lambda: learner.train(model, examples, _assignment(0), Affine()),
+        "at": lambda: learner.train(model, examples, _assignment(0), At(lambda g, w, at: g)),
+        "objective": lambda: learner.train(
+            model, examples, _assignment(0), None, Objective(_distance)
+        ),
+        "outputs": lambda: learner.outputs(model, examples),
+    }
+    for ability, ask in asks.items():
+        if ability in learner.abilities:
+            continue
+        try:
+            ask()
+        except ConfigurationError:
+            continue
+        raise AssertionError(f"it does not claim {ability!r} among its abilities, but takes it")
+
+
+def outputs_are_what_is_evaluated(learner: Learner, clients: FederatedData) -> None:
+    """Outputs and the mean loss are those that evaluation counts."""
+    if "outputs" not in learner.abilities:
+        return
+    model, examples = learner.init(Key(4)), clients.train(0)
+    found = learner.outputs(model, examples)
+    assert getattr(found, "dtype", None) == np.float32, "outputs are float32 arrays of NumPy"
+    assert len(found) == len(examples), f"{len(found)} outputs for {len(examples)} examples"
+    sums = learner.evaluate(model, examples, clients.task, clients.classes)
+    wanted = figures(sums, clients.task)["loss"]
+    _near(learner.mean_loss(model, examples), wanted, "mean_loss from the evaluated loss")
+    _, y = examples.all()
+    if clients.task == "regression":
+        squared = np.square(found.reshape(y.shape).astype(np.float64) - y).sum()
+        _near(squared, sums["squared"], "squared errors of outputs from those evaluated")
+        return
+    columns = found.shape[1:] not in ((), (1,))
+    predicted = found.argmax(-1) if columns else found.reshape(-1) > 0
+    correct = int((predicted == y).sum())
+    assert correct == int(sums["correct"]), (
+        f"{correct} outputs are right, but evaluation counts {int(sums['correct'])}"
+    )
+
+
+def each_part_may_have_its_own_model(learner: Learner, clients: FederatedData) -> None:
+    """Sections [C, ...] evaluate each of C parts by its own model."""
+    parts = [clients.train(member) for member in range(min(3, len(clients)))]
+    models = [
+        _moved(learner, model, learner.train(model, part, _assignment(place)))
+        for place, part in enumerate(parts)
+        for model in [learner.init(Key(place))]
+    ]
+    stacked = {section: np.stack([model[section] for model in models]) for section in models[0]}
+    together = learner.evaluate_each(stacked, parts, clients.task, clients.classes)
+    for model, part, found in zip(models, parts, together, strict=True):
+        alone = learner.evaluate(model, part, clients.task, clients.classes)
+        for name, value in alone.items():
+            _near(found[name], value, f"{name} by a model of its own from it alone", 1e-3)
+
+
+def weights_come_and_go_by_name(learner: Learner, clients: FederatedData) -> None:
+    """Arrays by name become a model and a model arrays by name; what is missing is named."""
+    model = learner.init(Key(5))
+    arrays = {name: np.array(array) for name, array in learner.layout.unpack(model).items()}
+    for source in (model, arrays, learner.load_into(model, {})):
+        found = learner.vectors_of(source)
+        for section, vector in model.items():
+            assert np.array_equal(found[section], vector), f"weights came back as other {section}"
+    name = next(iter(arrays))
+    del arrays[name]
+    try:
+        learner.vectors_of(arrays)
+    except ConfigurationError as error:
+        said = str(error)
+    else:
+        raise AssertionError(f"weights without {name!r} were taken")
+    assert name in said, f"{name!r} is missing, which the error does not name: {said}"
 
 
 def evaluations_add_up(learner: Learner, clients: FederatedData) -> None:
@@ -329,7 +501,14 @@ LEARNER_CHECKS: tuple[Check, ...] = (
     gradients_are_slopes,
     one_step_is_down_the_gradient,
     corrections_are_obeyed,
+    gradients_elsewhere_are_gradients,
+    objectives_are_minimised,
     stacks_are_their_clients,
+    stacks_are_asked_as_their_clients,
+    what_is_not_claimed_is_refused,
+    outputs_are_what_is_evaluated,
+    each_part_may_have_its_own_model,
+    weights_come_and_go_by_name,
     evaluations_add_up,
     the_local_loop_is_as_documented,
     other_peoples_rows_do_not_matter,
@@ -338,6 +517,17 @@ LEARNER_CHECKS: tuple[Check, ...] = (
     predictions_are_scored,
     runs_learn_and_repeat,
 )
+
+
+def _distance(outputs: Any, targets: Any, other: Any, *, weight: Any) -> Any:
+    """An objective in any framework: how far outputs are from those of other parameters."""
+    return weight * ((outputs - other) ** 2).mean()
+
+
+def _disturbed(params: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    """Parameters nearby."""
+    noise = np.random.default_rng(seed).normal(0, 0.2, params.shape)
+    return (params + noise).astype(np.float32)
 
 
 def _assignment(client: int) -> Assignment:

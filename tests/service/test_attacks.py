@@ -54,7 +54,6 @@ from atoll.protocol.certificates import (
 from atoll.protocol.identity import IdentityError, Token, public_key
 from atoll.rounds.messages import largest, unpack
 from atoll.service.http import bodies
-from atoll.service.http.openapi import description
 from atoll.service.storage.folder import StateFolder
 from atoll.site.connection import Connection, find_authority
 
@@ -1201,7 +1200,6 @@ def test_a_flood_of_refusals_is_counted_and_only_sampled_in_the_log(inner, pair)
 def fuzz(inner, seconds, examples, mode):
     """Requests of the served description's making, sealed, some of them about real things."""
     served = json.loads(inner.ask("GET", "/v1/openapi.json").data)
-    assert served == json.loads(json.dumps(description()))
     # Schemathesis makes an invalid schema of a tuple's prefixItems.
     wait = served["components"]["schemas"]["Order"]["properties"]["wait"]
     wait["items"] = wait.pop("prefixItems")[0]
@@ -1210,8 +1208,7 @@ def fuzz(inner, seconds, examples, mode):
         inner.insider(f"fuzz-{role}-{mode.value}", role).open() for role in ("analyst", "admin")
     ] + [inner.insider(f"fuzz-{n}-{mode.value}").open() for n in range(2)]
     checks = [not_a_server_error, status_code_conformance, response_schema_conformance]
-    end = time.monotonic() + seconds
-    seen, faults = set(), {}
+    ends, seen, faults = [], set(), {}
 
     @given(
         who=st.sampled_from(insiders),
@@ -1225,7 +1222,9 @@ def fuzz(inner, seconds, examples, mode):
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     def run(who, real, sealed, case):
-        if time.monotonic() > end:
+        # From the first request on: to make the strategy takes seconds on a busy machine.
+        ends.append(time.monotonic() + seconds)
+        if time.monotonic() > ends[0]:
             return
         if real:
             meaningful(inner, who, case)

@@ -69,8 +69,8 @@ class World:
         row = conductor.open[site] if id is None else {"id": id}
         delta = np.full(self.plan.learner.layout.size, value, np.float32)
         data = b"".join(bytes(piece) for piece in pack(Update({"delta": delta}, 1.0)))
-        upload = conductor.offer(site, row["id"], len(data), sha256(data).hexdigest())
-        conductor.vault.part(upload["id"]).write_bytes(data)
+        upload = conductor.offer(site, row["id"], len(data), sha256(data).hexdigest(), 0)
+        conductor.models.part(upload["id"]).write_bytes(data)
         return upload
 
     def moved(self, conductor):
@@ -91,15 +91,15 @@ def test_a_step_never_follows_a_missed_fold(tmp_path, monkeypatch):
     async def story():
         async with world.conductor() as conductor:
             conductor.tick()
-            fold, calls = conductor.vault.fold, []
+            fold, calls = conductor.models.fold, []
 
-            def failing(row, sums):
-                calls.append(row)
+            def failing(*given):
+                calls.append(given)
                 if len(calls) == 2:
                     raise OSError("no space left")
-                fold(row, sums)
+                fold(*given)
 
-            monkeypatch.setattr(conductor.vault, "fold", failing)
+            monkeypatch.setattr(conductor.models, "fold", failing)
             for site, value in zip("abc", (1, 2, 6), strict=True):
                 answer = await conductor.deliver(world.offer(conductor, site, value))
                 assert answer.accepted
@@ -131,7 +131,7 @@ def test_a_decision_that_was_not_kept_is_not_kept_later_either(tmp_path, monkeyp
             upload = world.offer(conductor, "a", 1)
             with monkeypatch.context() as patch:
 
-                def broken(*rest):
+                def broken(*rest, **more):
                     raise ConnectionError("the database went away")
 
                 patch.setattr(ledger, "delivered", broken)

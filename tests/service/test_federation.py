@@ -49,7 +49,9 @@ def test_eight_sites_and_twenty_rounds_over_tls(place, algorithm, pipeline):
         assert model_of(place.root / name / "model.safetensors").tobytes() == (
             run.model["params"].tobytes()
         )
-    assert "20" in place.cli("status", "state")
+    status = [line.split() for line in place.cli("status", "state").splitlines()]
+    for line in (["round", "20"], ["rounds", "20"], ["phase", "done"], ["sites", "8"]):
+        assert line in status
     rows = [json.loads(line) for line in place.cli("rounds", "state", "--json").splitlines()]
     assert [row["state"] for row in rows] == ["closed"] * 20
     for row, record in zip(rows, run.history, strict=True):

@@ -23,6 +23,11 @@ def rounds_of(place):
     return [json.loads(line) for line in lines]
 
 
+def table(place, *words):
+    """The rows below the headings that a command prints."""
+    return [tuple(line.split()) for line in place.cli(*words).splitlines()[1:]]
+
+
 def joined(place, *names):
     tokens = {name: place.invite(name) for name in names}
     for name, token in tokens.items():
@@ -112,22 +117,37 @@ def test_a_revoked_site_is_out_at_its_next_request(place):
     before = len(rounds_of(place))
     place.until(lambda: len(rounds_of(place)) > before + 2, what="going on without it")
     assert rounds_of(place)[-2]["record"]["accepted"] == ["0"]
-    assert '"status":"revoked"' not in place.cli("sites", "state")
-    assert "revoked" in place.cli("sites", "state")
+    assert {row[:3] for row in table(place, "sites", "state")} == {
+        ("0", "site", "active"), ("1", "site", "revoked"),
+    }  # fmt: skip
 
 
 def test_an_analyst_reads_and_an_admin_acts(place):
-    place.write(schedule="Synchronous(rounds=5000)")
+    place.write(schedule="Synchronous(rounds=5000, minimum=1)")
     place.serve("--linger", "20")
-    joined(place, "0")
+    joined(place, "0", "1")
     place.until(lambda: len(rounds_of(place)) > 1, what="the first round")
     for who, role in (("ann", "analyst"), ("bob", "admin")):
         token = place.invite(who, "--role", role)
         place.cli("enrol", place.url, "--token", token, "--folder", who)
     assert "5000" in place.cli("status", "ann")
     assert "closed" in place.cli("rounds", "ann")
-    assert "analyst" in place.cli("sites", "ann")
-    assert "this is for the role admin, and ann is analyst" in place.cli("stop", "ann", check=False)
+    assert ("ann", "analyst", "active") in {row[:3] for row in table(place, "sites", "ann")}
+    for command in (["stop", "ann"], ["revoke", "ann", "1"]):
+        refused = place.cli(*command, check=False)
+        assert "this is for the role admin, and ann is analyst" in refused
+    assert ("1", "site", "active") in {row[:3] for row in table(place, "sites", "ann")}
+    place.cli("revoke", "bob", "1")
+    assert place.wait("1") == 1
+    assert "1 was revoked" in place.log("1")
+    for reader in ("ann", "state"):
+        found = {row[:3] for row in table(place, "sites", reader)}
+        assert found >= {("0", "site", "active"), ("1", "site", "revoked")}
+    log = place.cli("audit", "show", "state").splitlines()
+    audited = [line.split(maxsplit=3)[3] for line in log]
+    assert audited.count('bob: revoked {"site":"1"}') == 1
+    assert sum(line.startswith("ann: refused ") for line in audited) == 2
+    assert "there is no site 'nobody'" in place.cli("revoke", "bob", "nobody", check=False)
     place.cli("stop", "bob")
     finished(place, "0")
 

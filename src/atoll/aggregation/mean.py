@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.aggregation.stage import Accumulator, Reducer, Schema
+from atoll.aggregation.schema import WEIGHT_LIMIT, Schema, Spec
+from atoll.aggregation.stage import Accumulator, Reducer, Rows, Setting, Stage
 from atoll.aggregation.sums import ExactScalar, FixedSum, rounded, to_units
-from atoll.core.updates import Aggregate, Update
+from atoll.core.random import Key
+from atoll.core.updates import Aggregate, Sender, Update
 from atoll.core.vectors import Vectors, part, prefixed
-from atoll.errors import RunError
+from atoll.errors import ConfigurationError, RunError
 
 logger = logging.getLogger("atoll")
 
@@ -26,10 +29,34 @@ METRIC_LIMIT = 1e30
 class Mean(Reducer):
     """sum(weight * vector) / sum(weight), in O(model) memory and int64 fixed point.
 
-    Statistics are averaged with the same weights; counters stay integers (rounded half to even).
-    Measurements: the mean over clients of every metric they report, and `float_fallback`, the
-    vectors that were too large for fixed point and were summed in float64 instead.
+    A vector that not everyone sent is divided by the weight of those who did. Float32 vectors stay
+    float32; float64 and integer ones give their mean in float64, exactly rounded. Statistics are
+    averaged with the same weights; counters stay integers (rounded half to even). Measurements: the
+    mean over clients of every metric they report, and `float_fallback`, the vectors that were too
+    large for fixed point and were summed in float64 instead.
+
+    Args:
+        heaviest: the greatest weight that is taken from one client, where clients say it
+            themselves; an update with a greater one is refused.
     """
+
+    heaviest: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.heaviest is not None and not 0 < self.heaviest <= WEIGHT_LIMIT:
+            raise ConfigurationError(f"heaviest must be positive, not {self.heaviest!r}")
+
+    def bind(self, setting: Setting) -> Stage:
+        if self.heaviest is not None and not setting.schema.weighted:
+            raise ConfigurationError("heaviest is for weights that clients give; these are uniform")
+        return self
+
+    def sends(self, schema: Schema) -> Schema:
+        least, most = schema.weights
+        return replace(schema, weights=(least, min(most, self.heaviest or most)))
+
+    def takes(self, schema: Schema) -> Schema:
+        return self.sends(schema)
 
     def open(self, schema: Schema) -> Accumulator:
         return _RunningMean(schema)
@@ -40,92 +67,67 @@ class _RunningMean(Accumulator):
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
-        self.sums = {name: FixedSum(size) for name, size in schema.vectors.items()}
+        self.sums = {name: FixedSum(spec.size) for name, spec in schema.vectors.items()}
         self.statistics = {
-            name: FixedSum(size) for name, size in schema.statistics.items() if name != "counters"
+            name: FixedSum(spec.size)
+            for name, spec in schema.statistics.items()
+            if name != "counters"
         }
         # Counters are small whole numbers: Python integers cannot overflow and never round.
         self.counters = (
-            np.zeros(schema.statistics["counters"], object)
+            np.zeros(schema.statistics["counters"].size, object)
             if "counters" in schema.statistics
             else None
         )
         self.weight = ExactScalar()
+        #: What is missing of the weight behind a vector, because its share was not 1.
+        self.less: dict[str, ExactScalar] = {}
         self.count = 0
         self.metrics: dict[str, tuple[ExactScalar, ExactScalar]] = {}
 
-    def add(self, update: Update) -> None:
-        self._count(update, 1)
-
-    def add_rows(
-        self,
-        vectors: Vectors,
-        statistics: Vectors,
-        weights: Sequence[float],
-        metrics: Mapping[str, Sequence[float]],
-        passed: Sequence[bool],
-    ) -> None:
-        chosen = [c for c, admitted in enumerate(passed) if admitted]
-        if len(chosen) < len(passed):
-            vectors = {name: rows[chosen] for name, rows in vectors.items()}
-            statistics = {name: rows[chosen] for name, rows in statistics.items()}
-        weights = [weights[c] for c in chosen]
-        shares = [rounded(weight) for weight in weights]
-        for name, total in self.sums.items():
-            total.add_rows(vectors[name], shares)
-        columns = {name: [column[c] for c in chosen] for name, column in metrics.items()}
-        self._add_rest(statistics, shares, columns)
-
-    def add_folds(
-        self,
-        folds: Mapping[str, tuple[NDArray[np.int64], int]],
-        statistics: Vectors,
-        weights: Sequence[float],
-        metrics: Mapping[str, Sequence[float]],
-    ) -> None:
-        for name, total in self.sums.items():
-            total.add_units(*folds[name])
-        self._add_rest(statistics, [rounded(weight) for weight in weights], metrics)
-
-    def _add_rest(
-        self, statistics: Vectors, shares: list[float], metrics: Mapping[str, Sequence[float]]
-    ) -> None:
-        for name, total in self.statistics.items():
-            total.add_rows(statistics[name], shares)
-        if self.counters is not None:
-            for share, row in zip(shares, statistics["counters"], strict=True):
-                self.counters += to_units(share) * row.astype(object)
-        self.weight.add_all(shares)
-        self.count += len(shares)
-        for name, column in metrics.items():
-            values = [value for value in column if abs(value) < METRIC_LIMIT]
-            total_value, count = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
-            total_value.add_all(values)
-            count.add(len(values))
-
-    def withdraw(self, update: Update) -> None:
-        self._count(update, -1)
-
-    def _count(self, update: Update, sign: int) -> None:
+    def add(self, update: Update, sender: Sender) -> None:
         # Rounded once, so that numerator and denominator see the same weight.
         weight = rounded(update.weight)
         for name, total in self.sums.items():
-            total.add(update.vectors[name], weight, sign)
+            share = update.shares.get(name, 1.0)
+            own = weight if share == 1 else rounded(weight * share)
+            if own:
+                total.add(update.vectors[name].reshape(-1), own)
+            if own != weight:
+                self.less.setdefault(name, ExactScalar()).add(weight - own)
         for name, total in self.statistics.items():
-            total.add(update.statistics[name], weight, sign)
+            total.add(update.statistics[name], weight)
         if self.counters is not None:
-            units = to_units(weight)
-            self.counters += sign * units * update.statistics["counters"].astype(object)
-        self.weight.add(weight, sign)
-        self.count += sign
-        for name, value in update.metrics.items():
-            if abs(value) < METRIC_LIMIT:
-                total_value, count = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
-                total_value.add(value, sign)
-                count.add(1, sign)
+            self.counters += to_units(weight) * update.statistics["counters"].astype(object)
+        self.weight.add(weight)
+        self.count += 1
+        self._measure({name: [value] for name, value in update.metrics.items()})
 
-    def merge(self, other: Accumulator) -> None:
-        assert isinstance(other, _RunningMean)
+    def add_rows(self, rows: Rows) -> None:
+        weights = [rounded(weight) for weight in rows.weights]
+        for name, total in self.sums.items():
+            if rows.folds is not None:
+                total.add_units(*rows.folds[name])
+            else:
+                total.add_rows(rows.vectors[name].reshape(len(rows), -1), weights)
+        for name, total in self.statistics.items():
+            total.add_rows(rows.statistics[name], weights)
+        if self.counters is not None:
+            for weight, row in zip(weights, rows.statistics["counters"], strict=True):
+                self.counters += to_units(weight) * row.astype(object)
+        self.weight.add_all(weights)
+        self.count += len(rows)
+        self._measure(rows.metrics)
+
+    def _measure(self, metrics: Mapping[str, Sequence[float]]) -> None:
+        for name, column in metrics.items():
+            values = [value for value in column if abs(value) < METRIC_LIMIT]
+            if values:
+                total, count = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
+                total.add_all(values)
+                count.add(len(values))
+
+    def merge(self, other: _RunningMean) -> None:
         for name, total in self.sums.items():
             total.merge(other.sums[name])
         for name, total in self.statistics.items():
@@ -133,6 +135,8 @@ class _RunningMean(Accumulator):
         if self.counters is not None:
             self.counters += other.counters
         self.weight.units += other.weight.units
+        for name, less in other.less.items():
+            self.less.setdefault(name, ExactScalar()).units += less.units
         self.count += other.count
         for name, (value, count) in other.metrics.items():
             mine = self.metrics.setdefault(name, (ExactScalar(), ExactScalar()))
@@ -151,24 +155,26 @@ class _RunningMean(Accumulator):
         numbers = {
             "count": self.count,
             "weight": self.weight.units,
+            "less": {name: less.units for name, less in self.less.items()},
             "counters": [] if self.counters is None else [int(total) for total in self.counters],
             "metrics": {n: [v.units, k.units] for n, (v, k) in self.metrics.items()},
         }
-        arrays["numbers"] = np.array([*json.dumps(numbers).encode()], np.int64)
+        arrays["numbers"] = np.frombuffer(json.dumps(numbers).encode(), np.uint8)
         return arrays
 
     def restore(self, state: Vectors) -> None:
         for kind, sums in (("sums", self.sums), ("statistics", self.statistics)):
             for name, total in sums.items():
                 total.restore(part(f"{kind}/{name}/", state))
-        numbers = json.loads(bytes(state["numbers"].tolist()))
+        numbers = json.loads(bytes(state["numbers"]))
         self.count, self.weight.units = numbers["count"], numbers["weight"]
+        self.less = {name: ExactScalar(units) for name, units in numbers["less"].items()}
         if self.counters is not None:
             self.counters = np.array(numbers["counters"], object)
         for name, (value, count) in numbers["metrics"].items():
             self.metrics[name] = (ExactScalar(value), ExactScalar(count))
 
-    def close(self, population: int) -> Aggregate:
+    def close(self, population: int, state: Vectors, key: Key) -> Aggregate:
         weight = self.weight.value()
         if self.count < 1 or not weight > 0:
             raise RunError("there is nothing to average: no update was accepted")
@@ -182,16 +188,20 @@ class _RunningMean(Accumulator):
         measurements = {
             name: value.value() / count.value()
             for name, (value, count) in sorted(self.metrics.items())
-            if count.units
         }
+        behind = {name: weight - less.value() for name, less in self.less.items()}
         return Aggregate(
-            {name: total.quotient(weight) for name, total in self.sums.items()},
+            {
+                name: _mean(total, behind.get(name, weight), self._schema.vectors[name])
+                for name, total in self.sums.items()
+            },
             {name: total.quotient(weight) for name, total in self.statistics.items()}
             | self._mean_counters(),
             weight=weight,
             count=self.count,
             population=population,
             measurements={**measurements, "float_fallback": float(len(inexact))},
+            weights=behind,
         )
 
     def _mean_counters(self) -> Vectors:
@@ -200,6 +210,14 @@ class _RunningMean(Accumulator):
         units = self.weight.units
         means = [_round_division(int(total), units) for total in self.counters]
         return {"counters": np.array(means, np.int64)}
+
+
+def _mean(total: FixedSum, weight: float, spec: Spec) -> NDArray[np.floating]:
+    """The mean of one vector; zeros where nobody sent it."""
+    weight = weight if weight > 0 else math.inf
+    narrow = spec.dtype == "float32"
+    mean = total.quotient(weight) if narrow else total.value() / weight
+    return mean.reshape(spec.shape)
 
 
 def _round_division(numerator: int, denominator: int) -> int:

@@ -1,130 +1,196 @@
-"""The pipeline: stages chained by `>>`, from a client's update to the server's step."""
+"""The pipeline at work: bound stages, from a client's update to the server's step.
+
+States and memories of stages are trees by position, {"0": {...}}, without those that are empty.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from atoll.aggregation.stage import Accumulator, Reducer, Schema, Stage
+from atoll.aggregation.conversation import Conversation, Talk
+from atoll.aggregation.schema import Schema
+from atoll.aggregation.stage import (
+    Accumulator,
+    Pipeline,
+    Reducer,
+    Sampling,
+    Setting,
+    Stage,
+    stages_of,
+)
+from atoll.aggregation.validate import validate
 from atoll.core.random import Key
-from atoll.core.updates import Aggregate, Update
-from atoll.core.vectors import Vectors, part, prefixed
-from atoll.errors import ConfigurationError
+from atoll.core.updates import Aggregate, Bounds, Sender, Update
+from atoll.core.vectors import Layout, Tree, Vectors
+from atoll.errors import ConfigurationError, UpdateRefused
 
 
-class Pipeline:
-    """Stages in order, exactly one of which is a reducer once the pipeline is put to use.
+def bind(
+    given: Stage | Pipeline, schema: Schema, shared: Layout, sampling: Sampling
+) -> BoundPipeline:
+    """The stages as they work in a federation; `ConfigurationError` says why they cannot.
 
-    State and memories of stages are kept side by side, each name prefixed by its stage's position.
+    Args:
+        given: what people wrote.
+        schema: what the algorithm reports.
+        shared: the layout of what travels of the model.
+        sampling: how the schedule draws its cohorts.
+    """
+    stages = stages_of(given)
+    reducers = [place for place, stage in enumerate(stages) if isinstance(stage, Reducer)]
+    if len(reducers) != 1:
+        raise ConfigurationError(
+            f"a pipeline needs exactly one stage that makes one of many, such as Mean(); "
+            f"{Pipeline(*stages)!r} has {len(reducers)}"
+        )
+    end = reducers[0]
+    bound: list[Stage] = []
+    schemas, bounds = [schema], dict[tuple[str, ...], float]()
+    for place, stage in enumerate(stages):
+        here = schemas[place] if place < end else schema
+        about = Setting(tuple(bound), stages[place + 1 :], here, bounds, shared, sampling)
+        bound.append(stage.bind(about))
+        if place <= end:
+            schemas.append(bound[-1].sends(schemas[-1]))
+            bounds = dict(bound[-1].bound(bounds, bound[-1].init(here)))
+    if any(stage.hides_metrics for stage in bound):
+        schemas = [replace(each, metrics={}) for each in schemas]
+    return BoundPipeline(tuple(bound), end, tuple(schemas))
+
+
+@dataclass(frozen=True, eq=False)
+class BoundPipeline:
+    """Stages that know where they stand; those up to the reducer at `end` run on clients.
+
+    `schemas[i]` is what reaches the stage at position i on a client, the last one what travels.
     """
 
-    def __init__(self, *stages: Stage) -> None:
-        self.stages = stages
-
-    def __rshift__(self, other: Stage | Pipeline) -> Pipeline:
-        more = other.stages if isinstance(other, Pipeline) else (other,)
-        return Pipeline(*self.stages, *more)
-
-    def __repr__(self) -> str:
-        return " >> ".join(repr(stage) for stage in self.stages)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pipeline) and self.stages == other.stages
-
-    def __hash__(self) -> int:
-        return hash(self.stages)
+    stages: tuple[Stage, ...]
+    end: int
+    schemas: tuple[Schema, ...]
 
     @property
     def reducer(self) -> Reducer:
-        reducers = [stage for stage in self.stages if isinstance(stage, Reducer)]
-        if len(reducers) != 1:
-            raise ConfigurationError(
-                f"a pipeline needs exactly one stage that makes one of many, such as Mean(); "
-                f"{self!r} has {len(reducers)}"
-            )
-        return reducers[0]
+        found = self.stages[self.end]
+        assert isinstance(found, Reducer)
+        return found
 
     @property
-    def _before(self) -> list[tuple[int, Stage]]:
-        """Positions and stages that run on clients."""
-        end = self.stages.index(self.reducer)
-        return list(enumerate(self.stages))[: end + 1]
+    def message(self) -> Schema:
+        """What travels as the answer to the question that is worked for."""
+        return self.schemas[-1]
 
-    @property
-    def _after(self) -> list[tuple[int, Stage]]:
-        end = self.stages.index(self.reducer)
-        return list(enumerate(self.stages))[end + 1 :]
+    @cached_property
+    def gathers(self) -> Schema:
+        """What the reducer's accumulator is given."""
+        taken = self.reducer.takes(self.schemas[self.end])
+        return replace(taken, metrics=self.message.metrics)
 
     @cached_property
     def transparent(self) -> bool:
         """Whether updates reach the reducer as the algorithm made them."""
-        return all(
-            type(stage).encode is Stage.encode and type(stage).decode is Stage.decode
-            for _, stage in self._before
+        plain = all(
+            type(stage).encode is Stage.encode
+            and type(stage).decode is Stage.decode
+            and type(stage).verify is Stage.verify
+            for stage in self.stages[: self.end + 1]
         )
+        return plain and type(self.reducer).seal is Reducer.seal
 
-    def check(self, reports: Sequence[str], weighted: bool) -> None:
-        """Raise `ConfigurationError`, saying why, if these stages cannot work together."""
-        _ = self.reducer
-        for stage in self.stages:
-            stage.check(self, reports, weighted)
-
-    def init(self) -> Vectors:
+    def init(self) -> Tree:
         """The server's state of all stages."""
-        return _join((position, stage.init()) for position, stage in enumerate(self.stages))
+        first = self.schemas[0]
+        schemas = [*self.schemas[: self.end + 1], *[first] * (len(self.stages) - self.end - 1)]
+        return _kept(s.init(schema) for s, schema in zip(self.stages, schemas, strict=True))
 
-    def broadcast(self, state: Vectors) -> Vectors:
+    def bounds(self, state: Tree) -> Bounds:
+        """How large one update can be as the reducer gets it."""
+        bounds: Bounds = {}
+        for place, stage in enumerate(self.stages[: self.end + 1]):
+            bounds = stage.bound(bounds, _of(state, place))
+        return bounds
+
+    def broadcast(self, state: Tree) -> Tree:
         """What clients must know of it."""
-        return _join(
-            (position, stage.broadcast(part(f"{position}/", state)))
-            for position, stage in enumerate(self.stages)
-        )
+        return _kept(stage.broadcast(_of(state, at)) for at, stage in enumerate(self.stages))
 
-    def remember(self, schema: Schema) -> Vectors:
+    def remember(self) -> Tree:
         """What a client's halves remember before its first round."""
-        return _join((position, stage.remember(schema)) for position, stage in self._before)
+        clients = zip(self.stages[: self.end + 1], self.schemas, strict=False)
+        return _kept(stage.remember(schema) for stage, schema in clients)
 
     def encode(
-        self, update: Update, told: Vectors, memory: Vectors, key: Key
-    ) -> tuple[Update, Vectors]:
+        self, update: Update, told: Tree, memory: Tree, key: Key, secret: Key
+    ) -> tuple[Update, Tree]:
         """The client halves: from the algorithm's update to the message, and the new memory."""
-        kept = {}
-        for position, stage in self._before:
-            update, kept[position] = stage.encode(
-                update,
-                part(f"{position}/", told),
-                part(f"{position}/", memory),
-                key.fold("stage", position),
-            )
-        return update, _join(kept.items())
+        kept = []
+        for place, stage in enumerate(self.stages[: self.end + 1]):
+            own = (secret if stage.secret else key).fold("stage", place)
+            update, after = stage.encode(update, _of(told, place), _of(memory, place), own)
+            kept.append(after)
+        known = self.message.metrics
+        metrics = {name: value for name, value in update.metrics.items() if name in known}
+        return replace(update, metrics=metrics), _kept(kept)
 
-    def decode(self, update: Update, schema: Schema) -> Update:
-        """The server halves for one message, in reverse order."""
-        for _, stage in reversed(self._before):
-            update = stage.decode(update, schema)
+    def decode(self, message: Update, told: Tree) -> Update:
+        """The server halves for one message, right to left; raises `UpdateRefused`, saying why."""
+        if self.transparent:
+            validate(message, self.gathers)
+            return message
+        validate(message, self.message)
+        update = message
+        for place, stage in reversed(list(enumerate(self.stages[: self.end + 1]))):
+            try:
+                update = stage.decode(update, self.schemas[place])
+                update = stage.verify(update, _of(told, place))
+            except UpdateRefused:
+                raise
+            except Exception as error:
+                # Whatever a stranger's bytes do to a stage, the round must go on.
+                name, text = type(stage).__name__.lstrip("_"), str(error).partition("\n")[0][:100]
+                raise UpdateRefused(
+                    f"{name} cannot read it ({type(error).__name__}: {text})"
+                ) from error
+        validate(update, self.gathers)
         return update
 
-    def open(self, schema: Schema) -> Accumulator:
+    def open(self) -> Accumulator:
         """An empty accumulator for one round."""
-        return self.reducer.open(schema)
+        return self.reducer.open(self.gathers)
 
-    def release(self, aggregate: Aggregate, state: Vectors, key: Key) -> tuple[Aggregate, Vectors]:
+    def talk(
+        self, members: Sequence[Sender], population: int, state: Tree, key: Key
+    ) -> Conversation:
+        """The reducer's round, question by question."""
+        own = Talk(tuple(members), population, _of(state, self.end), key.fold("reduce"))
+        aggregate = yield from self.reducer.talk(self.gathers, own)
+        return replace(aggregate, bounds=self.bounds(state))
+
+    def close(self, sums: Accumulator, population: int, state: Tree, key: Key) -> Aggregate:
+        """What a reducer of one question makes of what was taken in."""
+        own = _of(state, self.end)
+        aggregate = sums.close(population, own, key.fold("reduce"))
+        return replace(aggregate, bounds=self.bounds(state))
+
+    def release(
+        self, aggregate: Aggregate, state: Tree, key: Key, secret: Key
+    ) -> tuple[Aggregate, Tree]:
         """The server halves for the aggregate, and the stages' next state."""
-        kept = {}
-        for position, stage in [*self._after, *reversed(self._before)]:
-            aggregate, kept[position] = stage.release(
-                aggregate, part(f"{position}/", state), key.fold("stage", position)
-            )
-        return aggregate, _join(kept.items())
+        places = [*range(self.end + 1, len(self.stages)), *reversed(range(self.end + 1))]
+        kept: list[Vectors] = [{}] * len(self.stages)
+        for place in places:
+            stage = self.stages[place]
+            own = (secret if stage.secret else key).fold("stage", place)
+            aggregate, kept[place] = stage.release(aggregate, _of(state, place), own)
+        return aggregate, _kept(kept)
 
 
-def as_pipeline(stages: Stage | Pipeline) -> Pipeline:
-    """A pipeline from a single stage or a chain of them."""
-    return stages if isinstance(stages, Pipeline) else Pipeline(stages)
+def _of(tree: Tree, place: int) -> Vectors:
+    found: Vectors = tree.get(str(place), {})
+    return found
 
 
-def _join(parts: Iterable[tuple[int, Vectors]]) -> Vectors:
-    joined: Vectors = {}
-    for position, vectors in sorted(parts, key=lambda part: part[0]):
-        joined |= prefixed(f"{position}/", vectors)
-    return joined
+def _kept(parts: Iterable[Vectors]) -> Tree:
+    return {str(place): vectors for place, vectors in enumerate(parts) if vectors}

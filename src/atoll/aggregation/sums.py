@@ -1,14 +1,15 @@
-"""Exact sums: fixed point in integers, so that order, grouping and withdrawal cannot matter.
+"""Exact sums: fixed point in integers, so that order and grouping cannot matter.
 
 A value is counted in units of 2^-40 and summed in int64. Before a sum could overflow, its upper
 part is carried into a second int64 worth 2^32 units, so values up to 2^38 are summed exactly.
 Integer addition is associative: any order, any split over workers and any restart give the same
-bits, and subtracting an update restores the sum as if it had never been there.
+bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +60,8 @@ class FixedSum:
     def exact(self) -> bool:
         return self.floating is None
 
-    def add(self, vector: NDArray[np.floating], weight: float, sign: int = 1) -> None:
-        """Add (sign 1) or withdraw (sign -1) `weight * vector`; all values must be finite."""
+    def add(self, vector: NDArray[Any], weight: float) -> None:
+        """Add `weight * vector` [size], of floats or integers; all values must be finite."""
         if not vector.size:
             return
         scale = weight * float(1 << UNIT_BITS)
@@ -68,14 +69,14 @@ class FixedSum:
         if peak >= LIMIT:
             if self.floating is None:
                 self.floating = np.zeros(len(vector))
-            self.floating += sign * weight * vector.astype(np.float64)
+            self.floating += weight * vector.astype(np.float64)
         elif peak >= MAGIC_LIMIT:
-            self._add_wide(vector, scale, sign)
+            self._add_wide(vector, scale)
         else:
             self._make_room(int(peak) + 1)
-            self._add_narrow(vector, scale, sign)
+            self._add_narrow(vector, scale)
 
-    def add_rows(self, rows: NDArray[np.floating], weights: Sequence[float]) -> None:
+    def add_rows(self, rows: NDArray[Any], weights: Sequence[float]) -> None:
         """Add `weight * row` of every row [C, size], to the bit as if one after the other."""
         if not rows.size:
             return
@@ -157,26 +158,25 @@ class FixedSum:
         mean: NDArray[np.float32] = low.view(np.float32)[:size]
         return mean
 
-    def _add_narrow(self, vector: NDArray[np.floating], scale: float, sign: int) -> None:
+    def _add_narrow(self, vector: NDArray[Any], scale: float) -> None:
         # Tiles keep the scratch in the processor's cache.
         scratch = np.empty(min(TILE, len(vector)), np.float64)
-        accumulate = np.add if sign > 0 else np.subtract
         for start in range(0, len(vector), TILE):
             part = vector[start : start + TILE]
             floats = scratch[: len(part)]
             np.multiply(part, scale, out=floats, dtype=np.float64)
             floats += MAGIC
             total = self._low[start : start + TILE]
-            accumulate(total, floats.view(np.int64), out=total)
-        self._magic += sign
+            np.add(total, floats.view(np.int64), out=total)
+        self._magic += 1
 
-    def _add_wide(self, vector: NDArray[np.floating], scale: float, sign: int) -> None:
+    def _add_wide(self, vector: NDArray[Any], scale: float) -> None:
         units = np.rint(vector.astype(np.float64) * scale)
         upper = np.floor(units / float(1 << CARRY_BITS))
         lower = units - upper * float(1 << CARRY_BITS)
         self._make_room(1 << CARRY_BITS)
-        self._low += sign * lower.astype(np.int64)
-        self._upper()[...] += sign * upper.astype(np.int64)
+        self._low += lower.astype(np.int64)
+        self._upper()[...] += upper.astype(np.int64)
 
     def _make_room(self, magnitude: int) -> None:
         if self._taken + magnitude >= ROOM:
@@ -217,8 +217,8 @@ class ExactScalar:
     def __init__(self, units: int = 0) -> None:
         self.units = units
 
-    def add(self, value: float, sign: int = 1) -> None:
-        self.units += sign * to_units(value)
+    def add(self, value: float) -> None:
+        self.units += to_units(value)
 
     def add_all(self, values: Sequence[float]) -> None:
         """Add many numbers, as if one after the other."""

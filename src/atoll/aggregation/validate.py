@@ -1,45 +1,37 @@
-"""The door: an update that is not what it should be is refused, with a sentence."""
+"""Validation: an update that is not what its schema says is refused, with a sentence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.aggregation.stage import Schema
+from atoll.aggregation.schema import Schema, Spec
 from atoll.core.updates import Update
 from atoll.core.vectors import Vectors, describe_names
 from atoll.errors import UpdateRefused
 
-#: Lighter updates would lose digits in fixed point, heavier ones would not fit it.
-WEIGHT_LEAST, WEIGHT_LIMIT = 2.0**-20, 2.0**40
-METRIC_LIMIT = 64
 NAME_LIMIT = 64
 TILE = 1 << 18
 
 
-def admit(update: Update, schema: Schema) -> None:
+def validate(update: Update, schema: Schema) -> None:
     """Raise `UpdateRefused` unless the update is complete, well-formed and finite."""
-    _match("vectors", update.vectors, schema.vectors)
+    absent = {name for name, share in update.shares.items() if share == 0}
+    _match("vectors", {*update.vectors, *absent}, schema.vectors)
     _match("statistics", update.statistics, schema.statistics)
+    for name in absent & set(update.vectors):
+        raise UpdateRefused(f"{name!r} has share 0, and is there all the same")
     for name, vector in update.vectors.items():
-        _vector(name, vector, schema.vectors[name], np.dtype(np.float32))
+        _array(name, vector, schema.vectors[name])
     for name, vector in update.statistics.items():
-        _vector(name, vector, schema.statistics[name], schema.dtype(name))
-    if not (math.isfinite(update.weight) and WEIGHT_LEAST <= update.weight <= WEIGHT_LIMIT):
-        raise UpdateRefused(
-            f"its weight is {update.weight}, which is not a number from 1e-6 to 1e12; weights are "
-            "relative, so scale them, e.g. to examples"
-        )
-    if len(update.metrics) > METRIC_LIMIT:
-        raise UpdateRefused(f"it reports more than {METRIC_LIMIT} metrics")
-    if any(not name.isprintable() or len(name) > NAME_LIMIT for name in update.metrics):
-        raise UpdateRefused(
-            f"a metric has a name that is longer than {NAME_LIMIT} characters, or not printable"
-        )
+        _array(name, vector, schema.statistics[name])
+    _weight(update.weight, schema)
+    _shares(update.shares, schema)
+    _metrics(update.metrics, schema)
 
 
 def validate_rows(
@@ -57,19 +49,21 @@ def validate_rows(
     try:
         _match("vectors", vectors, schema.vectors)
         _match("statistics", statistics, schema.statistics)
+        for name, rows in {**vectors, **statistics}.items():
+            _shape(name, rows[0], {**schema.vectors, **schema.statistics}[name])
     except UpdateRefused as refusal:
         return [str(refusal)] * len(weights)
-    arrays = {**vectors, **statistics}
     # A sum is NaN or infinite if anything in it is; it may also overflow, so a row is looked at.
     doubtful = np.zeros(len(weights), bool)
-    for name, rows in arrays.items():
+    for name, rows in {**vectors, **statistics}.items():
         if rows.dtype.kind == "f" and name not in finite:
             with np.errstate(all="ignore"):
-                doubtful |= ~np.isfinite(rows.sum(axis=1))
+                doubtful |= ~np.isfinite(rows.reshape(len(rows), -1).sum(axis=1))
+    least, most = schema.weights
     for c, weight in enumerate(weights):
-        if doubtful[c] or not WEIGHT_LEAST <= weight <= WEIGHT_LIMIT:
+        if doubtful[c] or not least <= weight <= most:
             try:
-                admit(
+                validate(
                     Update(
                         {name: rows[c] for name, rows in vectors.items()},
                         weight,
@@ -79,30 +73,71 @@ def validate_rows(
                 )
             except UpdateRefused as refusal:
                 faults[c] = str(refusal)
-    for name, rows in arrays.items():
-        size = {**schema.vectors, **schema.statistics}[name]
-        if rows.shape[1] != size:
-            return [f"{name!r} has {rows.shape[1]} values, but {size} were asked for"] * len(faults)
     return faults
 
 
-def _match(kind: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if set(given) != set(wanted):
-        shown = describe_names(name[:NAME_LIMIT] for name in sorted(given)[:5])
-        more = f" and {len(given) - 5} more" if len(given) > 5 else ""
+def _weight(weight: float, schema: Schema) -> None:
+    least, most = schema.weights
+    if math.isfinite(weight) and least <= weight <= most:
+        return
+    if least == most:
+        raise UpdateRefused(f"its weight is {weight:g}, but here every update has weight {most:g}")
+    raise UpdateRefused(
+        f"its weight is {weight}, which is not a number from {least:.3g} to {most:.3g}; weights "
+        "are relative, so scale them, e.g. to examples"
+    )
+
+
+def _shares(shares: Mapping[str, float], schema: Schema) -> None:
+    for name, share in shares.items():
+        spec = schema.vectors.get(name)
+        if spec is None or not (spec.optional or share == 1):
+            raise UpdateRefused(f"{_short(name)!r} may not be left out, or count for less")
+        if not 0 <= share <= 1:
+            raise UpdateRefused(f"the share of {name!r} is {share}, which is not from 0 to 1")
+
+
+def _metrics(metrics: Mapping[str, float], schema: Schema) -> None:
+    for name, value in metrics.items():
+        if name not in schema.metrics:
+            known = describe_names(schema.metrics)
+            raise UpdateRefused(f"it reports a metric {_short(name)!r}; metrics are {known}")
+        least, most = schema.metrics[name]
+        # What is not finite says that training diverges; it is left out of the means.
+        if math.isfinite(value) and not least <= value <= most:
+            raise UpdateRefused(
+                f"its metric {name!r} is {value:g}, which is not from {least:g} to {most:g}"
+            )
+
+
+def _match(kind: str, given: Iterable[str], wanted: Mapping[str, Any]) -> None:
+    names = set(given)
+    if names != set(wanted):
+        shown = describe_names(_short(name) for name in sorted(names)[:5])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise UpdateRefused(
             f"its {kind} are {shown}{more}, but {describe_names(wanted)} were asked for"
         )
 
 
-def _vector(name: str, vector: NDArray[Any], size: int, dtype: np.dtype[Any]) -> None:
-    if vector.shape != (size,) or vector.dtype != dtype:
+def _shape(name: str, array: NDArray[Any], spec: Spec) -> None:
+    if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
         raise UpdateRefused(
-            f"{name!r} is {vector.dtype} {list(vector.shape)}, but {dtype} [{size}] was asked for"
+            f"{name!r} is {array.dtype} {list(array.shape)}, but {spec} was asked for"
         )
-    if dtype.kind == "f":
+
+
+def _array(name: str, array: NDArray[Any], spec: Spec) -> None:
+    _shape(name, array, spec)
+    if array.dtype.kind == "f":
+        flat = array.reshape(-1)
         # In tiles: a mask of a whole model is a quarter of it.
-        tiles = (vector[start : start + TILE] for start in range(0, size, TILE))
+        tiles = (flat[start : start + TILE] for start in range(0, len(flat), TILE))
         wrong = sum(len(tile) - int(np.isfinite(tile).sum()) for tile in tiles)
         if wrong:
             raise UpdateRefused(f"{name!r} holds {wrong} values that are NaN or infinite")
+
+
+def _short(name: str) -> str:
+    """A stranger's name, fit for a sentence."""
+    return "".join(c if c.isprintable() else "?" for c in name[:NAME_LIMIT])

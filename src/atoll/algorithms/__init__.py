@@ -1,15 +1,14 @@
 """Algorithms: what clients do and what the server does. One file per idea."""
 
-from atoll.algorithms.algorithm import Algorithm
-from atoll.algorithms.client import Client
-from atoll.algorithms.fedadagrad import FedAdagrad
-from atoll.algorithms.fedadam import FedAdam
+from atoll.algorithms import local, server
+from atoll.algorithms.algorithm import Algorithm, Gather, Start
+from atoll.algorithms.client import Client, Holder
 from atoll.algorithms.fedavg import FedAvg
-from atoll.algorithms.fedavgm import FedAvgM
-from atoll.algorithms.fedprox import FedProx
 from atoll.algorithms.fedsgd import FedSGD
-from atoll.algorithms.fedyogi import FedYogi
+from atoll.algorithms.local import LocalRule
+from atoll.algorithms.named import FedAdagrad, FedAdam, FedAvgM, FedProx, FedYogi
 from atoll.algorithms.scaffold import Scaffold
+from atoll.algorithms.server import ServerOptimizer
 
 __all__ = [
     "Algorithm",
@@ -21,5 +20,12 @@ __all__ = [
     "FedProx",
     "FedSGD",
     "FedYogi",
+    "Gather",
+    "Holder",
+    "LocalRule",
     "Scaffold",
+    "ServerOptimizer",
+    "Start",
+    "local",
+    "server",
 ]

@@ -1,69 +1,104 @@
-"""FedAvg: train locally, average the changes.
+"""FedAvg: train locally, average the changes; composed of a local rule and a server optimiser.
 
 McMahan, Moore, Ramage, Hampson, Agüera y Arcas: "Communication-efficient learning of deep networks
-from decentralized data", AISTATS 2017, algorithm 1. The server learning rate is that of Reddi et
-al., "Adaptive federated optimization", ICLR 2021, algorithm 1; at 1 the two are the same.
+from decentralized data", AISTATS 2017, algorithm 1.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from atoll.algorithms.algorithm import Algorithm
+from atoll.aggregation.schema import Shape
+from atoll.algorithms.algorithm import Algorithm, Start
 from atoll.algorithms.client import Client
+from atoll.algorithms.local import LocalRule, Plain
+from atoll.algorithms.server import SGD, ServerOptimizer
 from atoll.core.updates import Aggregate, Update
-from atoll.core.vectors import Array, Vector, Vectors
+from atoll.core.vectors import Array, Layout, Vectors
 from atoll.errors import ConfigurationError
-from atoll.learners.base import Correction, Learner, LocalResult
+from atoll.learners.base import Ability, Learner, LocalResult
+
+WEIGHTINGS = ("examples", "uniform", "work")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(Algorithm):
-    """Federated averaging, and the base of every algorithm whose clients run the local loop.
-
-    Such an algorithm overrides `correction` (what to descend along), `finish` (what to report) or
-    `step` (what the server does).
+    """Federated averaging, from three parts that are chosen apart.
 
     Args:
-        weighting: a client's share in the mean: its "examples", "uniform", or the "work" it did
+        local: what clients descend along and report (`algorithms.local`).
+        server: what the server does with the mean change (`algorithms.server`).
+        weighting: a client's weight in the mean: its "examples", "uniform", or the "work" it did
             (examples gone over), which counts partial work as such.
-        server_lr: what the mean change is multiplied by.
     """
 
+    local: LocalRule = field(default_factory=Plain)
+    server: ServerOptimizer = field(default_factory=SGD)
     weighting: Literal["examples", "uniform", "work"] = "examples"
-    server_lr: float = 1.0
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        for name in ("correction", "finish", "objective"):
+            if name in vars(cls):
+                raise ConfigurationError(
+                    f"{cls.__name__}.{name} would never be called: write it in a LocalRule, and "
+                    f"give FedAvg(local=...)"
+                )
 
     def __post_init__(self) -> None:
-        if self.weighting not in ("examples", "uniform", "work"):
+        if self.weighting not in WEIGHTINGS:
             raise ConfigurationError(
                 f"weighting must be examples, uniform or work, not {self.weighting!r}"
             )
-        positive("server_lr", self.server_lr)
+        for name, kind, where in (
+            ("local", LocalRule, "algorithms.local"),
+            ("server", ServerOptimizer, "algorithms.server"),
+        ):
+            given = getattr(self, name)
+            if not isinstance(given, kind):
+                hint = "; call it to make one" if isinstance(given, type) else ""
+                raise ConfigurationError(f"{name} must be one of {where}, not {given!r}{hint}")
+
+    @property
+    def needs(self) -> frozenset[Ability]:  # type: ignore[override]
+        return self.local.needs
+
+    @property
+    def passes(self) -> float:  # type: ignore[override]
+        return self.local.passes
 
     @property
     def weighted(self) -> bool:  # type: ignore[override]
         return self.weighting != "uniform"
 
-    def init(self, params: Vector) -> Vectors:
-        return {"params": params}
+    def reports(self, shared: Layout) -> Mapping[str, Shape]:
+        return {"delta": shared.size, **self.local.reports(shared)}
 
-    def correction(self, got: dict[str, Array], mine: dict[str, Array]) -> Correction | None:
-        """What to descend along instead of the gradient; None is the gradient itself."""
-        return None
+    def init(self, start: Start) -> Vectors:
+        parts = [{"params": start.params}, self.server.init(start.params)]
+        parts.append(self.local.init(start.params))
+        names = [name for part in parts for name in part]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigurationError(
+                    f"{self.local!r} and {self.server!r} both keep {name!r} at the server"
+                )
+        return {name: vector for part in parts for name, vector in part.items()}
+
+    def broadcast(self, state: Vectors) -> Vectors:
+        rule = self.local.init(state["params"][:0])
+        return {"params": state["params"], **{name: state[name] for name in rule}}
+
+    def remember(self, got: Vectors, shared: Layout) -> Vectors:
+        return self.local.remember(got, shared)
 
     def work(
         self, client: Client, got: dict[str, Array], mine: dict[str, Array]
     ) -> tuple[Update, dict[str, Array]]:
-        local = client.train(got["params"], self.correction(got, mine))
-        return self.finish(client, local, got, mine)
-
-    def finish(
-        self, client: Client, local: LocalResult, got: dict[str, Array], mine: dict[str, Array]
-    ) -> tuple[Update, dict[str, Array]]:
-        """The update and the new memory, from the trained parameters."""
-        return self.report(local, delta=local.params - got["params"]), mine
+        local, vectors, kept = self.local.work(client, got, mine)
+        return self.report(local, **vectors), kept
 
     def report(self, local: LocalResult, **vectors: Array) -> Update:
         """An update of these vectors, weighted and measured as this algorithm says."""
@@ -71,24 +106,11 @@ class FedAvg(Algorithm):
         metrics = {"train_loss": local.loss, "steps": local.steps, "seen": local.seen}
         return Update(vectors, weight=weight, metrics=metrics)
 
-    def step(self, state: Vectors, mean: Aggregate) -> Vectors:
-        return {**state, "params": state["params"] + self.server_lr * mean["delta"]}
+    def step(self, state: Vectors, mean: Aggregate, server: Client) -> Vectors:
+        memory = {name: state[name] for name in self.server.init(state["params"][:0])}
+        params, memory = self.server.step(state["params"], mean["delta"], memory)
+        return {"params": params, **memory, **self.local.step(state, mean)}
 
     def check(self, learner: Learner) -> None:
-        if self.needs_gradients and "gradient" not in learner.abilities:
-            raise ConfigurationError(
-                f"{type(self).__name__} changes the local gradient, but {type(learner).__name__} "
-                "can only fit; use FedAvg or one of the server optimisers with it"
-            )
-
-
-def positive(name: str, value: float) -> None:
-    """Raise `ConfigurationError` unless a hyper-parameter is a positive finite number."""
-    if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
-        raise ConfigurationError(f"{name} must be positive and finite, not {value!r}")
-
-
-def at_least_zero(name: str, value: float) -> None:
-    """Raise `ConfigurationError` unless a hyper-parameter is a finite number of at least 0."""
-    if not (isinstance(value, int | float) and value >= 0 and math.isfinite(value)):
-        raise ConfigurationError(f"{name} must be at least 0 and finite, not {value!r}")
+        super().check(learner)
+        self.local.check(learner)

@@ -1,6 +1,6 @@
-"""Engines: how the turns of a cohort are run. The algorithm never knows which one it is.
+"""Engines: how the tasks of a cohort are run. The algorithm never knows which one it is.
 
-An engine is a description; opened over a plan and its data it becomes a crew, which takes turns in
+An engine is a description; opened over a plan and its data it becomes a crew, which takes tasks in
 blocks. What is in a block never depends on how many workers there are, and sums are exact, so
 the number of workers, the order in which they finish and their deaths change no byte.
 """
@@ -11,36 +11,35 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Self, TypeVar
 
 from atoll.aggregation.stage import Accumulator
-from atoll.backends.allocator import keep_freed_memory
-from atoll.backends.stacks import Delivery, Turn
 from atoll.core.random import Key
-from atoll.core.vectors import Vectors
+from atoll.core.vectors import Tree
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError
 from atoll.learners.base import stacking
 from atoll.rounds.plan import Plan
+from atoll.rounds.task import ClientTask, TaskResult
 
 Method = Literal["sequential", "stacked"]
-#: A place among the turns that were asked for, and what came of that turn.
-Result = tuple[int, Delivery]
+#: A place among the tasks that were asked for, and what came of that task.
+Result = tuple[int, TaskResult]
 
 
 class Backend(ABC):
     """An engine at work on one run; used as a context, it cleans up after itself."""
 
     #: The engine as it turned out: every choice made.
-    engine: Engine
+    engine: Any
     #: Why the engine is not quite what was asked for, in sentences.
     notes: list[str]
 
     @abstractmethod
     def run(
-        self, received: Vectors, turns: Sequence[Turn], sums: Accumulator
+        self, received: Tree, tasks: Sequence[ClientTask], sums: Accumulator
     ) -> Generator[list[Result]]:
-        """Run turns, block by block in any order, and add their updates to `sums`.
+        """Run tasks, block by block in any order, and add their updates to `sums`.
 
         Sums are complete when the iterator is at its end; it may be closed before.
         """
@@ -56,7 +55,7 @@ class Backend(ABC):
 
 
 class Engine(ABC):
-    """How turns are run."""
+    """How tasks are run."""
 
     @abstractmethod
     def open(self, plan: Plan, data: FederatedData, key: Key) -> Backend:
@@ -64,8 +63,8 @@ class Engine(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalEngine(Engine):
-    """Turns on this machine; see `Sequential` and `Stacked`, which make it.
+class Arrangement:
+    """How the tasks of a cohort are laid out over workers.
 
     Args:
         method: "sequential" takes one client after the other, "stacked" a block of them at once.
@@ -87,16 +86,7 @@ class LocalEngine(Engine):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"{name} must be a whole number of at least 1")
 
-    def open(self, plan: Plan, data: FederatedData, key: Key) -> Backend:
-        from atoll.backends.processes import Processes
-        from atoll.backends.threads import Threads
-
-        keep_freed_memory()
-        engine, notes = step_aside(self, plan, data)
-        kind = Processes if engine.processes else Threads
-        return kind(engine, plan, data, key, notes)
-
-    def alone(self) -> LocalEngine:
+    def alone(self) -> Self:
         """The same cores for one client at a time: as workers, not within an operation."""
         workers = self.workers * self.threads
         return replace(self, method="sequential", block=1, workers=workers, threads=1)
@@ -112,9 +102,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def step_aside(
-    engine: LocalEngine, plan: Plan, data: FederatedData
-) -> tuple[LocalEngine, list[str]]:
+A = TypeVar("A", bound=Arrangement)
+
+
+def step_aside(engine: A, plan: Plan, data: FederatedData) -> tuple[A, list[str]]:
     """The engine with what plan and platform do not allow taken back, and why."""
     notes = []
     learner, examples = plan.learner, data.train(0)

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from atoll.aggregation.stage import Accumulator
-from atoll.backends.backend import Backend, Engine, LocalEngine, Method, Result, cores
-from atoll.backends.stacks import Turn
+from atoll.backends.backend import Backend, Engine, Method, Result, cores
+from atoll.backends.local import LocalEngine
 from atoll.backends.work import expected_work
 from atoll.core.random import Key
-from atoll.core.vectors import Vectors
+from atoll.core.vectors import Tree
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError
 from atoll.learners.base import stacking
 from atoll.rounds.plan import Plan
+from atoll.rounds.task import ClientTask
 
 #: A stack's parameters should stay in a processor's caches.
 STACK_BYTES = 16 << 20
@@ -112,7 +113,7 @@ class Auto(Engine):
 
 
 class _Measuring(Backend):
-    """Chooses when it sees the first turns, and is the chosen crew from then on."""
+    """Chooses when it sees the first tasks, and is the chosen crew from then on."""
 
     def __init__(self, plan: Plan, data: FederatedData, key: Key) -> None:
         self._plan, self._data, self._key = plan, data, key
@@ -121,13 +122,13 @@ class _Measuring(Backend):
         self.notes: list[str] = []
 
     def run(
-        self, received: Vectors, turns: Sequence[Turn], sums: Accumulator
+        self, received: Tree, tasks: Sequence[ClientTask], sums: Accumulator
     ) -> Generator[list[Result]]:
         if self._crew is None:
-            fastest, figures = measure(self._plan, self._data, self._key, received, turns)
+            fastest, figures = measure(self._plan, self._data, self._key, received, tasks)
             self._crew = fastest.open(self._plan, self._data, self._key)
             self.notes += [*figures, *self._crew.notes]
-        yield from self._crew.run(received, turns, sums)
+        yield from self._crew.run(received, tasks, sums)
         self.engine = self._crew.engine
 
     def close(self) -> None:
@@ -135,16 +136,16 @@ class _Measuring(Backend):
             self._crew.close()
 
 
-def candidates(plan: Plan, data: FederatedData, turns: int) -> list[LocalEngine]:
+def candidates(plan: Plan, data: FederatedData, tasks: int) -> list[LocalEngine]:
     """What may be fastest, the likeliest first: what the rule would choose, then the others."""
     learner, examples = plan.learner, data.train(0)
-    workers = min(cores(), turns) if stacking(learner).threads_safely(examples) else 1
+    workers = min(cores(), tasks) if stacking(learner).threads_safely(examples) else 1
     plain = LocalEngine(method="sequential", block=1, workers=workers, processes=False, threads=1)
     found = [AutoConfig().resolve(plan, data), plain]
     if cores() > 1:
         found.append(replace(plain, workers=1, threads=cores()))
     if not stacking(learner).stacks(examples):
-        most = min(turns, STACK_LIMIT)
+        most = min(tasks, STACK_LIMIT)
         for size in sorted({most, *(size for size in (4, 16, 64) if size < most)}, reverse=True):
             # Beyond this the stack no longer fits anything near the processor.
             if size <= 4 * fitting(plan, data):
@@ -162,7 +163,7 @@ def fitting(plan: Plan, data: FederatedData) -> int:
 
 
 def measure(
-    plan: Plan, data: FederatedData, key: Key, received: Vectors, turns: Sequence[Turn]
+    plan: Plan, data: FederatedData, key: Key, received: Tree, tasks: Sequence[ClientTask]
 ) -> tuple[LocalEngine, list[str]]:
     """The fastest candidate, and what was measured, in sentences.
 
@@ -170,11 +171,11 @@ def measure(
     When the time for that is up, the candidates that are left are not tried.
     """
     best, figures, started = None, [], time.perf_counter()
-    for engine in candidates(plan, data, len(turns)):
+    for engine in candidates(plan, data, len(tasks)):
         if best is not None and time.perf_counter() - started > BUDGET:
             figures.append(f"{engine} was not tried: measuring had taken long enough")
             continue
-        few = turns[: engine.block * engine.workers]
+        few = tasks[: engine.block * engine.workers]
         try:
             each = _seconds_per_step(engine, plan, data, key, received, few)
         except Exception as error:
@@ -194,29 +195,29 @@ def _seconds_per_step(
     plan: Plan,
     data: FederatedData,
     key: Key,
-    received: Vectors,
-    turns: Sequence[Turn],
+    received: Tree,
+    tasks: Sequence[ClientTask],
 ) -> float:
-    """Seconds for each step of these turns: from short ones, what whole ones would take."""
-    whole = sum(expected_work(plan, data, turn) for turn in turns)
+    """Seconds for each step of these tasks: from short ones, what whole ones would take."""
+    whole = sum(expected_work(plan, data, task) for task in tasks)
     work, times = [], []
     with engine.open(plan, data, key) as crew:
         for limit in (1, *TRIAL_STEPS):  # the first is to warm up
-            short = [_short(plan, data, turn, limit) for turn in turns]
+            short = [_short(plan, data, task, limit) for task in tasks]
             started = time.perf_counter()
-            for _ in crew.run(received, short, plan.stages.open(plan.schema)):
+            for _ in crew.run(received, short, plan.stages.open()):
                 pass
             times.append(time.perf_counter() - started)
-            work.append(sum(expected_work(plan, data, turn) for turn in short))
+            work.append(sum(expected_work(plan, data, task) for task in short))
     more = work[2] - work[1]
     slope = max(times[2] - times[1], 0.0) / more if more else 0.0
     return (times[2] + slope * (whole - work[2])) / whole
 
 
-def _short(plan: Plan, data: FederatedData, turn: Turn, steps: int) -> Turn:
-    planned = plan.learner.planned_steps(data.size(turn.member))
-    share = min(1.0, steps / planned) * turn.assignment.fraction
-    return turn._replace(assignment=replace(turn.assignment, fraction=share))
+def _short(plan: Plan, data: FederatedData, task: ClientTask, steps: int) -> ClientTask:
+    planned = plan.learner.planned_steps(data.size(task.member))
+    share = min(1.0, steps / planned) * task.assignment.fraction
+    return task._replace(assignment=replace(task.assignment, fraction=share))
 
 
 def engine_of(given: Engine | str | None) -> Engine:

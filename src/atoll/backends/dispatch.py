@@ -1,4 +1,4 @@
-"""Dispatch: blocks of turns given out to workers that may die, each of which keeps a partial sum.
+"""Dispatch: blocks of tasks given out to workers that may die, each of which keeps a partial sum.
 
 Longest blocks go first, to whoever is free. A partial sum is fetched when there is nothing left to
 do; a worker that is lost before that takes its sum with it, so all its blocks are done again.
@@ -12,11 +12,11 @@ from collections.abc import Generator, Sequence
 
 from atoll.aggregation.stage import Accumulator
 from atoll.backends.backend import Result
-from atoll.backends.stacks import Delivery, Turn
 from atoll.core.vectors import Vectors
 from atoll.errors import RunError
+from atoll.rounds.task import ClientTask, TaskResult
 
-#: Losses in one group of turns after which the run gives up: something kills every worker.
+#: Losses in one group of tasks after which the run gives up: something kills every worker.
 LOSSES = 10
 
 
@@ -24,11 +24,11 @@ class WorkerPool(ABC):
     """Workers by number, from 0."""
 
     @abstractmethod
-    def send(self, worker: int, turns: Sequence[Turn]) -> None:
+    def send(self, worker: int, tasks: Sequence[ClientTask]) -> None:
         """Give a block to a worker; that it has died shows when it is awaited."""
 
     @abstractmethod
-    def wait(self, workers: Sequence[int]) -> list[tuple[int, list[Delivery] | None]]:
+    def wait(self, workers: Sequence[int]) -> list[tuple[int, list[TaskResult] | None]]:
         """Wait for at least one of these; what came of its block, None if the worker is lost."""
 
     @abstractmethod
@@ -45,13 +45,13 @@ class WorkerPool(ABC):
 
 
 def dispatch(
-    team: WorkerPool,
+    pool: WorkerPool,
     workers: int,
     blocks: Sequence[list[int]],
-    turns: Sequence[Turn],
+    tasks: Sequence[ClientTask],
     sums: Accumulator,
 ) -> Generator[list[Result]]:
-    """Have the team run these blocks of places among `turns`, and add everything to `sums`."""
+    """Have the pool run these blocks of places among `tasks`, and add everything to `sums`."""
     waiting = deque(blocks)
     done: list[list[list[int]]] = [[] for _ in range(workers)]
     busy: dict[int, list[int]] = {}
@@ -61,21 +61,21 @@ def dispatch(
             for worker in range(workers):
                 if waiting and worker not in busy:
                     busy[worker] = waiting.popleft()
-                    team.send(worker, [turns[place] for place in busy[worker]])
+                    pool.send(worker, [tasks[place] for place in busy[worker]])
             lost = []
             if busy:
-                for worker, deliveries in team.wait(sorted(busy)):
+                for worker, results in pool.wait(sorted(busy)):
                     block = busy.pop(worker)
                     done[worker].append(block)
-                    if deliveries is None:
+                    if results is None:
                         lost.append(worker)
                     else:
-                        yield list(zip(block, deliveries, strict=True))
+                        yield list(zip(block, results, strict=True))
             else:
-                lost = [w for w in range(workers) if done[w] and not _collect(team, w, sums, done)]
+                lost = [w for w in range(workers) if done[w] and not _collect(pool, w, sums, done)]
             for worker in lost:
                 losses += 1
-                fate = team.replace(worker)
+                fate = pool.replace(worker)
                 if losses > LOSSES:
                     raise RunError(
                         f"{losses} workers were lost in one round, the last one {fate}; if memory "
@@ -85,12 +85,12 @@ def dispatch(
                 done[worker] = []
     finally:
         if busy or any(done):
-            team.abandon(sorted(busy))
+            pool.abandon(sorted(busy))
 
 
-def _collect(team: WorkerPool, worker: int, sums: Accumulator, done: list[list[list[int]]]) -> bool:
+def _collect(pool: WorkerPool, worker: int, sums: Accumulator, done: list[list[list[int]]]) -> bool:
     """Merge a worker's partial sum; False if it is lost."""
-    state = team.fetch(worker)
+    state = pool.fetch(worker)
     if state is None:
         return False
     partial = sums.fresh()

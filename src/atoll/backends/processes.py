@@ -18,69 +18,65 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
 from atoll.aggregation.stage import Accumulator
-from atoll.backends.backend import Backend, LocalEngine, Result
+from atoll.backends.backend import Arrangement, Result
 from atoll.backends.dispatch import WorkerPool, dispatch
-from atoll.backends.stacks import Delivery, Turn
-from atoll.backends.work import checked, grouped, run_block
+from atoll.backends.work import Workers, run_block
 from atoll.core import safetensors
 from atoll.core.random import Key
-from atoll.core.vectors import Vectors, part, prefixed
+from atoll.core.vectors import Tree, Vectors, flatten, nest
 from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, RunError
 from atoll.learners.base import stacking
 from atoll.rounds.plan import Plan
+from atoll.rounds.task import ClientTask, TaskResult
 
+#: Room for what clients receive to grow in.
+SLACK = 1 << 16
 #: From linux/prctl.h.
 PR_SET_PDEATHSIG = 1
 
 
-class Processes(Backend, WorkerPool):
-    """A crew of forked workers."""
+class Processes(Workers, WorkerPool):
+    """A pool of forked workers."""
 
     def __init__(
-        self, engine: LocalEngine, plan: Plan, data: FederatedData, key: Key, notes: list[str]
+        self, engine: Arrangement, plan: Plan, data: FederatedData, key: Key, notes: list[str]
     ) -> None:
-        self.engine: LocalEngine = engine
-        self.notes = notes
-        self._plan, self._data, self._key = plan, data, key
+        super().__init__(engine, plan, data, key, notes)
         self._shared: mmap.mmap | None = None
+        self._length = 0
         self._workers: list[_Worker] = []
-        self._checked = False
         self._before = stacking(plan.learner).use_threads(1)
 
-    @property
-    def pids(self) -> list[int]:
-        """The workers' process numbers."""
-        return [worker.pid for worker in self._workers]
-
-    def run(
-        self, received: Vectors, turns: Sequence[Turn], sums: Accumulator
+    def _run(
+        self,
+        received: Tree,
+        tasks: Sequence[ClientTask],
+        groups: list[list[int]],
+        sums: Accumulator,
     ) -> Generator[list[Result]]:
-        if not self._checked:
-            self.engine = checked(self.engine, self._plan, self._data, received, turns, self.notes)
-            self._checked = True
         self._share(received)
-        groups = grouped(self.engine, self._plan, self._data, turns)
         count = min(self.engine.workers, len(groups))
         while len(self._workers) < count:
             self._workers.append(_Worker(self))
-        return dispatch(self, count, groups, turns, sums)
+        return dispatch(self, count, groups, tasks, sums)
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.bury()
+            worker.end()
         self._workers = []
         stacking(self._plan.learner).use_threads(self._before)
 
-    def send(self, worker: int, turns: Sequence[Turn]) -> None:
-        rows = [turn.row() for turn in turns]
-        memories: Vectors = {}
-        for place, turn in enumerate(turns):
-            memories |= prefixed(f"{place}/", turn.memory)
+    def send(self, worker: int, tasks: Sequence[ClientTask]) -> None:
+        rows = [task.row() for task in tasks]
+        own = {
+            str(place): {"state": task.state, "mail": task.mail} for place, task in enumerate(tasks)
+        }
+        about = {"do": "tasks", "tasks": rows, "length": self._length}
         with contextlib.suppress(OSError):
-            _send(self._workers[worker].pipe, {"do": "turns", "turns": rows}, memories)
+            _send(self._workers[worker].pipe, about, flatten(own))
 
-    def wait(self, workers: Sequence[int]) -> list[tuple[int, list[Delivery] | None]]:
+    def wait(self, workers: Sequence[int]) -> list[tuple[int, list[TaskResult] | None]]:
         ready = wait([self._workers[worker].pipe for worker in workers])
         return [
             (worker, self._answer(worker))
@@ -97,7 +93,7 @@ class Processes(Backend, WorkerPool):
             return None
 
     def replace(self, worker: int) -> str:
-        status = self._workers[worker].bury()
+        status = self._workers[worker].end()
         self._workers[worker] = _Worker(self)
         if os.WIFSIGNALED(status):
             return f"killed by signal {os.WTERMSIG(status)}"
@@ -106,28 +102,30 @@ class Processes(Backend, WorkerPool):
     def abandon(self, working: Sequence[int]) -> None:
         # New ones are forked when they are needed.
         for worker in self._workers:
-            worker.bury()
+            worker.end()
         self._workers = []
 
-    def _answer(self, worker: int) -> list[Delivery] | None:
+    def _answer(self, worker: int) -> list[TaskResult] | None:
         try:
             answer, arrays = _receive(self._workers[worker].pipe)
         except (EOFError, OSError):
             return None
         if "why" in answer:
             raise RunError(answer["why"])
+        states = nest(arrays)
         return [
-            Delivery(fault, size, part(f"{place}/", arrays))
-            for place, (fault, size) in enumerate(answer["deliveries"])
+            TaskResult(fault, size, states.get(str(place), {}))
+            for place, (fault, size) in enumerate(answer["results"])
         ]
 
-    def _share(self, received: Vectors) -> None:
-        pieces = safetensors.encode(received)
-        length = sum(len(piece) for piece in pieces)
-        if self._shared is None:
-            self._shared = mmap.mmap(-1, max(length, 1))
-        if length != len(self._shared):
-            raise RunError("what clients receive has another size than in the round before")
+    def _share(self, received: Tree) -> None:
+        """Write what clients receive into memory that all workers share."""
+        pieces = safetensors.encode(flatten(received))
+        self._length = sum(len(piece) for piece in pieces)
+        if self._shared is None or self._length > len(self._shared):
+            # Workers that were forked before have the old memory; others are forked when needed.
+            self.abandon(())
+            self._shared = mmap.mmap(-1, self._length + (self._length >> 2) + SLACK)
         self._shared.seek(0)
         for piece in pieces:
             self._shared.write(piece)
@@ -140,14 +138,14 @@ class Processes(Backend, WorkerPool):
         code = 0
         try:
             stacking(self._plan.learner).use_threads(self.engine.threads)
-            sums = self._plan.stages.open(self._plan.schema)
+            sums = self._plan.stages.open()
             while True:
                 request, memories = _receive(pipe)
                 if request["do"] == "sum":
                     _send(pipe, {}, sums.state())
-                    sums = self._plan.stages.open(self._plan.schema)
+                    sums = self._plan.stages.open()
                 else:
-                    _send(pipe, *self._work(request["turns"], memories, sums))
+                    _send(pipe, *self._work(request, memories, sums))
         except (EOFError, OSError):
             pass  # the parent has gone, or has no more use for this one
         except BaseException:
@@ -157,26 +155,27 @@ class Processes(Backend, WorkerPool):
             os._exit(code)
 
     def _work(
-        self, rows: list[list[Any]], memories: Vectors, sums: Accumulator
+        self, request: dict[str, Any], arrays: Vectors, sums: Accumulator
     ) -> tuple[dict[str, Any], Vectors]:
         """In a worker: run a block, and give its results as they go through the pipe."""
         assert self._shared is not None
-        received, _ = safetensors.decode(memoryview(self._shared))
-        turns = [
-            Turn.read(row, self._key, part(f"{place}/", memories)) for place, row in enumerate(rows)
-        ]
+        received, _ = safetensors.decode(memoryview(self._shared)[: request["length"]])
+        own, tasks = nest(arrays), []
+        for place, row in enumerate(request["tasks"]):
+            mine = own.get(str(place), {})
+            state, mail = mine.get("state", {}), mine.get("mail", {})
+            tasks.append(ClientTask.read(row, self._key, state, mail))
+        method = self.engine.method
         try:
-            found = run_block(self.engine.method, self._plan, self._data, received, turns, sums)
+            found = run_block(method, self._plan, self._data, nest(received), tasks, sums)
         except AtollError as error:
             return {"why": str(error)}, {}
         except Exception as error:
             # The program's own mistake: another worker would make it again.
             traceback.print_exc()
             return {"why": f"a worker failed: {type(error).__name__}: {error}"}, {}
-        kept: Vectors = {}
-        for place, delivery in enumerate(found):
-            kept |= prefixed(f"{place}/", delivery.memory)
-        return {"deliveries": [[delivery.fault, delivery.size] for delivery in found]}, kept
+        kept = {str(place): result.state for place, result in enumerate(found)}
+        return {"results": [[result.fault, result.size] for result in found]}, flatten(kept)
 
 
 def _die_with_parent() -> None:
@@ -189,17 +188,17 @@ def _die_with_parent() -> None:
 class _Worker:
     """A forked process, seen from its parent."""
 
-    def __init__(self, crew: Processes) -> None:
+    def __init__(self, pool: Processes) -> None:
         self.pipe, theirs = Pipe()
         self.pid = os.fork()
         if self.pid == 0:
             # Else a sibling's pipe would stay open when the parent has gone.
-            for pipe in (self.pipe, *(worker.pipe for worker in crew._workers)):
+            for pipe in (self.pipe, *(worker.pipe for worker in pool._workers)):
                 pipe.close()
-            crew.serve(theirs)
+            pool.serve(theirs)
         theirs.close()
 
-    def bury(self) -> int:
+    def end(self) -> int:
         """End the process if it has not ended; its status."""
         self.pipe.close()
         with contextlib.suppress(ProcessLookupError):

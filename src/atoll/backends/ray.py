@@ -17,25 +17,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from atoll.aggregation.stage import Accumulator
-from atoll.backends.backend import (
-    Backend,
-    Engine,
-    LocalEngine,
-    Method,
-    Result,
-    step_aside,
-)
+from atoll.aggregation.stage import Accumulator, stages_of
+from atoll.backends.backend import Arrangement, Backend, Engine, Method, Result, step_aside
 from atoll.backends.choice import AutoConfig, engine_of
 from atoll.backends.dispatch import WorkerPool, dispatch
-from atoll.backends.stacks import Delivery, Turn
-from atoll.backends.work import checked, grouped, run_block
+from atoll.backends.work import Workers, run_block
 from atoll.core.random import Key
-from atoll.core.vectors import Vectors
+from atoll.core.vectors import Tree, Vectors
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, RunError, require
 from atoll.learners.base import stacking
 from atoll.rounds.plan import Plan
+from atoll.rounds.task import ClientTask, TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +56,7 @@ class RayCluster(Engine):
         method = engine_of(self.method)
         if isinstance(method, AutoConfig):
             method = replace(method, threads=self.cores).resolve(plan, data)
-        if not isinstance(method, LocalEngine):
+        if not isinstance(method, Arrangement):
             raise RunError(f"a cluster's method must be sequential or stacked, not {method!r}")
         method = replace(method, workers=1, processes=False, threads=self.cores)
         method, notes = step_aside(method, plan, data)
@@ -76,16 +69,16 @@ class _Worker:
     def __init__(self, plan: Plan, data: FederatedData, key: Key, threads: int) -> None:
         self._plan, self._data, self._key = plan, data, key
         stacking(plan.learner).use_threads(threads)
-        self._sums = plan.stages.open(plan.schema)
+        self._sums = plan.stages.open()
 
     def run(
-        self, method: Method, received: Vectors, rows: list[Any], memories: list[Vectors]
-    ) -> list[tuple[str, int, Vectors]]:
-        turns = [
-            Turn.read(row, self._key, memory) for row, memory in zip(rows, memories, strict=True)
+        self, method: Method, received: Tree, rows: list[Any], own: list[tuple[Tree, Vectors]]
+    ) -> list[tuple[str, int, Tree]]:
+        tasks = [
+            ClientTask.read(row, self._key, *mine) for row, mine in zip(rows, own, strict=True)
         ]
-        found = run_block(method, self._plan, self._data, received, turns, self._sums)
-        return [(each.fault, each.size, each.memory) for each in found]
+        found = run_block(method, self._plan, self._data, received, tasks, self._sums)
+        return [(each.fault, each.size, each.state) for each in found]
 
     def hand_over(self) -> Vectors:
         state = self._sums.state()
@@ -93,25 +86,22 @@ class _Worker:
         return state
 
     def forget(self) -> None:
-        self._sums = self._plan.stages.open(self._plan.schema)
+        self._sums = self._plan.stages.open()
 
 
-class _Actors(Backend, WorkerPool):
+class _Actors(Workers, WorkerPool):
     def __init__(
         self,
         ray: Any,
         cluster: RayCluster,
-        engine: LocalEngine,
+        engine: Arrangement,
         plan: Plan,
         data: FederatedData,
         key: Key,
         notes: list[str],
     ) -> None:
-        self.engine: LocalEngine = engine
-        self.notes = notes
+        super().__init__(engine, plan, data, key, notes)
         self._ray, self._cluster = ray, cluster
-        self._plan, self._data, self._key = plan, data, key
-        self._checked = False
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(
@@ -140,18 +130,18 @@ class _Actors(Backend, WorkerPool):
         """Handles of the actors."""
         return list(self._actors)
 
-    def run(
-        self, received: Vectors, turns: Sequence[Turn], sums: Accumulator
+    def _run(
+        self,
+        received: Tree,
+        tasks: Sequence[ClientTask],
+        groups: list[list[int]],
+        sums: Accumulator,
     ) -> Generator[list[Result]]:
-        if not self._checked:
-            self.engine = checked(self.engine, self._plan, self._data, received, turns, self.notes)
-            self._checked = True
-        groups = grouped(self.engine, self._plan, self._data, turns)
         self._received, self._running = self._ray.put(received), {}
         count = min(self._count, len(groups))
         while len(self._actors) < count:
-            self._actors.append(self._hire())
-        return dispatch(self, count, groups, turns, sums)
+            self._actors.append(self._start_actor())
+        return dispatch(self, count, groups, tasks, sums)
 
     def close(self) -> None:
         for actor in self._actors:
@@ -160,27 +150,27 @@ class _Actors(Backend, WorkerPool):
         if self._started:
             self._ray.shutdown()
 
-    def send(self, worker: int, turns: Sequence[Turn]) -> None:
-        rows = [turn.row() for turn in turns]
+    def send(self, worker: int, tasks: Sequence[ClientTask]) -> None:
+        rows = [task.row() for task in tasks]
         answer = self._actors[worker].run.remote(
-            self.engine.method, self._received, rows, [turn.memory for turn in turns]
+            self.engine.method, self._received, rows, [(task.state, task.mail) for task in tasks]
         )
         self._running[answer] = worker
 
-    def wait(self, workers: Sequence[int]) -> list[tuple[int, list[Delivery] | None]]:
+    def wait(self, workers: Sequence[int]) -> list[tuple[int, list[TaskResult] | None]]:
         ready, _ = self._ray.wait(list(self._running))
-        found: list[tuple[int, list[Delivery] | None]] = []
+        found: list[tuple[int, list[TaskResult] | None]] = []
         for answer in ready:
             worker = self._running.pop(answer)
             rows = self._get(answer)
-            found.append((worker, None if rows is None else [Delivery(*row) for row in rows]))
+            found.append((worker, None if rows is None else [TaskResult(*row) for row in rows]))
         return found
 
     def fetch(self, worker: int) -> Vectors | None:
         return self._get(self._actors[worker].hand_over.remote())  # type: ignore[no-any-return]
 
     def replace(self, worker: int) -> str:
-        self._actors[worker] = self._hire()
+        self._actors[worker] = self._start_actor()
         return "with its actor or node"
 
     def abandon(self, working: Sequence[int]) -> None:
@@ -198,13 +188,13 @@ class _Actors(Backend, WorkerPool):
         except errors.RayTaskError as error:
             raise RunError(f"a worker of the cluster failed: {error.cause}") from error
 
-    def _hire(self) -> Any:
+    def _start_actor(self) -> Any:
         cluster = self._cluster
-        desk = self._ray.remote(_Worker).options(
+        actor = self._ray.remote(_Worker).options(
             num_cpus=cluster.cores, num_gpus=cluster.gpus, max_restarts=0
         )
         plan, data = self._federation
-        return desk.remote(plan, data, self._key, cluster.cores)
+        return actor.remote(plan, data, self._key, cluster.cores)
 
 
 def _fitting(node: Mapping[str, float], cores: int, gpus: float) -> int:
@@ -222,7 +212,8 @@ def _carry_own_code(ray: Any, plan: Plan, data: FederatedData) -> None:
 
     What is installed is imported by the actors instead.
     """
-    parts: list[Any] = [plan.learner, plan.algorithm, *plan.stages.stages, plan.schedule, data]
+    stages = (*stages_of(plan.pipeline), *(stages_of(plan.download) if plan.download else ()))
+    parts: list[Any] = [plan.learner, plan.algorithm, *stages, plan.schedule, data]
     seen: set[str] = set()
     while parts:
         part = parts.pop()
@@ -251,7 +242,4 @@ def _installed(module: ModuleType) -> bool:
 
 def _plain(plan: Plan) -> Plan:
     """The plan alone: a `Federation` may hold on to things that need not travel."""
-    return Plan(
-        learner=plan.learner, algorithm=plan.algorithm, schedule=plan.schedule,
-        pipeline=plan.pipeline, evaluation=plan.evaluation,
-    )  # fmt: skip
+    return Plan(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)})

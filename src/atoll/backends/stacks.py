@@ -1,263 +1,293 @@
-"""A cohort's turns: one client after the other, or all of them as one stack, into a running sum.
+"""A block of tasks: one client after the other, or all of them as one stack, into a running sum.
 
 Both ways run the same algorithm: written with operators only, its lines serve one client's
-vectors [P] and a cohort's [C, P].
+arrays [P] and a stack's [C, P].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.aggregation.stage import Sink
+from atoll.aggregation.schema import WEIGHT_LEAST, WEIGHT_LIMIT
+from atoll.aggregation.stage import Accumulator, Rows
 from atoll.aggregation.sums import unit_scale
-from atoll.aggregation.validate import WEIGHT_LEAST, WEIGHT_LIMIT, admit, validate_rows
-from atoll.algorithms.client import Client
-from atoll.core.random import Key
+from atoll.aggregation.validate import validate_rows
+from atoll.algorithms.client import Client, Holder
 from atoll.core.updates import Update
-from atoll.core.vectors import STATISTICS, Array, Vectors, part, prefixed
+from atoll.core.vectors import STATISTICS, Tree, Vectors, describe_names, nest
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
-from atoll.errors import RunError, UpdateRefused
-from atoll.learners.base import Assignment, Correction, LocalResult, stacking
+from atoll.errors import ConfigurationError, RunError, UpdateRefused
+from atoll.learners.base import At, Correction, LocalResult, Objective, stacking
+from atoll.rounds.driver import discounted
 from atoll.rounds.messages import message_size
 from atoll.rounds.plan import Plan
-from atoll.rounds.server import STAGE
-from atoll.rounds.task import MEMORY, assignment_for, run_task
-
-
-class Turn(NamedTuple):
-    """One client's turn to be run: a member of the population, its memory and its assignment.
-
-    `number` is what its draws are keyed by; its update is multiplied by `discount`.
-    """
-
-    member: int
-    client: str
-    assignment: Assignment
-    memory: Vectors
-    number: int = 0
-    discount: float = 1.0
-
-    def row(self) -> list[Any]:
-        """The turn without its memory, ready for JSON, for `read` elsewhere."""
-        about = self.assignment
-        return [
-            self.member, self.client, about.round, self.number, about.fraction, self.discount
-        ]  # fmt: skip
-
-    @staticmethod
-    def read(row: Sequence[Any], key: Key, memory: Vectors) -> Turn:
-        """The turn that `row` tells, in a run with this key."""
-        member, client, round, number, fraction, discount = row
-        assignment = assignment_for(key, client, round, number, fraction)
-        return Turn(member, client, assignment, memory, number, discount)
-
-
-class Delivery(NamedTuple):
-    """What came of a turn, apart from what went into the sum.
-
-    `fault` says why the update was refused, if it was; `size` is its message in bytes; `memory` is
-    what the client remembers if the update is accepted.
-    """
-
-    fault: str
-    size: int
-    memory: Vectors
+from atoll.rounds.task import (
+    ClientTask,
+    Received,
+    TaskResult,
+    check_names,
+    conformed,
+    in_learner,
+    remembered,
+    run_task,
+    sent,
+)
 
 
 @dataclass
-class Cohort(Client):
+class Stack(Client):
     """Several clients as an algorithm sees them: like one, with a leading axis in every array."""
 
-    members: Sequence[Examples] = ()
-    assignments: Sequence[Assignment] = ()
-    statistics: Vectors = field(default_factory=dict)
+    members: Sequence[Holder] = ()
+
+    stacked: ClassVar[bool] = True
 
     @property
-    def count(self) -> Any:
-        return np.array([len(examples) for examples in self.members])
+    def holders(self) -> list[Holder]:
+        return list(self.members)
 
-    def train(self, params: Array, correction: Correction | None = None) -> LocalResult:
-        local = stacking(self.learner).train_cohort(
-            self._at(params), self.members, self.assignments, correction
+    @property
+    def name(self) -> str:
+        raise ConfigurationError("a stack of clients has no one name; use client.each(rule)")
+
+    @property
+    def examples(self) -> Examples:
+        raise ConfigurationError("a stack of clients has no one data set; use client.each(rule)")
+
+    def _loop(
+        self,
+        model: Vectors,
+        holders: list[Holder],
+        correction: Correction | At | None,
+        objective: Objective | None,
+    ) -> LocalResult:
+        more = () if objective is None else (objective,)
+        return stacking(self.learner).train_cohort(
+            model,
+            [holder.examples for holder in holders],
+            [holder.assignment for holder in holders],
+            correction,
+            *more,
         )
-        self._keep(local.statistics)
-        return local
-
-    def gradient(self, params: Array, *, keep_statistics: bool = False) -> Array:
-        model = self._at(params)
-        rows, statistics = [], []
-        for c, (examples, assignment) in enumerate(
-            zip(self.members, self.assignments, strict=True)
-        ):
-            own = model if model["params"].ndim == 1 else {**model, "params": model["params"][c]}
-            gradient, after = self.learner.gradient(own, examples, assignment.key)
-            rows.append(np.array(self.learner.asnumpy(gradient)))
-            statistics.append(after)
-        if keep_statistics:
-            self._keep({s: np.stack([each[s] for each in statistics]) for s in statistics[0]})
-        return self.learner.asarray(np.stack(rows))
 
 
 def one_by_one(
-    plan: Plan, data: FederatedData, received: Vectors, turns: Sequence[Turn], sums: Sink
-) -> list[Delivery]:
-    """Each turn as a real site would run it."""
-    deliveries = []
-    for turn in turns:
-        examples = data.train(turn.member)
-        message, memory = run_task(plan, received, turn.memory, examples, turn.assignment)
-        deliveries.append(_hand_in(plan, message, memory, sums, turn.discount))
-    return deliveries
+    plan: Plan, data: FederatedData, received: Tree, tasks: Sequence[ClientTask], sums: Accumulator
+) -> list[TaskResult]:
+    """Each task as a real site would run it."""
+    opened, results = Received.of(plan, received), []
+    for task in tasks:
+        message, state = run_task(plan, opened, task, data.train(task.member))
+        results.append(_hand_in(plan, message, state, opened, sums, task))
+    return results
 
 
 def together(
-    plan: Plan, data: FederatedData, received: Vectors, turns: Sequence[Turn], sums: Sink
-) -> list[Delivery]:
-    """All turns at once, where learner and algorithm can."""
-    learner, clients = plan.learner, len(turns)
-    model: Vectors = {n: received[n] for n in ("params", *STATISTICS) if n in received}
-    got = {
-        name: learner.asarray(vector)
-        for name, vector in received.items()
-        if not name.startswith(STAGE) and name not in STATISTICS
-    }
-    mine = {
-        name.removeprefix(MEMORY): learner.asarray(np.stack([turn.memory[name] for turn in turns]))
-        for name in turns[0].memory
-        if name.startswith(MEMORY)
-    }
-    cohort = Cohort(
-        learner,
-        Examples(np.empty(0), np.empty(0)),
-        model,
-        turns[0].assignment,
-        members=[data.train(turn.member) for turn in turns],
-        assignments=[turn.assignment for turn in turns],
+    plan: Plan, data: FederatedData, received: Tree, tasks: Sequence[ClientTask], sums: Accumulator
+) -> list[TaskResult]:
+    """All tasks at once, where learner and algorithm can."""
+    opened, learner = Received.of(plan, received), plan.learner
+    stack = _stacked(plan, data, opened, tasks)
+    got = in_learner(learner, {**opened.algorithm, **opened.given})
+    mine = _memories([task.state.get("algorithm", {}) for task in tasks])
+    update, kept = plan.algorithm.work(stack, got, in_learner(learner, mine))
+    states = _states(plan, kept, stack, tasks)
+    if update.shares or not plan.stages.transparent:
+        return _each(plan, update, stack, opened, tasks, states, sums)
+    rows = _rows(plan, update, stack, opened, tasks, sums)
+    faults = validate_rows(
+        rows.vectors, rows.statistics, rows.weights, plan.stages.gathers,
+        finite=rows.folds or (),
+    )  # fmt: skip
+    if rows.folds is not None and any(faults):
+        # The sum is of all of them: look at each by itself.
+        rows = _rows(plan, update, stack, opened, tasks, None)
+        faults = validate_rows(rows.vectors, rows.statistics, rows.weights, plan.stages.gathers)
+    passed = [c for c, fault in enumerate(faults) if not fault]
+    sums.add_rows(rows.chosen(passed))
+    # No size depends on a value, so all are as large.
+    size = message_size(rows.update(0))
+    return [TaskResult(f, size, s) for f, s in zip(faults, states, strict=True)]
+
+
+def _stacked(
+    plan: Plan, data: FederatedData, received: Received, tasks: Sequence[ClientTask]
+) -> Stack:
+    """The stack before its work."""
+    members = [Holder(task.client, data.train(task.member), task.assignment) for task in tasks]
+    private = _memories([task.state.get("private", {}) for task in tasks])
+    return Stack(
+        plan.learner,
+        received.statistics,
+        plan.split,
+        members[0],
+        private,
+        plan.public,
+        members=members,
     )
-    update, kept = plan.algorithm.work(cohort, got, mine)
-    discounts = np.array([[turn.discount] for turn in turns], np.float32)
-    if plan.stages.transparent and (discounts != 1).any():
+
+
+def _memories(states: Sequence[Vectors]) -> Vectors:
+    """What each of C clients keeps, as [C, ...]; all must keep the same."""
+    for state in states:
+        if state.keys() != states[0].keys():
+            raise RunError(
+                f"one client remembers {describe_names(state)} and another "
+                f"{describe_names(states[0])}; `remember` must name all of it"
+            )
+    return {name: np.stack([state[name] for state in states]) for name in states[0]}
+
+
+def _states(
+    plan: Plan, kept: dict[str, Any], stack: Stack, tasks: Sequence[ClientTask]
+) -> list[Tree]:
+    """Each client's new state, without what stages keep."""
+    clients = len(tasks)
+    rows: dict[str, NDArray[Any]] = {}
+    for name, value, spec in remembered(kept, tasks[0].state):
+        rows[f"algorithm/{name}"] = conformed(plan.learner, name, value, spec, "memory", clients)
+    for section, value in stack.private.items():
+        spread = value if value.ndim == 2 else np.broadcast_to(value, (clients, len(value)))
+        rows[f"private/{section}"] = spread
+    return [nest({name: row[c].copy() for name, row in rows.items()}) for c in range(clients)]
+
+
+def _rows(
+    plan: Plan,
+    update: Update,
+    stack: Stack,
+    received: Received,
+    tasks: Sequence[ClientTask],
+    sums: Accumulator | None,
+) -> Rows:
+    """The updates as rows, discounted; folded where they are, if `sums` takes that."""
+    learner, clients = plan.learner, len(tasks)
+    check_names(update, plan)
+    discounts = np.array([[task.discount] for task in tasks], np.float32)
+    if (discounts != 1).any():
         factors = learner.asarray(discounts)
         update = replace(update, vectors={n: factors * v for n, v in update.vectors.items()})
     weights = _numbers(update.weight, clients)
-    memories = {MEMORY + n: _rows(learner.asnumpy(v), clients, n) for n, v in kept.items()}
-    statistics: Vectors = {
-        str(name): cohort.statistics.get(
-            name, np.zeros((clients, len(model[name])), model[name].dtype)
-        )
-        for name in STATISTICS
-        if name in model
-    }
-    columns = {name: _numbers(value, clients) for name, value in update.metrics.items()}
-    folds = _folds(plan, update, weights, sums)
-    if folds is not None:
+    folds = None if sums is None or not sums.takes_folds else _folds(plan, update, weights)
+    vectors: Vectors
+    if folds is None:
+        vectors = {
+            name: conformed(learner, name, update.vectors[name], spec, "update", clients)
+            for name, spec in plan.schema.vectors.items()
+        }
+    else:
         # The vectors never leave the learner's device; what stands for them has their size only.
-        nothing = {n: np.broadcast_to(np.float32(0), v.shape) for n, v in update.vectors.items()}
-        faults = validate_rows(nothing, statistics, weights, plan.schema, finite=folds)
-        if not any(faults):
-            sums.add_folds(folds, statistics, weights, columns)
-            return _deliveries(faults, nothing, statistics, weights, columns, memories)
-    vectors = {n: _rows(learner.asnumpy(v), clients, n) for n, v in update.vectors.items()}
-    if plan.stages.transparent:
-        faults = validate_rows(vectors, statistics, weights, plan.schema)
-        sums.add_rows(vectors, statistics, weights, columns, [not fault for fault in faults])
-        return _deliveries(faults, vectors, statistics, weights, columns, memories)
-    metrics = _transposed(columns, clients)
-    deliveries = []
-    told = part(STAGE, received)
-    for c, turn in enumerate(turns):
-        own = Update(
-            {name: rows[c] for name, rows in vectors.items()},
-            weights[c],
-            {name: rows[c] for name, rows in statistics.items()},
-            metrics[c],
-        )
-        message, stages = plan.stages.encode(
-            own, told, part(STAGE, turn.memory), turn.assignment.key.fold("encode")
-        )
-        memory = {name: rows[c].copy() for name, rows in memories.items()} | prefixed(STAGE, stages)
-        deliveries.append(_hand_in(plan, message, memory, sums, turn.discount))
-    return deliveries
+        vectors = {
+            name: np.broadcast_to(np.float32(0), (clients, *spec.shape))
+            for name, spec in plan.schema.vectors.items()
+        }
+    return Rows(
+        vectors,
+        _statistics(plan, stack, received, clients),
+        weights,
+        _columns(plan, update, clients),
+        [task.sender for task in tasks],
+        folds,
+    )
 
 
 def _folds(
-    plan: Plan, update: Update, weights: list[float], sums: Sink
-) -> dict[str, tuple[NDArray[Any], int]] | None:
+    plan: Plan, update: Update, weights: list[float]
+) -> dict[str, tuple[NDArray[np.int64], int]] | None:
     """The updates' weighted sums, if they can be made where the learner's arrays are."""
-    if not (plan.stages.transparent and sums.takes_folds):
-        return None
     if not all(WEIGHT_LEAST <= weight <= WEIGHT_LIMIT for weight in weights):
-        return None  # the door has a sentence for it
+        return None  # validation has a sentence for it
     scales = [unit_scale(weight) for weight in weights]
     folds = {}
-    for name, rows in update.vectors.items():
-        whole = rows.ndim == 2 and len(rows) == len(weights)
-        fold = stacking(plan.learner).fold(rows, scales) if whole else None
+    for name, spec in plan.schema.vectors.items():
+        rows = update.vectors[name]
+        whole = spec.dtype == "float32" and rows.shape == (len(weights), *spec.shape)
+        plain = whole and len(spec.shape) == 1
+        fold = stacking(plan.learner).fold(rows, scales) if plain else None
         if fold is None:
             return None
         folds[name] = fold
     return folds
 
 
-def _deliveries(
-    faults: list[str],
-    vectors: Vectors,
-    statistics: Vectors,
-    weights: list[float],
-    columns: dict[str, list[float]],
-    memories: Vectors,
-) -> list[Delivery]:
-    """What came of each turn of a stack; no size depends on a value, so all are as large."""
-    first = {name: rows[0] for name, rows in {**vectors, **statistics}.items()}
-    size = message_size(Update(first, weights[0], metrics=dict.fromkeys(columns, 0.0)))
-    return [
-        Delivery(fault, size, {name: rows[c].copy() for name, rows in memories.items()})
-        for c, fault in enumerate(faults)
-    ]
+def _each(
+    plan: Plan,
+    update: Update,
+    stack: Stack,
+    received: Received,
+    tasks: Sequence[ClientTask],
+    states: list[Tree],
+    sums: Accumulator,
+) -> list[TaskResult]:
+    """The updates of a stack one after the other, through the stages of the pipeline."""
+    learner, clients = plan.learner, len(tasks)
+    shares = {name: _numbers(value, clients) for name, value in update.shares.items()}
+    never = {name for name, column in shares.items() if not any(column)}
+    check_names(update, plan, never)
+    vectors = {
+        name: conformed(learner, name, update.vectors[name], spec, "update", clients)
+        for name, spec in plan.schema.vectors.items()
+        if name not in never
+    }
+    statistics = _statistics(plan, stack, received, clients)
+    weights, columns = _numbers(update.weight, clients), _columns(plan, update, clients)
+    results = []
+    for c, task in enumerate(tasks):
+        held = {name: column[c] for name, column in shares.items()}
+        own = Update(
+            {name: rows[c] for name, rows in vectors.items() if held.get(name, 1) != 0},
+            weights[c],
+            {name: rows[c] for name, rows in statistics.items()},
+            {name: column[c] for name, column in columns.items()},
+            held,
+        )
+        message, state = sent(plan, own, received, task, states[c])
+        results.append(_hand_in(plan, message, state, received, sums, task))
+    return results
 
 
-def discounted(update: Update, discount: float) -> Update:
-    """The update with its vectors multiplied by the discount of a stale one."""
-    if discount == 1:
-        return update
-    factor = np.float32(discount)
-    return replace(update, vectors={n: factor * vector for n, vector in update.vectors.items()})
-
-
-def _hand_in(plan: Plan, message: Update, memory: Vectors, sums: Sink, discount: float) -> Delivery:
+def _hand_in(
+    plan: Plan,
+    message: Update,
+    state: Tree,
+    received: Received,
+    sums: Accumulator,
+    task: ClientTask,
+) -> TaskResult:
     """Take a message into the sum, or say why it is refused."""
     size = message_size(message)
     try:
-        update = plan.stages.decode(message, plan.schema)
-        admit(update, plan.schema)
+        update = plan.stages.decode(message, received.stages)
     except UpdateRefused as refusal:
-        return Delivery(str(refusal), size, memory)
-    sums.add(discounted(update, discount))
-    return Delivery("", size, memory)
+        return TaskResult(str(refusal), size, state)
+    sums.add(discounted(update, task.discount), task.sender)
+    return TaskResult("", size, state)
 
 
-def _rows(vectors: NDArray[Any], clients: int, name: str) -> NDArray[np.float32]:
-    """[C, P] float32; one vector that is the same for all is repeated."""
-    if vectors.ndim not in (1, 2) or (vectors.ndim == 2 and len(vectors) != clients):
-        raise RunError(
-            f"the algorithm's {name!r} has shape {list(vectors.shape)} for {clients} clients; "
-            "write its rules with operators only, so that they keep the leading axis of a cohort"
+def _statistics(plan: Plan, stack: Stack, received: Received, clients: int) -> Vectors:
+    """What each client's work changed in the shared buffers and counters, [C, ...]."""
+    return {
+        str(name): stack.statistics.get(
+            name,
+            np.zeros((clients, len(received.statistics[name])), received.statistics[name].dtype),
         )
-    rows = np.broadcast_to(vectors, (clients, vectors.shape[-1]))
-    return np.asarray(rows, np.float32)
+        for name in STATISTICS
+        if name in plan.schema.statistics
+    }
 
 
-def _transposed(columns: dict[str, list[float]], clients: int) -> list[dict[str, float]]:
-    """Each client's own metrics."""
-    if not columns:
-        return [{}] * clients
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+def _columns(plan: Plan, update: Update, clients: int) -> dict[str, list[float]]:
+    """Each client's own metrics, as far as they may leave it."""
+    known = plan.stages.gathers.metrics
+    return {
+        name: _numbers(value, clients) for name, value in update.metrics.items() if name in known
+    }
 
 
 def _numbers(value: Any, clients: int) -> list[float]:

@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from threading import Lock, local
 
-import numpy as np
-from numpy.typing import NDArray
-
-from atoll.aggregation.stage import Accumulator, Sink
-from atoll.backends.backend import Backend, LocalEngine, Result
-from atoll.backends.stacks import Turn
-from atoll.backends.work import checked, grouped, run_block
+from atoll.aggregation.stage import Accumulator, Rows
+from atoll.backends.backend import Arrangement, Result
+from atoll.backends.work import Workers, run_block
 from atoll.core.random import Key
-from atoll.core.updates import Update
-from atoll.core.vectors import Vectors
+from atoll.core.updates import Aggregate, Sender, Update
+from atoll.core.vectors import Tree, Vectors
 from atoll.data.federated import FederatedData
 from atoll.learners.base import stacking
 from atoll.rounds.plan import Plan
+from atoll.rounds.task import ClientTask
 
 
-class Threads(Backend):
+class Threads(Workers):
     """One worker in the calling thread, or several in a pool; frameworks release Python's lock."""
 
     def __init__(
-        self, engine: LocalEngine, plan: Plan, data: FederatedData, key: Key, notes: list[str]
+        self, engine: Arrangement, plan: Plan, data: FederatedData, key: Key, notes: list[str]
     ) -> None:
-        self.engine: LocalEngine = engine
-        self.notes = notes
-        self._plan, self._data = plan, data
+        super().__init__(engine, plan, data, key, notes)
         self._pool: ThreadPoolExecutor | None = None
         self._ready = local()
         self._before = stacking(plan.learner).use_threads(engine.threads)
-        self._checked = False
 
-    def run(
-        self, received: Vectors, turns: Sequence[Turn], sums: Accumulator
+    def _check(self, received: Tree, tasks: Sequence[ClientTask]) -> None:
+        super()._check(received, tasks)
+        stacking(self._plan.learner).use_threads(self.engine.threads)
+        if self.engine.workers > 1:
+            self._pool = ThreadPoolExecutor(self.engine.workers, "atoll")
+
+    def _run(
+        self,
+        received: Tree,
+        tasks: Sequence[ClientTask],
+        groups: list[list[int]],
+        sums: Accumulator,
     ) -> Generator[list[Result]]:
-        if not self._checked:
-            self.engine = checked(self.engine, self._plan, self._data, received, turns, self.notes)
-            self._checked = True
-            stacking(self._plan.learner).use_threads(self.engine.threads)
-            if self.engine.workers > 1:
-                self._pool = ThreadPoolExecutor(self.engine.workers, "atoll")
-        groups = grouped(self.engine, self._plan, self._data, turns)
         if self._pool is None or len(groups) == 1:
             for group in groups:
-                yield self._block(received, turns, group, sums)
+                yield self._block(received, tasks, group, sums)
             return
         guarded = _Guarded(sums)
         pending: set[Future[list[Result]]] = {
-            self._pool.submit(self._block, received, turns, group, guarded) for group in groups
+            self._pool.submit(self._block, received, tasks, group, guarded) for group in groups
         }
         try:
             while pending:
@@ -69,45 +66,44 @@ class Threads(Backend):
         stacking(self._plan.learner).use_threads(self._before)
 
     def _block(
-        self, received: Vectors, turns: Sequence[Turn], group: Sequence[int], sums: Sink
+        self, received: Tree, tasks: Sequence[ClientTask], group: Sequence[int], sums: Accumulator
     ) -> list[Result]:
         if not hasattr(self._ready, "threads"):
             # Frameworks keep this count by thread.
             stacking(self._plan.learner).use_threads(self.engine.threads)
             self._ready.threads = True
-        chosen = [turns[place] for place in group]
+        chosen = [tasks[place] for place in group]
         found = run_block(self.engine.method, self._plan, self._data, received, chosen, sums)
         return list(zip(group, found, strict=True))
 
 
-class _Guarded:
+class _Guarded(Accumulator):
     """A sum that several threads add to."""
 
-    def __init__(self, sums: Sink) -> None:
+    def __init__(self, sums: Accumulator) -> None:
         self._sums, self._lock = sums, Lock()
-        self.takes_folds = sums.takes_folds
+        self.takes_folds = sums.takes_folds  # type: ignore[misc]
 
-    def add(self, update: Update) -> None:
+    def add(self, update: Update, sender: Sender) -> None:
         with self._lock:
-            self._sums.add(update)
+            self._sums.add(update, sender)
 
-    def add_rows(
-        self,
-        vectors: Vectors,
-        statistics: Vectors,
-        weights: Sequence[float],
-        metrics: Mapping[str, Sequence[float]],
-        passed: Sequence[bool],
-    ) -> None:
+    def add_rows(self, rows: Rows) -> None:
         with self._lock:
-            self._sums.add_rows(vectors, statistics, weights, metrics, passed)
+            self._sums.add_rows(rows)
 
-    def add_folds(
-        self,
-        folds: Mapping[str, tuple[NDArray[np.int64], int]],
-        statistics: Vectors,
-        weights: Sequence[float],
-        metrics: Mapping[str, Sequence[float]],
-    ) -> None:
+    def merge(self, other: Accumulator) -> None:
         with self._lock:
-            self._sums.add_folds(folds, statistics, weights, metrics)
+            self._sums.merge(other)
+
+    def fresh(self) -> Accumulator:
+        return self._sums.fresh()
+
+    def state(self) -> Vectors:
+        return self._sums.state()
+
+    def restore(self, state: Vectors) -> None:
+        self._sums.restore(state)
+
+    def close(self, population: int, state: Vectors, key: Key) -> Aggregate:
+        return self._sums.close(population, state, key)

@@ -14,6 +14,14 @@ def positive(text: str) -> int:
     return value
 
 
+def _round(text: str) -> int:
+    """The number of a round; 0 comes before the first."""
+    value = int(text)
+    if not 0 <= value < 10**9:
+        raise argparse.ArgumentTypeError("must be the number of a round")
+    return value
+
+
 def add_serving(commands: Any) -> None:
     """The commands of a federation that is served."""
 
@@ -30,6 +38,10 @@ def _state(
     command.add_argument("state", metavar="STATE", help=what)
     command.set_defaults(module="state", action=name)
     return command
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
 
 def _server(commands: Any) -> None:
@@ -118,11 +130,13 @@ def _site(commands: Any) -> None:
 
 def _operations(commands: Any) -> None:
     either = "a state folder, or the folder of an identity made by atoll enrol"
-    _state(commands, "status", "how a federation stands", either)
-    _state(commands, "rounds", "a federation's rounds", either).add_argument(
-        "--json", action="store_true"
+    _json(_state(commands, "status", "how a federation stands", either))
+    rounds = _state(commands, "rounds", "a federation's rounds", either)
+    rounds.add_argument(
+        "--since", type=_round, default=0, metavar="ROUND", help="only those after this one"
     )
-    _state(commands, "sites", "who has joined a federation", either)
+    _json(rounds)
+    _json(_state(commands, "sites", "who has joined a federation, or is invited", either))
     _state(commands, "revoke", "refuse a site from now on", either).add_argument("name")
     _state(commands, "stop", "end a federation; it can be served again", either)
     _state(commands, "page", "a link to the live page of a federation", either)

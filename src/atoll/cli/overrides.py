@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from atoll.aggregation.pipeline import Pipeline
+from atoll.aggregation.stage import Pipeline
 from atoll.errors import ConfigurationError
 from atoll.federation import Federation
 

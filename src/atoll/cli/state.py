@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import sqlalchemy as sa
-
+from atoll.cli.access import access
 from atoll.cli.tables import figure, print_table
 from atoll.core.files import write_atomically, write_json
-from atoll.errors import ConfigurationError
-from atoll.protocol.certificates import hosts_of, make_server
+from atoll.protocol.certificates import make_server
 from atoll.protocol.identity import Token, make_key
-from atoll.service.http.login import OPERATOR, issue
 from atoll.service.storage.audit import lines, verify
 from atoll.service.storage.folder import StateFolder, check_name
-from atoll.service.storage.tables import assignments, rounds, sites, tokens
 from atoll.site.agent import approve
 from atoll.site.connection import Connection, find_authority
 from atoll.tracking.record import human_bytes
@@ -37,13 +32,13 @@ def _init(options: argparse.Namespace) -> int:
     path = Path(options.state)
     project = check_name(options.project or path.resolve().name)
     hosts = options.host or ["localhost", "127.0.0.1"]
-    StateFolder.make(path, project, hosts, options.database)
+    folder = StateFolder.make(path, project, hosts, options.database)
     print(
         f"made {path}: the authority and the server's certificate of {project}\n"
         f"keep {path / 'ca-key.pem'} safe: whoever has it can pretend to be the server\n\n"
         f"next:\n  atoll invite {path} hospital-a      a one-time token for each site\n"
         f"  atoll serve federation.py --state {path}\n"
-        f"  atoll join https://{hosts[0]}:8443 federation.py --data site.py --token ..."
+        f"  atoll join {folder.url(8443)} federation.py --data site.py --token ..."
     )
     return 0
 
@@ -72,7 +67,7 @@ def _enrol(options: argparse.Namespace) -> int:
         write_atomically(folder / "ca.pem", [pem])
     link = Connection(options.url, pem, make_key(folder / "key.pem"))
     enrolled = link.enrol(token)
-    about = {"url": link.url, "site": enrolled.site, "project": enrolled.project}
+    about = {"url": options.url.rstrip("/"), "site": enrolled.site, "project": enrolled.project}
     write_json(folder / "site.json", about)
     print(f"{enrolled.site} is {enrolled.role} of {enrolled.project}")
     return 0
@@ -86,77 +81,45 @@ def _approve(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    place = Path(options.state)
-    if (place / "site.json").exists():
-        found = _ask(place, "GET", "/v1/status")
-    else:
-        found = _local_status(StateFolder.open(place))
-    rows = [(name.replace("_", " "), _shown(value)) for name, value in found.items()]
-    print_table(("", ""), rows)
+    with closing(access(Path(options.state))) as federation:
+        found = federation.status()
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    print_table(("", ""), [(name.replace("_", " "), _shown(found[name])) for name in found])
     return 0
 
 
-def _local_status(folder: StateFolder) -> dict[str, Any]:
-    with closing(folder.store()) as store:
-        version, plan = store.version(), store.setting("plan") or {}
-        state = store.setting("coordinator") or {}
-        everyone = store.sites()
-        open_ = store.rows(sa.select(assignments).where(assignments.c.state == "open"))
-        with store.reading() as connection:
-            led = connection.execute(sa.text("SELECT until FROM lease")).scalar()
-        return {
-            "project": folder.project,
-            "server": "running" if led and led > time.time() else "not running",
-            "round": version["version"] if version else 0,
-            "rounds": plan.get("schedule", {}).get("rounds", "not served yet"),
-            "phase": state.get("phase", "not begun"),
-            "sites": sum(row["status"] == "active" and row["role"] == "site" for row in everyone),
-            "at_work": sorted(row["site"] for row in open_),
-            "model": version["model"] if version else "",
-        }
-
-
 def _rounds(options: argparse.Namespace) -> int:
-    place = Path(options.state)
-    if (place / "site.json").exists():
-        found = list(reversed(_ask(place, "GET", "/v1/rounds")))
-    else:
-        with closing(StateFolder.open(place).store()) as store:
-            query = sa.select(rounds).order_by(rounds.c.round, rounds.c.attempt)
-            found = [{**row, "record": json.loads(row["record"])} for row in store.rows(query)]
-    if options.json:
-        for row in found:
-            print(json.dumps(row))
-        return 0
-    table = []
-    for row in found:
-        record = row["record"]
-        figures = record.get("metrics") or record.get("measurements") or {}
-        shown = ", ".join(f"{name} {figure(value)}" for name, value in figures.items())
-        took = f"{row['ended'] - row['opened']:.1f} s" if row["ended"] else ""
-        table.append(
-            (
-                str(row["round"]), row["state"], str(len(record.get("accepted", []))) or "",
-                human_bytes(record.get("bytes_up", 0)), took, shown or row["reason"],
-            )
-        )  # fmt: skip
+    with closing(access(Path(options.state))) as federation:
+        found = federation.rounds(options.since)
+        if options.json:
+            for row in found:
+                print(json.dumps(row))
+            return 0
+        table = [_round(row) for row in found]
     print_table(("round", "state", "updates", "received", "took", "figures"), table)
     return 0
 
 
+def _round(row: Mapping[str, Any]) -> Sequence[str]:
+    record = row["record"]
+    figures = record.get("metrics") or record.get("measurements") or {}
+    shown = ", ".join(f"{name} {figure(value)}" for name, value in figures.items())
+    took = f"{row['ended'] - row['opened']:.1f} s" if row["ended"] else ""
+    return (
+        str(row["round"]), row["state"], str(len(record.get("accepted", []))) or "",
+        human_bytes(record.get("bytes_up", 0)), took, shown or row["reason"],
+    )  # fmt: skip
+
+
 def _sites(options: argparse.Namespace) -> int:
-    place = Path(options.state)
-    if (place / "site.json").exists():
-        found = _ask(place, "GET", "/v1/sites")
-    else:
-        with closing(StateFolder.open(place).store()) as store:
-            found = store.sites()
-            known = {row["name"] for row in found if row["status"] == "active"}
-            waiting = sa.select(tokens).where(
-                tokens.c.used.is_(None), tokens.c.expires > time.time()
-            )
-            invited = [row for row in store.rows(waiting) if row["name"] not in known]
-            found = [*found, *({**row, "status": "invited", "seen": None} for row in invited)]
+    with closing(access(Path(options.state))) as federation:
+        found = federation.sites()
+    if options.json:
+        for row in found:
+            print(json.dumps(row))
+        return 0
     print_table(
         ("site", "role", "status", "examples", "last seen"),
         [
@@ -164,7 +127,7 @@ def _sites(options: argparse.Namespace) -> int:
                 row["name"],
                 row["role"],
                 row["status"],
-                str(row.get("examples", "")),
+                "" if row["examples"] is None else str(row["examples"]),
                 "" if row["seen"] is None else _ago(row["seen"]),
             )
             for row in found
@@ -174,50 +137,22 @@ def _sites(options: argparse.Namespace) -> int:
 
 
 def _revoke(options: argparse.Namespace) -> int:
-    place = Path(options.state)
-    if (place / "site.json").exists():
-        _ask(place, "POST", f"/v1/sites/{quote(check_name(options.name))}/revoke")
-    else:
-        with (
-            closing(StateFolder.open(place).store()) as store,
-            store.change(leading=False) as change,
-        ):
-            mine = sites.c.name == options.name
-            unused = (tokens.c.name == options.name) & tokens.c.used.is_(None)
-            known = change.run(sites.update().where(mine).values(status="revoked"))
-            if not known + change.run(tokens.delete().where(unused)):
-                raise ConfigurationError(f"there is no site {options.name!r}")
-            change.audit(f"operator {getpass.getuser()}", "revoked", site=options.name)
+    with closing(access(Path(options.state))) as federation:
+        federation.revoke(options.name)
     print(f"{options.name} is revoked; its next request will be refused")
     return 0
 
 
 def _stop(options: argparse.Namespace) -> int:
-    place = Path(options.state)
-    if (place / "site.json").exists():
-        _ask(place, "POST", "/v1/stop")
-    else:
-        with (
-            closing(StateFolder.open(place).store()) as store,
-            store.change(leading=False) as change,
-        ):
-            change.set("stop", True)
+    with closing(access(Path(options.state))) as federation:
+        federation.stop()
     print("stopping: sites are told when they next ask; `atoll serve` goes on from here")
     return 0
 
 
 def _page(options: argparse.Namespace) -> int:
-    place = Path(options.state)
-    if (place / "site.json").exists():
-        url = json.loads((place / "site.json").read_text(encoding="utf-8"))["url"]
-        ticket = _ask(place, "POST", "/v1/page")["ticket"]
-    else:
-        folder = StateFolder.open(place)
-        with closing(folder.store()) as store, store.change(leading=False) as change:
-            ticket = issue(change, OPERATOR, "")
-            change.audit("operator", "asked for the page")
-            url = f"https://{hosts_of(place)[0]}:{store.setting('port') or 8443}"
-    print(f"{url}/page/#{ticket}\ngood for five minutes, once")
+    with closing(access(Path(options.state))) as federation:
+        print(f"{federation.link()}\ngood for five minutes, once")
     return 0
 
 
@@ -252,19 +187,10 @@ def _restore(options: argparse.Namespace) -> int:
     return 0
 
 
-def _ask(folder: Path, method: str, target: str) -> Any:
-    known = json.loads((folder / "site.json").read_text(encoding="utf-8"))
-    pem = (folder / "ca.pem").read_bytes() if (folder / "ca.pem").exists() else None
-    link = Connection(known["url"], pem, make_key(folder / "key.pem"), known["site"])
-    try:
-        data = link.ask(method, target)
-    finally:
-        link.close()
-    return json.loads(data) if data else None
-
-
 def _shown(value: Any) -> str:
-    return ", ".join(value) or "nobody" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(value) or "nobody"
+    return "-" if value is None or value == "" else str(value)
 
 
 def _ago(when: float) -> str:

@@ -19,6 +19,11 @@ from atoll.core.vectors import Vectors
 from atoll.errors import AtollError
 
 DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
     "I64": np.dtype("<i8"),
@@ -34,11 +39,23 @@ class WireError(AtollError):
     """Bytes that are not what they should be."""
 
 
+def ordered(vectors: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+    """The arrays as they are written: wide numbers first, so that all of them lie aligned."""
+    widths = {vector.dtype.itemsize for vector in vectors.values()}
+    if len(widths) < 2:
+        return vectors
+    return dict(sorted(vectors.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
 def header(vectors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """Everything that comes before the arrays."""
+    """Everything that comes before the arrays, which are in the order of `ordered`."""
     plan: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, vector in vectors.items():
+        if vector.dtype not in NAMES:
+            raise WireError(
+                f"array {name!r} is {vector.dtype}, which does not travel; {', '.join(DTYPES)} do"
+            )
         plan[name] = {
             "dtype": NAMES[vector.dtype],
             "shape": list(vector.shape),
@@ -54,6 +71,7 @@ def encode(
     vectors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
 ) -> list[bytes | memoryview]:
     """Pieces to write one after the other; the arrays are views, not copies."""
+    vectors = ordered(vectors)
     pieces: list[bytes | memoryview] = [header(vectors, metadata or {})]
     pieces += [
         np.ascontiguousarray(vector).reshape(-1).data.cast("B")
@@ -65,7 +83,7 @@ def encode(
 
 def size(vectors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> int:
     """How many bytes `encode` would make."""
-    return len(header(vectors, metadata or {})) + sum(v.nbytes for v in vectors.values())
+    return len(header(ordered(vectors), metadata or {})) + sum(v.nbytes for v in vectors.values())
 
 
 def decode(data: bytes | memoryview) -> tuple[Vectors, dict[str, str]]:

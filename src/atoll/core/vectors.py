@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from hashlib import sha256
@@ -29,6 +29,8 @@ from atoll.errors import LayoutError
 Array = Any
 Vector = NDArray[np.float32]
 Vectors = dict[str, NDArray[Any]]
+#: Nested dicts of arrays: what is one owner's is under one name.
+Tree = dict[str, Any]
 Section = Literal["params", "buffers", "counters"]
 
 SECTIONS: dict[Section, np.dtype[Any]] = {
@@ -180,6 +182,108 @@ class Layout:
             )
         for section, size in self.sizes.items():
             check_vector(section, vectors[section], (size,), SECTIONS[section])
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layout in two: what is `shared` travels, what is `private` stays with each client."""
+
+    whole: Layout
+    shared: Layout
+    private: Layout
+
+    @staticmethod
+    def of(whole: Layout, patterns: Iterable[str]) -> Split:
+        """Arrays whose names match a shell-style pattern are private, others are shared."""
+        patterns = tuple(patterns)
+        for pattern in patterns:
+            if not any(fnmatchcase(entry.name, pattern) for entry in whole.entries):
+                names = ", ".join(entry.name for entry in whole.entries[:8])
+                raise LayoutError(f"no array of the model matches {pattern!r}; it has {names}, ...")
+        own = [e for e in whole.entries if any(fnmatchcase(e.name, p) for p in patterns)]
+        rest = [entry for entry in whole.entries if entry not in own]
+        return Split(whole, _rebased(rest), _rebased(own))
+
+    @property
+    def trivial(self) -> bool:
+        """Whether everything is shared."""
+        return not self.private.entries
+
+    @cached_property
+    def places(self) -> dict[Section, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """For each section: positions of the shared and of the private values in the whole."""
+        own = {entry.name for entry in self.private.entries}
+        found: dict[Section, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        for section in self.whole.sizes:
+            entries = [entry for entry in self.whole.entries if entry.section == section]
+            found[section] = (
+                _positions(entry for entry in entries if entry.name not in own),
+                _positions(entry for entry in entries if entry.name in own),
+            )
+        return found
+
+    def parts(self, model: Mapping[str, NDArray[Any]]) -> tuple[Vectors, Vectors]:
+        """A whole model as its shared and its private sections; empty ones are left out."""
+        shared: Vectors = {}
+        private: Vectors = {}
+        for section, (ours, own) in self.places.items():
+            if len(ours):
+                shared[section] = model[section][..., ours] if len(own) else model[section]
+            if len(own):
+                private[section] = model[section][..., own]
+        return shared, private
+
+    def merged(self, shared: Mapping[str, Any], private: Mapping[str, Any]) -> Vectors:
+        """Sections of the whole model from both parts; either may have a leading axis [C, ...]."""
+        if self.trivial:
+            return {section: shared[section] for section in self.whole.sizes}
+        whole: Vectors = {}
+        for section, (ours, own) in self.places.items():
+            both = ((ours, shared), (own, private))
+            parts = [(at, given[section]) for at, given in both if len(at)]
+            lead = max((values.shape[:-1] for _, values in parts), key=len)
+            whole[section] = np.empty((*lead, len(ours) + len(own)), SECTIONS[section])
+            for at, values in parts:
+                whole[section][..., at] = values
+        return whole
+
+
+def _positions(entries: Iterable[Entry]) -> NDArray[np.int64]:
+    ranges = [np.arange(entry.start, entry.start + entry.size) for entry in entries]
+    return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+
+def _rebased(entries: Iterable[Entry]) -> Layout:
+    """The entries as a layout of their own, one after the other in each section."""
+    ends: dict[Section, int] = dict.fromkeys(SECTIONS, 0)
+    moved = []
+    for entry in entries:
+        moved.append(replace(entry, start=ends[entry.section]))
+        ends[entry.section] += entry.size
+    return Layout(tuple(moved))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Vectors:
+    """Arrays of nested dicts by their paths, e.g. {"algorithm/params": ...}."""
+    flat: Vectors = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def nest(vectors: Mapping[str, NDArray[Any]]) -> Tree:
+    """Nested dicts from arrays by their paths; the reverse of `flatten`, but for empty dicts."""
+    tree: Tree = {}
+    for path, vector in vectors.items():
+        *folders, name = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = vector
+    return tree
 
 
 def describe_names(names: Iterable[str]) -> str:

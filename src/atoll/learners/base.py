@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.core.random import Key, permutations
-from atoll.core.vectors import SECTIONS, Array, Layout, Vectors
+from atoll.core.vectors import Array, Layout, Vectors
 from atoll.data.examples import Examples, Rows, Task
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
 from atoll.learners.metrics import Sums, figures
 from atoll.learners.rates import Rate, rate_at
+from atoll.learners.weights import copied, fits, is_vectors, packed
 
 #: Turns (gradient, params) into the direction to descend along; either may be [P] or [C, P].
 Correction = Callable[[Array, Array], Array]
@@ -49,7 +50,10 @@ class At:
     """A correction that may ask for the same batch's gradient elsewhere.
 
     `rule(gradient, params, at)` gives the direction; `at(points)` is the gradient of this step's
-    batch at other parameters, [P] or [C, P].
+    batch at other parameters, [P] or [C, P]: with the same draws (dropout), from the same
+    statistics, which it does not move, and within the same `max_gradient_norm`. What `at` gives is
+    a new array; `gradient` and `params` are the loop's own, which the next step overwrites. In a
+    stack every gradient is zero for clients that have finished, and their direction is left out.
     """
 
     rule: Callable[[Array, Array, Callable[[Array], Array]], Array]
@@ -61,8 +65,9 @@ class Objective:
 
     `loss(outputs, targets, *beside, **given)` is the mean loss of one client's batch, in the
     learner's framework. `beside` are parameters ([P], or [C, P] for a stack) whose outputs on the
-    same batch the loss is shown, without a gradient; `given` are numbers of each client, [...] or
-    [C, ...] for a stack.
+    same batch the loss is shown, as in evaluation and without a gradient; `given` are numbers of
+    each client, [...] or [C, ...] for a stack. On JAX the loss must be a mean over examples, and it
+    is compiled once for as long as it is the same function.
     """
 
     loss: Callable[..., Any]
@@ -100,12 +105,14 @@ def steps_of(planned: int, fraction: float) -> int:
 class Assignment:
     """The circumstances of one piece of local work: which round, how much of it, which draws.
 
-    `fraction` in (0, 1] is the share of the full local work that is asked for.
+    `fraction` is the share of the full local work that is asked for. `secret` keys what nobody else
+    may know; None, in a simulation, takes that from `key` as well.
     """
 
     round: int
     key: Key
     fraction: float = 1.0
+    secret: Key | None = None
 
     def steps(self, planned: int) -> int:
         """How many of the `planned` steps are asked for: at least one."""
@@ -192,6 +199,21 @@ class Learner(ABC):
     def check(self, data: FederatedData) -> None:
         """Raise `DataError` if this learner cannot be trained on these data."""
 
+    def check_asked(self, correction: Correction | At | None, objective: Objective | None) -> None:
+        """Raise `ConfigurationError` if `train` is asked for what this learner cannot do."""
+        name = type(self).__name__
+        if correction is not None and "gradient" not in self.abilities:
+            raise ConfigurationError(f"{name} can only fit: it takes no correction")
+        if isinstance(correction, At) and "at" not in self.abilities:
+            raise ConfigurationError(
+                f"{name} does not give a batch's gradient at other parameters, which this "
+                "algorithm needs"
+            )
+        if objective is not None and "objective" not in self.abilities:
+            raise ConfigurationError(
+                f"{name} minimises its own loss and no other; this algorithm brings one"
+            )
+
     def fixed(self) -> str:
         """A digest of what shapes the results but does not travel; empty if there is nothing."""
         return ""
@@ -201,18 +223,29 @@ class Learner(ABC):
 
         Raises `ConfigurationError`, naming what is missing or of another shape.
         """
-        if isinstance(source, Mapping) and set(source) <= set(SECTIONS):
-            self.layout.check(source)
-            return {name: np.array(vector) for name, vector in source.items()}
+        if is_vectors(source):
+            return copied(self.layout, source)
         if isinstance(source, Mapping):
-            return self.layout.pack(source)
+            return packed(self.layout, source, "what is given")
         raise ConfigurationError(
             f"{type(self).__name__} cannot take weights from {type(source).__name__}; give a dict "
             "of arrays by name"
         )
 
     def load_into(self, model: Vectors, target: Any) -> Any:
-        """Write a model into the framework's own kind of object, which is also returned."""
+        """Write a model into the framework's own kind of object, which is also returned.
+
+        Every learner fills a dict with the model's arrays by name, in those that are there.
+        """
+        if isinstance(target, dict):
+            arrays = self.layout.unpack(copied(self.layout, model))
+            fits(self.layout, {**arrays, **target}, "the dict")
+            for name, array in arrays.items():
+                if isinstance(target.get(name), np.ndarray):
+                    target[name][...] = array
+                else:
+                    target[name] = array.copy()
+            return target
         raise ConfigurationError(
             f"{type(self).__name__} cannot load into {type(target).__name__}; use "
             "learner.layout.unpack(run.model), a dict of arrays by name"
@@ -307,8 +340,18 @@ class Descent(Protocol):
     def gather(self, rows: Rows | slice) -> None:
         """Fetch these rows of the columns; `gradient` then takes slices of them."""
 
-    def gradient(self, batch: slice) -> tuple[Array, Any]:
+    def gradient(self, batch: slice, objective: Objective | None = None) -> tuple[Array, Any]:
         """Gradient [P] (a buffer that may be overwritten) and mean loss of a batch."""
+
+    def mark(self) -> None:
+        """Note the draws and the statistics that the coming `gradient` begins from."""
+
+    def gradient_at(self, batch: slice, points: Array, objective: Objective | None = None) -> Array:
+        """The gradient [P] at other parameters, begun from the mark; nothing else is changed.
+
+        A new array each time. Only who has the ability "at" needs `mark` and this, and only who
+        has "objective" is given one.
+        """
 
     def step(self, direction: Array, lr: float) -> None:
         """Move `params`, in place, along minus `direction`."""
@@ -409,8 +452,10 @@ class GradientLearner(Learner, Stacking):
         model: Vectors,
         examples: Examples,
         assignment: Assignment,
-        correction: Correction | None = None,
+        correction: Correction | At | None = None,
+        objective: Objective | None = None,
     ) -> LocalResult:
+        self.check_asked(correction, objective)
         lr = rate_at(self.lr, assignment.round)
         steps = assignment.steps(self.planned_steps(len(examples)))
         word = assignment.key.integer("batches")
@@ -418,17 +463,40 @@ class GradientLearner(Learner, Stacking):
             done = seen = 0
             losses: Any = 0.0
             for batch in self._batches(descent, examples, steps, word):
-                direction, loss = descent.gradient(batch)
-                if self.max_gradient_norm is not None:
-                    direction *= min(1.0, self.max_gradient_norm / max(self.norm(direction), 1e-12))
-                if correction is not None:
-                    direction = correction(direction, descent.params)
+                direction, loss = self._direction(descent, batch, correction, objective)
                 descent.step(direction, lr)
                 done, seen, losses = done + 1, seen + batch.stop - batch.start, losses + loss
             params, statistics = descent.result()
         return LocalResult(
             params, done, done * lr, len(examples), seen, float(losses) / done, statistics
         )
+
+    def _direction(
+        self,
+        descent: Descent,
+        batch: slice,
+        correction: Correction | At | None,
+        objective: Objective | None,
+    ) -> tuple[Array, Any]:
+        """Where a step goes, and the loss of its batch."""
+        asked = () if objective is None else (objective,)
+        if not isinstance(correction, At):
+            gradient, loss = descent.gradient(batch, *asked)
+            gradient = self._clipped(gradient)
+            return gradient if correction is None else correction(gradient, descent.params), loss
+        descent.mark()
+        gradient, loss = descent.gradient(batch, *asked)
+
+        def at(points: Array) -> Array:
+            return self._clipped(descent.gradient_at(batch, points, *asked))
+
+        return correction.rule(self._clipped(gradient), descent.params, at), loss
+
+    def _clipped(self, gradient: Array) -> Array:
+        """The gradient, scaled to the largest norm allowed; it may be overwritten."""
+        if self.max_gradient_norm is not None:
+            gradient *= min(1.0, self.max_gradient_norm / max(self.norm(gradient), 1e-12))
+        return gradient
 
     def _batches(
         self, descent: Descent, examples: Examples, steps: int, word: int

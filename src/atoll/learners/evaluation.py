@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,3 +53,17 @@ def sums_of_outputs(
     if task == "tokens":
         return token_sums(outputs, y, loss * y.size)
     return classification_sums(outputs, y, loss * len(y), classes or 0)
+
+
+def pieces(examples: Examples, size: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Inputs and targets of `size` examples at a time."""
+    for start in range(0, len(examples), size):
+        yield examples.take(slice(start, start + size))
+
+
+def mean_over(
+    examples: Examples, size: int, loss_of: Callable[[NDArray[Any], NDArray[Any]], Any]
+) -> float:
+    """The mean loss over all examples, from the mean loss of `size` of them at a time."""
+    total = sum(float(loss_of(x, y)) * len(x) for x, y in pieces(examples, size))
+    return total / len(examples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from atoll.errors import ConfigurationError, require
 from atoll.learners.torch import TorchLearner
+from atoll.learners.torch.weights import by_name, named
 
 
 def HuggingFaceLearner(  # noqa: N802
@@ -67,6 +68,10 @@ class NextTokens:
         )
 
 
+#: What the names of a model's tensors begin with inside `Tokens`.
+INSIDE = "model."
+
+
 class Tokens(nn.Module):
     """The model as a function of token ids [B, T] alone; padding is left out of attention."""
 
@@ -79,6 +84,14 @@ class Tokens(nn.Module):
         ids = ids.long()
         found: Tensor = self.model(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
         return found
+
+    def tensors_of(self, source: Any) -> dict[str, Tensor] | None:
+        """The tensors of a model like the one inside, or of its state dict."""
+        if isinstance(source, nn.Module) and not isinstance(source, Tokens):
+            return {INSIDE + name: tensor for name, tensor in named(source).items()}
+        if isinstance(source, Mapping) and not any(n.startswith(INSIDE) for n in source):
+            return {INSIDE + name: tensor for name, tensor in by_name(source).items()}
+        return None
 
     def __repr__(self) -> str:
         # The whole of it is long; a digest tells models apart, the same in every process.

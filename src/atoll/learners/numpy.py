@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,14 @@ from atoll.core.vectors import Layout, Vector, Vectors
 from atoll.data.examples import Examples, Rows, Task
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
-from atoll.learners.base import GradientLearner
+from atoll.learners.base import Ability, GradientLearner, Objective
+from atoll.learners.evaluation import mean_over, pieces
 from atoll.learners.metrics import Sums, add, classification_sums, regression_sums
 
 Matrix = NDArray[np.float32]
+
+#: Examples in a batch of an evaluation.
+EVALUATED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,8 @@ class NumpyLearner(GradientLearner):
     loss: Literal["cross_entropy", "squared"] = "cross_entropy"
     momentum: float = 0.0
     zero_init: bool = False
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset({"gradient", "at", "outputs"})  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,8 +118,7 @@ class NumpyLearner(GradientLearner):
     def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
         weights = _layers(self.layout, model["params"])
         parts = []
-        for start in range(0, len(examples), 4096):
-            x, y = examples.take(slice(start, start + 4096))
+        for x, y in pieces(examples, EVALUATED_AT_ONCE):
             outputs = _forward(weights, x.reshape(len(x), -1))[-1]
             _, losses = _loss(self.loss, outputs, y)
             if task == "regression":
@@ -121,6 +126,20 @@ class NumpyLearner(GradientLearner):
             else:
                 parts.append(classification_sums(outputs, y, float(losses.sum()), classes or 0))
         return add(parts)
+
+    def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:
+        weights = _layers(self.layout, model["params"])
+        parts = pieces(examples, EVALUATED_AT_ONCE)
+        return np.concatenate([_forward(weights, x.reshape(len(x), -1))[-1] for x, _ in parts])
+
+    def mean_loss(self, model: Vectors, examples: Examples) -> float:
+        weights = _layers(self.layout, model["params"])
+
+        def loss_of(x: Matrix, y: NDArray[Any]) -> float:
+            outputs = _forward(weights, x.reshape(len(x), -1))[-1]
+            return float(_loss(self.loss, outputs, y)[1].mean())
+
+        return mean_over(examples, EVALUATED_AT_ONCE, loss_of)
 
 
 class _Descent:
@@ -139,19 +158,39 @@ class _Descent:
         x = self._examples.x[rows]
         self._x, self._y = x.reshape(len(x), -1), self._examples.y[rows]
 
-    def gradient(self, batch: slice) -> tuple[Vector, Any]:
+    def gradient(self, batch: slice, objective: Objective | None = None) -> tuple[Vector, Any]:
+        return self._gradient, self._backward(batch, self._weights, self._gradients)
+
+    def mark(self) -> None:
+        """Nothing is drawn, and there are no statistics."""
+
+    def gradient_at(
+        self, batch: slice, points: Vector, objective: Objective | None = None
+    ) -> Vector:
+        layout = self._learner.layout
+        found = np.empty_like(self._gradient)
+        self._backward(batch, _layers(layout, np.asarray(points)), _layers(layout, found))
+        return found
+
+    def _backward(
+        self,
+        batch: slice,
+        weights: list[tuple[Matrix, Vector]],
+        gradients: list[tuple[Matrix, Vector]],
+    ) -> Any:
+        """Write the batch's gradient by these weights; its mean loss."""
         y = self._y[batch]
-        activations = _forward(self._weights, self._x[batch])
+        activations = _forward(weights, self._x[batch])
         error, losses = _loss(self._learner.loss, activations[-1], y)
         error /= np.float32(len(y))
-        for number in range(len(self._weights) - 1, -1, -1):
-            weight_gradient, bias_gradient = self._gradients[number]
+        for number in range(len(weights) - 1, -1, -1):
+            weight_gradient, bias_gradient = gradients[number]
             np.matmul(activations[number].T, error, out=weight_gradient)
             error.sum(axis=0, out=bias_gradient)
             if number:
-                error = error @ self._weights[number][0].T
+                error = error @ weights[number][0].T
                 error *= activations[number] > 0
-        return self._gradient, losses.mean()
+        return losses.mean()
 
     def step(self, direction: Vector, lr: float) -> None:
         if self._velocity is not None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,10 @@ from atoll.core.vectors import Layout, Vectors
 from atoll.data.examples import Examples, Task
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError, require
-from atoll.learners.base import Assignment, At, Correction, Learner, LocalResult, Objective
+from atoll.learners.base import Ability, Assignment, At, Correction, Learner, LocalResult, Objective
+from atoll.learners.evaluation import mean_over, pieces
 from atoll.learners.metrics import Sums, add, classification_sums, regression_sums
+from atoll.learners.weights import copied, fits, packed
 
 require("sklearn", "scikit-learn", "atoll.learners.SklearnLearner")
 
@@ -27,6 +29,9 @@ from sklearn.base import (  # type: ignore[import-untyped]  # noqa: E402
     clone,
     is_regressor,
 )
+
+#: Examples in a batch of an evaluation.
+EVALUATED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +53,8 @@ class SklearnLearner(Learner):
     features: int
     classes: int | None = None
     epochs: int = 1
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset({"outputs"})  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if (self.classes is None) != is_regressor(self.estimator):
@@ -102,8 +109,7 @@ class SklearnLearner(Learner):
         correction: Correction | At | None = None,
         objective: Objective | None = None,
     ) -> LocalResult:
-        if correction is not None or objective is not None:
-            raise ConfigurationError("SklearnLearner can only fit: it takes no correction")
+        self.check_asked(correction, objective)
         seed = assignment.key.integer("batches") % 2**32
         estimator = self._with(model, seed)
         passes = assignment.steps(self.epochs)
@@ -122,17 +128,68 @@ class SklearnLearner(Learner):
     def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
         estimator = self._with(model, 0)
         parts = []
-        for start in range(0, len(examples), 4096):
-            x, y = examples.take(slice(start, start + 4096))
-            x = x.reshape(len(x), -1)
+        for x, y in pieces(examples, EVALUATED_AT_ONCE):
+            outputs = self._outputs(estimator, x)
+            loss = self._loss(outputs, y)
             if task == "regression":
-                outputs = estimator.predict(x)
-                loss = float(np.square(outputs - y.reshape(outputs.shape)).sum() / 2)
                 parts.append(regression_sums(outputs, y, loss))
             else:
-                scores = _scores(estimator, x)
-                parts.append(classification_sums(scores, y, _log_loss(scores, y), classes or 0))
+                parts.append(classification_sums(outputs, y, loss, classes or 0))
         return add(parts)
+
+    def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:
+        """Predictions of a regressor; of a classifier log-probabilities or decision values."""
+        estimator = self._with(model, 0)
+        found = [self._outputs(estimator, x) for x, _ in pieces(examples, EVALUATED_AT_ONCE)]
+        return np.concatenate(found).astype(np.float32)
+
+    def mean_loss(self, model: Vectors, examples: Examples) -> float:
+        estimator = self._with(model, 0)
+
+        def loss_of(x: NDArray[Any], y: NDArray[Any]) -> float:
+            return self._loss(self._outputs(estimator, x), y) / len(y)
+
+        return mean_over(examples, EVALUATED_AT_ONCE, loss_of)
+
+    def _outputs(self, estimator: Any, x: NDArray[Any]) -> NDArray[Any]:
+        """[B], or [B, K] for more than two classes."""
+        x = x.reshape(len(x), -1)
+        if self.classes is None:
+            return np.asarray(estimator.predict(x))
+        return _scores(estimator, x)
+
+    def _loss(self, outputs: NDArray[Any], y: NDArray[Any]) -> float:
+        """The sum of the losses: half the squared error, or minus the log-likelihood."""
+        if self.classes is None:
+            return float(np.square(outputs - y.reshape(outputs.shape)).sum() / 2)
+        return _log_loss(outputs, y)
+
+    def vectors_of(self, source: Any) -> Vectors:
+        """As in `Learner`, also from a fitted estimator."""
+        if not isinstance(source, BaseEstimator):
+            return super().vectors_of(source)
+        return packed(self.layout, _fitted(source), f"the given {type(source).__name__}")
+
+    def load_into(self, model: Vectors, target: Any) -> Any:
+        """As in `Learner`, also into an estimator: one like the learner's, or any that is fitted.
+
+        Classes of one that is not fitted are numbers from 0; a fitted one keeps its own.
+        """
+        if not isinstance(target, BaseEstimator):
+            return super().load_into(model, target)
+        name = type(target).__name__
+        vectors = copied(self.layout, model)
+        if not _is_fitted(target):
+            if type(target) is not type(self.estimator):
+                raise ConfigurationError(
+                    f"the given {name} is not fitted and no {type(self.estimator).__name__}, so "
+                    "it has no arrays of this model's shapes"
+                )
+            learned = {n: v for n, v in vars(self._with(model, 0)).items() if n not in vars(target)}
+            vars(target).update(learned)
+        fits(self.layout, _fitted(target), f"the given {name}")
+        _set_coefficients(target, self.layout.unpack(vectors))
+        return target
 
     def _begin(self, seed: int) -> Any:
         """A clone that has seen one all-zero example of each class and nothing else."""
@@ -197,6 +254,19 @@ class SklearnLearner(Learner):
             # A few iterations per round are the point here, not a failure to converge.
             warnings.simplefilter("ignore", ConvergenceWarning)
             estimator.fit(x, y, sample_weight=weight)
+
+
+def _is_fitted(estimator: Any) -> bool:
+    return hasattr(estimator, "coef_") or hasattr(estimator, "coefs_")
+
+
+def _fitted(estimator: Any) -> dict[str, NDArray[Any]]:
+    """The arrays of people's own estimator."""
+    if not _is_fitted(estimator):
+        raise ConfigurationError(
+            f"the given {type(estimator).__name__} has no coef_ or coefs_: fit it first"
+        )
+    return _coefficients(estimator)
 
 
 def _coefficients(estimator: Any) -> dict[str, NDArray[Any]]:

@@ -100,8 +100,10 @@ class Order(Message, frozen=True):
     """What a site is to do: train, wait (between so many seconds), go on, drop it, or stop.
 
     For "train": how often to say that work goes on (`wait`), the model's blob and size, the random
-    numbers' seed, and `memory`, the assignment whose memory counts (None: it begins anew). For
-    "stop": the final model, if there is one.
+    numbers' seed, and `memory`, the assignment whose memory counts (None: it begins anew). It is
+    the question number `exchange` of the round, called `question`, and whose `owner` is; only with
+    `works` is there local work to do. `told` and `mail` are blobs that belong to it. For "stop":
+    the final model, if there is one.
     """
 
     kind: Literal["train", "wait", "go on", "drop", "stop"]
@@ -114,16 +116,28 @@ class Order(Message, frozen=True):
     model: Hex32 | None = None
     size: Count = 0
     memory: AssignmentId | None = None
+    exchange: Count = 0
+    question: Label = "update"
+    owner: Literal["reducer", "algorithm"] = "reducer"
+    works: bool = True
+    told: Hex32 | None = None
+    told_size: Count = 0
+    mail: Hex32 | None = None
+    mail_size: Count = 0
     wait: tuple[float, float] = (0.0, 0.0)
     reason: Text = ""
 
 
 class Offer(Message, frozen=True):
-    """An upload that is about to come: for which assignment, how long, and its SHA-256."""
+    """An upload that is about to come: for which assignment, how long, and its SHA-256.
+
+    `exchange` is the number of the question that it answers.
+    """
 
     assignment: AssignmentId
     size: Annotated[int, Meta(ge=1, le=1 << 48)]
     sha256: Hex32
+    exchange: Count = 0
 
 
 class Verdict(Message, frozen=True):

@@ -1,7 +1,8 @@
-"""Rounds: selection, schedules and the coordinator, without clocks, sockets or threads."""
+"""Rounds: selection, schedules, the coordinator and the driver, without clocks or sockets."""
 
-from atoll.rounds import schedules
+from atoll.rounds import schedules, stopping
 from atoll.rounds.coordinator import Answer, Coordinator, Invitation, Outcome, Phase, Verdict
+from atoll.rounds.driver import Driver
 from atoll.rounds.plan import Evaluation, Plan
 from atoll.rounds.roster import Resources, Roster
 from atoll.rounds.server import Server
@@ -10,6 +11,7 @@ from atoll.rounds.task import run_task
 __all__ = [
     "Answer",
     "Coordinator",
+    "Driver",
     "Evaluation",
     "Invitation",
     "Outcome",
@@ -19,6 +21,7 @@ __all__ = [
     "Roster",
     "Server",
     "Verdict",
-    "schedules",
     "run_task",
+    "schedules",
+    "stopping",
 ]

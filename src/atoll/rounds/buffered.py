@@ -15,9 +15,9 @@ import numpy as np
 
 from atoll.core.random import Key
 from atoll.errors import CheckpointError, ConfigurationError, RunError
-from atoll.rounds.coordinator import Answer, Coordinator, Invitation, Outcome, Phase, Verdict
+from atoll.rounds.coordinator import Answer, Invitation, Outcome, Phase, Verdict
 from atoll.rounds.roster import Roster
-from atoll.rounds.schedules import Buffered, Schedule
+from atoll.rounds.schedules import Buffered
 
 
 class BufferedCoordinator:
@@ -29,7 +29,7 @@ class BufferedCoordinator:
     """
 
     deadline: float | None = None
-    attempt = 0
+    attempt = step = 0
 
     def __init__(self, schedule: Buffered, key: Key) -> None:
         self.schedule = schedule
@@ -50,6 +50,11 @@ class BufferedCoordinator:
         return self.phase in (Phase.IDLE, Phase.OPEN) and len(self._open) < (
             self.schedule.concurrency
         )
+
+    @property
+    def owed(self) -> tuple[str, ...]:
+        """The invitations that are at work."""
+        return tuple(self._open)
 
     @property
     def missing(self) -> int:
@@ -85,7 +90,9 @@ class BufferedCoordinator:
             )
         return tuple(invitations)
 
-    def deliver(self, invitation: str, client: str, now: float, fault: str = "") -> Answer:
+    def deliver(
+        self, invitation: str, client: str, now: float, fault: str = "", step: int = 0
+    ) -> Answer:
         """A client hands in its update; `fault` says what is wrong with it, if anything is."""
         _time(now)
         self.outcome = None
@@ -177,13 +184,6 @@ class BufferedCoordinator:
         if how:
             return Answer(Verdict.LATE, f"{client} was given up as {how}")
         return Answer(Verdict.UNKNOWN, f"nobody was invited as {invitation!r}")
-
-
-def coordinator_for(schedule: Schedule, key: Key) -> Coordinator | BufferedCoordinator:
-    """The state machine of a schedule."""
-    if isinstance(schedule, Buffered):
-        return BufferedCoordinator(schedule, key)
-    return Coordinator(schedule, key)
 
 
 def _time(now: float) -> None:

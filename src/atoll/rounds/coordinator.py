@@ -3,14 +3,17 @@
 Events go in with the time at which they happened; answers come out. The simulator feeds it a
 virtual clock and the server a real one. It handles names and times only: vectors are the server's.
 
-A round goes: open -> (deliver | lost | tick)* -> closed or abandoned. It ends when enough updates
-are accepted, when everyone invited has delivered or is lost, or at the deadline. Whoever drives it
-without a deadline must report as lost, sooner or later, every member that will not deliver.
+A round goes: open -> (deliver | lost | tick)* -> heard, and then whoever drives it says what
+follows: another question to those who answered (`ask`), the round's end (`finish`), or that
+nothing can be made of the answers (`abandon`). A question ends when enough answers are accepted,
+when everyone asked has answered or is lost, or at the deadline. Whoever drives it without a
+deadline must report as lost, sooner or later, every member that will not deliver.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -18,12 +21,14 @@ from typing import Any, NamedTuple
 from atoll.core.random import Key
 from atoll.errors import CheckpointError, ConfigurationError, RunError
 from atoll.rounds.roster import Roster
-from atoll.rounds.schedules import Poisson, Synchronous
+from atoll.rounds.schedules import Synchronous
 
 
 class Phase(StrEnum):
     IDLE = "idle"
     OPEN = "open"
+    #: A question has ended with enough answers, and it is not yet said what follows.
+    HEARD = "heard"
     DONE = "done"
     FAILED = "failed"
 
@@ -86,8 +91,8 @@ class Outcome:
 class Coordinator:
     """Synchronous rounds over a roster.
 
-    `round` is the round that is open or comes next, counted from 1; `outcome` is how the last
-    attempt ended, None while one is open.
+    `round` is the round that is open or comes next, counted from 1, and `step` the question of it
+    that is open, from 0; `outcome` is how the last attempt ended, None while one is open.
     """
 
     def __init__(self, schedule: Synchronous, key: Key) -> None:
@@ -102,6 +107,25 @@ class Coordinator:
         self._accepted: dict[str, str] = {}
         self._lost: set[str] = set()
         self._faults: list[str] = []
+        self.step = 0
+        #: Those whose updates are in the aggregate: they answered the question that is worked for.
+        self._worked: dict[str, str] = {}
+
+    @property
+    def heard(self) -> tuple[str, ...]:
+        """The invitations that have answered the open question, in the order of the roster."""
+        return _in_order(self._accepted)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The invitations that the open question went to, in the order of the roster."""
+        return _in_order(self._open)
+
+    @property
+    def owed(self) -> tuple[str, ...]:
+        """The invitations that have neither answered the open question nor are lost."""
+        gone = self._lost | set(self._accepted)
+        return tuple(id for id in self.asked if id not in gone)
 
     @property
     def ready(self) -> bool:
@@ -129,7 +153,7 @@ class Coordinator:
             )
         key = self._key.fold("cohort", self.round, self.attempt)
         drawn = schedule.selection.draw(roster, schedule.invited(population), self.round, key)
-        if isinstance(schedule.selection, Poisson):
+        if schedule.sampling().kind == "poisson":
             self._needed = len(drawn)
         round, attempt, names = self.round, self.attempt, roster.names
         capacity = roster.capacity if schedule.adaptive else None
@@ -149,15 +173,59 @@ class Coordinator:
         self.deadline = None if schedule.deadline is None else now + schedule.deadline
         self._open = {invitation.id: invitation.client for invitation in invitations}
         self._accepted, self._lost, self._faults = {}, set(), []
+        self.step, self._worked = 0, {}
         self._settle()
         return invitations
 
-    def deliver(self, invitation: str, client: str, now: float, fault: str = "") -> Answer:
-        """A client hands in its update; `fault` says what is wrong with it, if anything is.
+    def need(self, fewest: int, whom: Sequence[str] | None = None) -> None:
+        """The open question is of no use with fewer answers, and goes to these alone, if given."""
+        if whom is not None:
+            self._open = {id: self._open[id] for id in whom}
+            self._needed = min(self._needed, len(self._open))
+        self._fewest = max(self._fewest, fewest)
+        self._settle()
+
+    def ask(self, fewest: int, whom: Sequence[str], now: float) -> None:
+        """Put the next question, to these of those who answered the last one."""
+        self._must_be_heard("asked")
+        self.phase, self.step = Phase.OPEN, self.step + 1
+        self._open = {id: self._accepted[id] for id in whom}
+        self._accepted, self._lost = {}, set()
+        self._needed, self._fewest = len(self._open), fewest
+        deadline = self.schedule.deadline
+        self.deadline = None if deadline is None else now + deadline
+        self._settle()
+
+    def worked(self) -> None:
+        """Those who answered this question are those whose updates are in the aggregate."""
+        self._worked = dict(self._accepted)
+
+    def finish(self) -> None:
+        """There is no further question: the round closes."""
+        self._must_be_heard("finished")
+        self._accepted = dict(self._worked)
+        self._conclude(True, "")
+
+    def abandon(self, reason: str) -> None:
+        """Nothing can be made of the answers: the attempt is over."""
+        self._must_be_heard("abandoned")
+        self._conclude(False, reason)
+
+    def deliver(
+        self, invitation: str, client: str, now: float, fault: str = "", step: int = 0
+    ) -> Answer:
+        """A client answers a question; `fault` says what is wrong with its answer, if anything is.
 
         A faulty update is refused and its client counts as lost, so it cannot be tried again.
         """
         self._expire(now, self.deadline is not None and now > self.deadline)
+        if self.step != step and self._open.get(invitation) == client:
+            late = step < self.step
+            reason = f"question {step} is over; {client} came too late"
+            return Answer(
+                Verdict.LATE if late else Verdict.UNKNOWN,
+                reason if late else f"question {step} has not been asked",
+            )
         refusal = self._refusal(invitation, client)
         if refusal is not None:
             return refusal
@@ -194,6 +262,8 @@ class Coordinator:
             "accepted": dict(self._accepted),
             "lost": sorted(self._lost),
             "faults": list(self._faults),
+            "step": self.step,
+            "worked": dict(self._worked),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -205,6 +275,7 @@ class Coordinator:
             self._needed, self._fewest = int(state["needed"]), int(state["fewest"])
             self._open, self._accepted = dict(state["open"]), dict(state["accepted"])
             self._lost, self._faults = set(state["lost"]), list(state["faults"])
+            self.step, self._worked = int(state["step"]), dict(state["worked"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the coordinator's state is damaged: {error!r}") from error
         if self.phase is Phase.FAILED and self.attempt < self.schedule.attempts:
@@ -259,14 +330,28 @@ class Coordinator:
             )
 
     def _end(self, reason: str) -> None:
-        accepted = tuple(sorted(self._accepted, key=lambda name: int(name.rpartition(".")[2])))
-        closed = len(accepted) >= self._fewest
+        if len(self._accepted) >= self._fewest:
+            self.phase = Phase.HEARD
+        else:
+            self._conclude(False, reason)
+
+    def _conclude(self, closed: bool, reason: str) -> None:
         if self._faults:
             reason += f"; {len(self._faults)} updates were refused, the first: {self._faults[0]}"
-        self.outcome = Outcome(closed, self.round, self.attempt, accepted, "" if closed else reason)
+        reason = "" if closed else reason
+        self.outcome = Outcome(closed, self.round, self.attempt, self.heard, reason)
         if closed:
             self.round, self.attempt = self.round + 1, 0
             self.phase = Phase.DONE if self.round > self.schedule.rounds else Phase.IDLE
         else:
             self.attempt += 1
             self.phase = Phase.FAILED if self.attempt >= self.schedule.attempts else Phase.IDLE
+
+    def _must_be_heard(self, what: str) -> None:
+        if self.phase is not Phase.HEARD:
+            raise RunError(f"nothing can be {what} while the coordinator is {self.phase}")
+
+
+def _in_order(invitations: Iterable[str]) -> tuple[str, ...]:
+    """Invitations by the number of their member, which is the order of the roster."""
+    return tuple(sorted(invitations, key=lambda id: int(id.rpartition(".")[2])))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.aggregation.pipeline import Pipeline
+from atoll.aggregation.stage import Pipeline
 from atoll.learners.base import Learner
 from atoll.rounds.plan import Plan
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.algorithms.algorithm import Algorithm
 from atoll.core.vectors import Vectors
+from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
 from atoll.errors import DataError
 from atoll.learners.base import Learner
-from atoll.learners.metrics import figures, spread
-from atoll.rounds.plan import Evaluation
+from atoll.learners.metrics import spread
+from atoll.rounds.plan import Evaluation, Plan
+from atoll.rounds.task import ClientTask, Received, at_work
 
 #: Clients evaluated together; their rows share batches.
 GROUP = 1024
+#: What the models of clients that are evaluated together may come to.
+OWN_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,10 @@ class ClientFigures:
 
 def evaluate_pooled(learner: Learner, model: Vectors, data: FederatedData) -> dict[str, float]:
     """Metrics on the global test part; empty if there is none."""
-    if not len(data.test_part):
+    if not model or not len(data.test_part):
         return {}
-    return figures(learner.evaluate(model, data.test_part, data.task, data.classes), data.task)
+    sums = learner.evaluate(model, data.test_part, data.task, data.classes)
+    return learner.figures(sums, data.task)
 
 
 def evaluate_clients(
@@ -65,7 +71,44 @@ def evaluate_clients(
         parts = [data.test(client) for client in group]
         each = learner.evaluate_each(model, parts, data.task, data.classes)
         for client, sums in zip(group, each, strict=True):
-            own = figures(sums, data.task)
+            own = learner.figures(sums, data.task)
+            for metric in metrics:
+                values[metric][client] = own.get(metric, math.nan)
+    return ClientFigures(values)
+
+
+def own_model(plan: Plan, received: Received, task: ClientTask, examples: Examples) -> Vectors:
+    """The whole model that one client itself would use: what it is judged by, and may keep."""
+    client, got, mine = at_work(plan, received, task, examples)
+    return client.whole(plan.algorithm.own(client, got, mine))
+
+
+def has_own_models(plan: Plan) -> bool:
+    """Whether clients are judged by other models than the one that is published."""
+    plain = type(plan.algorithm).own is Algorithm.own and plan.split.trivial
+    return not plain
+
+
+def evaluate_own(
+    plan: Plan,
+    data: FederatedData,
+    received: Received,
+    task_of: Callable[[int], ClientTask],
+    metrics: tuple[str, ...],
+) -> ClientFigures:
+    """Metrics of each client's own model on its own test part."""
+    learner = plan.learner
+    values = {metric: np.full(len(data), math.nan) for metric in metrics}
+    members = data.tested().tolist()
+    size = max(1, min(GROUP, OWN_BYTES // max(4 * learner.layout.size, 1)))
+    for start in range(0, len(members), size):
+        group = members[start : start + size]
+        models = [own_model(plan, received, task_of(c), data.train(c)) for c in group]
+        stacked = {name: np.stack([model[name] for model in models]) for name in models[0]}
+        parts = [data.test(client) for client in group]
+        each = learner.evaluate_each(stacked, parts, data.task, data.classes)
+        for client, sums in zip(group, each, strict=True):
+            own = learner.figures(sums, data.task)
             for metric in metrics:
                 values[metric][client] = own.get(metric, math.nan)
     return ClientFigures(values)
@@ -78,8 +121,9 @@ def spread_metrics(evaluation: Evaluation, data: FederatedData) -> tuple[str, ..
     return ("loss",) if data.task == "regression" else ("accuracy",)
 
 
-def check_evaluation(evaluation: Evaluation, data: FederatedData) -> None:
+def check_evaluation(plan: Plan, data: FederatedData) -> None:
     """Raise `DataError` if a metric that is asked for cannot be had on these data."""
+    evaluation = plan.evaluation
     metrics = spread_metrics(evaluation, data)
     asked = [*metrics, *([evaluation.best] if evaluation.best else [])]
     known = {
@@ -87,8 +131,9 @@ def check_evaluation(evaluation: Evaluation, data: FederatedData) -> None:
         "regression": {"loss", "mae", "rmse", "r2"},
         "tokens": {"loss", "accuracy", "perplexity"},
     }[data.task]
+    open_ended = type(plan.learner).figures is not Learner.figures
     for metric in asked:
-        if metric not in known:
+        if metric not in known and not open_ended:
             raise DataError(
                 f"{data.name} is a {data.task} set, for which {metric!r} is not known; "
                 f"use {', '.join(sorted(known))}"

@@ -1,23 +1,20 @@
-"""Messages: an update as named arrays with its weight and metrics beside them, and as bytes."""
+"""Messages: an update as named arrays with its weight and figures beside them, and as bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
-from atoll.aggregation.stage import Schema
+from atoll.aggregation.schema import Schema
 from atoll.core import safetensors
 from atoll.core.updates import Update
-from atoll.core.vectors import STATISTICS
+from atoll.core.vectors import Vectors, flatten
 from atoll.errors import RunError, UpdateRefused
 
-WEIGHT = "weight"
+T = TypeVar("T")
+WEIGHT, METRIC, SHARE = "weight", "metric/", "share/"
 #: 17 digits give a float64 back exactly; one width for all lets no size depend on a value.
 NUMBER = "+24.16e"
-
-
-def metadata(weight: float, metrics: Mapping[str, float]) -> dict[str, str]:
-    """An update's weight and metrics as they travel."""
-    return {name: _written(name, value) for name, value in {**metrics, WEIGHT: weight}.items()}
 
 
 def _written(name: str, value: float) -> str:
@@ -30,16 +27,39 @@ def _written(name: str, value: float) -> str:
         ) from None
 
 
+def _figures(message: Update) -> dict[str, str]:
+    """Weight, metrics and shares as they travel."""
+    figures: dict[str, float] = {WEIGHT: message.weight}
+    figures |= {METRIC + name: value for name, value in message.metrics.items()}
+    figures |= {SHARE + name: value for name, value in message.shares.items()}
+    return {name: _written(name, value) for name, value in figures.items()}
+
+
+def _arrays(message: Update) -> Vectors:
+    return flatten({"vectors": message.vectors, "statistics": message.statistics})
+
+
 def message_size(message: Update) -> int:
-    """Bytes of an update on the wire: its arrays and, as metadata, its weight and metrics."""
-    about = metadata(message.weight, message.metrics)
-    return safetensors.size({**message.vectors, **message.statistics}, about)
+    """Bytes of an update on the wire."""
+    return safetensors.size(_arrays(message), _figures(message))
+
+
+def schema_size(schema: Schema) -> int:
+    """Bytes of a message of this schema that leaves nothing out."""
+    shares = {name: 1.0 for name, spec in schema.vectors.items() if spec.optional}
+    metrics = dict.fromkeys(schema.metrics, 0.0)
+    nothing = Update(
+        {name: spec.zeros() for name, spec in schema.vectors.items()},
+        statistics={name: spec.zeros() for name, spec in schema.statistics.items()},
+        metrics=metrics,
+        shares=shares,
+    )
+    return message_size(nothing)
 
 
 def pack(message: Update) -> list[bytes | memoryview]:
     """Pieces to write one after the other; the arrays are views, not copies."""
-    about = metadata(message.weight, message.metrics)
-    return safetensors.encode({**message.vectors, **message.statistics}, about)
+    return safetensors.encode(_arrays(message), _figures(message))
 
 
 def unpack(data: bytes | memoryview) -> Update:
@@ -52,12 +72,23 @@ def unpack(data: bytes | memoryview) -> Update:
         raise UpdateRefused(f"it is not a message: {error}") from error
     except (ValueError, KeyError):
         raise UpdateRefused("its weight or a metric is missing or not a number") from None
-    statistics = {str(name): array for name, array in arrays.items() if name in STATISTICS}
-    vectors = {name: array for name, array in arrays.items() if name not in statistics}
-    return Update(vectors, weight, statistics, figures)
+    if not all(name.startswith((METRIC, SHARE)) for name in figures):
+        raise UpdateRefused("it has figures that are neither metrics nor shares")
+    if not all(name.startswith(("vectors/", "statistics/")) for name in arrays):
+        raise UpdateRefused("it has arrays that are neither vectors nor statistics")
+    return Update(
+        _under("vectors/", arrays),
+        weight,
+        _under("statistics/", arrays),
+        _under(METRIC, figures),
+        _under(SHARE, figures),
+    )
+
+
+def _under(prefix: str, given: Mapping[str, T]) -> dict[str, T]:
+    return {name.removeprefix(prefix): v for name, v in given.items() if name.startswith(prefix)}
 
 
 def largest(schema: Schema) -> int:
-    """Bytes that no honest message exceeds: every array at eight bytes a value, and a header."""
-    values = sum(schema.vectors.values()) + sum(schema.statistics.values())
-    return 8 * values + safetensors.HEADER_LIMIT
+    """Bytes that no honest message of this schema exceeds: its arrays, and a header."""
+    return schema.nbytes + safetensors.HEADER_LIMIT

@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from atoll.aggregation.mean import Mean
-from atoll.aggregation.pipeline import Pipeline, as_pipeline
-from atoll.aggregation.stage import Schema, Stage
+from atoll.aggregation.pipeline import BoundPipeline, bind
+from atoll.aggregation.schema import WEIGHT_LEAST, WEIGHT_LIMIT, Schema
+from atoll.aggregation.stage import Pipeline, Stage
 from atoll.algorithms.algorithm import Algorithm
-from atoll.errors import ConfigurationError
+from atoll.core.vectors import Split
+from atoll.data.examples import Examples
+from atoll.errors import ConfigurationError, LayoutError
 from atoll.learners.base import Learner
-from atoll.rounds.schedules import Buffered, Schedule
+from atoll.rounds.download import Download
+from atoll.rounds.schedules import Schedule
+from atoll.rounds.stopping import StopRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +25,9 @@ class Evaluation:
 
     Args:
         every: rounds between evaluations on the global test part; the last is always evaluated.
-        clients_every: rounds between evaluations on every client's own test part, for the spread
-            over clients; None never does, the last round included.
+        clients_every: rounds between evaluations on every client's own test part, with the model
+            that the client itself would use, for the spread over clients; None never does, the
+            last round included.
         spread: metrics whose spread is reported; None is accuracy, or the loss where there is none.
         best: the metric that decides which model is the best; None is the same choice.
     """
@@ -43,13 +49,30 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """A federation's description: learner, algorithm, pipeline, schedule, evaluation."""
+    """What all parties of a federation agree on.
+
+    Args:
+        learner: the model and how one client trains and evaluates it.
+        algorithm: what clients do with what they receive, and what the server does in return.
+        schedule: how many rounds, who is asked, when a round ends.
+        pipeline: what happens to updates on their way, e.g. `Clip(1.0) >> Mean()`.
+        evaluation: when the model is measured, and on whose data.
+        private: patterns of the model's arrays that stay with each client and never travel, e.g.
+            ("head.*",); ("*",) is local training.
+        public: examples that everyone may see, for algorithms that learn from them.
+        download: stages that the model goes through on its way to clients, e.g. `Quantize(8)`.
+        stop: rules that end a run before its last round, e.g. (stopping.Patience(10),).
+    """
 
     learner: Learner
     algorithm: Algorithm
     schedule: Schedule
     pipeline: Stage | Pipeline = field(default_factory=Mean)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    private: tuple[str, ...] = ()
+    public: Examples | None = None
+    download: Stage | Pipeline | None = None
+    stop: tuple[StopRule, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -58,6 +81,8 @@ class Plan:
             ("schedule", Schedule),
             ("pipeline", Stage | Pipeline),
             ("evaluation", Evaluation),
+            ("public", Examples | None),
+            ("download", Stage | Pipeline | None),
         ):
             if not isinstance(getattr(self, name), kind):
                 given = getattr(self, name)
@@ -65,24 +90,69 @@ class Plan:
                 raise ConfigurationError(
                     f"{name} must be one of atoll's {name}s, not {given!r}{hint}"
                 )
-        if getattr(self.schedule, "pull", False) and "delta" not in self.algorithm.reports:
-            raise ConfigurationError("pull=True needs an algorithm that reports a delta")
-        statistics = [s for s in self.learner.layout.sizes if s != "params"]
-        if isinstance(self.schedule, Buffered) and statistics:
+        patterns: object = self.private
+        if not isinstance(patterns, tuple | list) or not all(isinstance(p, str) for p in patterns):
             raise ConfigurationError(
-                f"the model has {' and '.join(statistics)} (BatchNorm's statistics, say), which an "
-                "asynchronous schedule would add up from different versions; use GroupNorm or "
-                "LayerNorm, or a Synchronous schedule"
+                f"private must be patterns, e.g. ('head.*',), not {patterns!r}"
             )
+        if isinstance(self.stop, StopRule):
+            object.__setattr__(self, "stop", (self.stop,))
+        if not all(isinstance(rule, StopRule) for rule in self.stop):
+            raise ConfigurationError(f"stop must be rules of atoll.stopping, not {self.stop!r}")
+        self.schedule.check(self.algorithm.reports(self.split.shared), self.split.shared)
         self.algorithm.check(self.learner)
-        self.stages.check(self.algorithm.reports, self.algorithm.weighted)
+        self._check_reducer()
+        _ = self.downward
+
+    def _check_reducer(self) -> None:
+        reducer = self.stages.reducer
+        several = self.several
+        if several and not self.schedule.lockstep:
+            raise ConfigurationError(
+                f"a round of {reducer if reducer.several else self.algorithm!r} is several "
+                "questions to the same clients, which an asynchronous schedule has not: use "
+                "Synchronous"
+            )
+        fewest, most = reducer.fewest(), self.schedule.sampling().cohort
+        have = None if most is None else self.schedule.fewest(most)
+        if fewest > 1 and have is not None and have < fewest:
+            raise ConfigurationError(
+                f"{reducer!r} needs {fewest} updates, but a round may close with {have}; set "
+                f"minimum={fewest} or more"
+            )
 
     @cached_property
-    def stages(self) -> Pipeline:
-        """The pipeline, also where it is a single stage."""
-        return as_pipeline(self.pipeline)
+    def split(self) -> Split:
+        """The model's layout in what is shared and what stays with clients."""
+        try:
+            return Split.of(self.learner.layout, self.private)
+        except LayoutError as error:
+            raise ConfigurationError(f"private: {error}") from None
 
     @cached_property
     def schema(self) -> Schema:
-        """What every update must hold."""
-        return Schema.of(self.learner.layout, self.algorithm.reports)
+        """What every update of the algorithm must hold."""
+        algorithm, shared = self.algorithm, self.split.shared
+        return Schema.of(
+            algorithm.reports(shared),
+            shared,
+            weights=(WEIGHT_LEAST, WEIGHT_LIMIT) if algorithm.weighted else (1.0, 1.0),
+            metrics=dict(algorithm.metrics),
+        )
+
+    @cached_property
+    def stages(self) -> BoundPipeline:
+        """The pipeline as it works in this federation."""
+        return bind(self.pipeline, self.schema, self.split.shared, self.schedule.sampling())
+
+    @cached_property
+    def downward(self) -> Download | None:
+        """The download pipeline as it works in this federation, if there is one."""
+        if self.download is None:
+            return None
+        return Download.bind(self.download, self.split.shared, self.schedule.sampling())
+
+    @property
+    def several(self) -> bool:
+        """Whether a round is more than one question."""
+        return self.algorithm.several or self.stages.reducer.several

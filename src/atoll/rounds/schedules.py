@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
+from atoll.aggregation.stage import Sampling
+from atoll.core.vectors import Layout
 from atoll.errors import ConfigurationError
 from atoll.rounds.selection import (
     ByResources,
@@ -33,8 +37,60 @@ __all__ = [
 ]
 
 
+class Schedule(ABC):
+    """How many rounds there are, who is asked, and when a round ends."""
+
+    #: Whether everyone at work is at work for the same round.
+    lockstep: ClassVar[bool]
+    #: Whether a single update moves the model towards the client's own (FedAsync).
+    pull: bool = False
+    #: Whether slow members are asked for less work.
+    adaptive: bool = False
+    #: Seconds after which a round ends with what it has.
+    deadline: float | None = None
+    #: Seconds between an abandoned attempt and the next.
+    pause: float = 60.0
+    #: Refused updates, with no step between them, beyond which a run gives up; None has attempts.
+    most_faults: int | None = None
+
+    rounds: int
+
+    @abstractmethod
+    def needed(self, population: int) -> int:
+        """Updates that a round waits for, or members at work at the same time."""
+
+    @abstractmethod
+    def fewest(self, population: int) -> int:
+        """Updates below which a round is abandoned."""
+
+    @abstractmethod
+    def sampling(self) -> Sampling:
+        """How this draws, for those who account for it."""
+
+    @property
+    @abstractmethod
+    def least(self) -> int:
+        """Members that must have joined before anything can begin."""
+
+    @property
+    @abstractmethod
+    def wanted(self) -> int | None:
+        """Members that the first round waits for; None is all who were invited."""
+
+    @abstractmethod
+    def enough(self, population: int, *, patient: bool) -> int:
+        """Members that must be present to begin; the `patient` wait for all that are asked."""
+
+    def discount(self, staleness: int) -> float:
+        """What an update that is so many versions old is multiplied by."""
+        return 1.0
+
+    def check(self, reports: Container[str], shared: Layout) -> None:
+        """Raise `ConfigurationError` if updates like these do not fit this schedule."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Synchronous:
+class Synchronous(Schedule):
     """Rounds in lockstep: invite, wait for enough, average, step.
 
     Args:
@@ -43,8 +99,8 @@ class Synchronous:
         invite: members invited, `cohort` or more ("need 100, invite 130"); what comes after
             enough have delivered is told that it is no longer needed.
         minimum: a round that ends with fewer updates is abandoned and tried again with a new
-            draw, never averaged; None is half of what it waits for, rounded up (1 under Poisson
-            sampling).
+            draw, never averaged; None is half of what it waits for, rounded up (0 under Poisson
+            sampling, where an empty round is a round: else its sampling would be another).
         deadline: seconds after which a round ends with what it has; None waits for everyone who
             is not lost.
         selection: who is invited.
@@ -53,6 +109,8 @@ class Synchronous:
         attempts: how often in a row a round may be abandoned before the run gives up.
         pause: seconds between an abandoned attempt and the next.
     """
+
+    lockstep: ClassVar[bool] = True
 
     rounds: int
     cohort: int | None = None
@@ -105,8 +163,26 @@ class Synchronous:
         if self.minimum is not None:
             return self.minimum
         if isinstance(self.selection, Poisson):
-            return 1
+            return 0
         return (self.needed(population) + 1) // 2
+
+    def sampling(self) -> Sampling:
+        invited = self.invite or self.cohort
+        if isinstance(self.selection, Poisson):
+            return Sampling("poisson", self.cohort, invited, self.rounds)
+        kind: Literal["fixed", "any"] = "fixed" if isinstance(self.selection, Uniform) else "any"
+        return Sampling(kind, self.cohort, invited, self.rounds)
+
+    @property
+    def least(self) -> int:
+        return max(self.cohort or 1, self.minimum or 1)
+
+    @property
+    def wanted(self) -> int | None:
+        return None if self.cohort is None else self.invite or self.cohort
+
+    def enough(self, population: int, *, patient: bool) -> int:
+        return self.invited(population) if patient else max(self.fewest(population), 1)
 
 
 class Staleness(Protocol):
@@ -154,7 +230,7 @@ class Hinge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buffered:
+class Buffered(Schedule):
     """Asynchronous: nobody waits for stragglers; a step is made of the next `buffer` updates.
 
     Nguyen et al., "Federated learning with buffered asynchronous aggregation", AISTATS 2022,
@@ -173,6 +249,8 @@ class Buffered:
             FedAsync's w <- (1 - a) w + a w_client, which needs buffer=1.
     """
 
+    lockstep: ClassVar[bool] = False
+
     rounds: int
     concurrency: int
     buffer: int = 10
@@ -180,10 +258,6 @@ class Buffered:
     limit: int | None = None
     selection: Selection = field(default_factory=Uniform)
     pull: bool = False
-
-    adaptive = False
-    deadline = None
-    pause = 60.0
 
     def __post_init__(self) -> None:
         for name in ("rounds", "concurrency", "buffer"):
@@ -201,8 +275,7 @@ class Buffered:
             )
 
     @property
-    def most_faults(self) -> int:
-        """Refused updates, with no step between them, beyond which a run gives up."""
+    def most_faults(self) -> int:  # type: ignore[override]
         return 100 + 10 * self.buffer
 
     def needed(self, population: int) -> int:
@@ -215,11 +288,36 @@ class Buffered:
         return self.concurrency
 
     def fewest(self, population: int) -> int:
-        """Members without whom nothing can begin."""
         return 1
 
+    def sampling(self) -> Sampling:
+        # Whoever is fast comes often, and may come twice into one buffer.
+        return Sampling("any", self.buffer, None, self.rounds, self.buffer)
 
-Schedule = Synchronous | Buffered
+    @property
+    def least(self) -> int:
+        return self.concurrency
+
+    @property
+    def wanted(self) -> int | None:
+        return self.concurrency
+
+    def enough(self, population: int, *, patient: bool) -> int:
+        return 1
+
+    def discount(self, staleness: int) -> float:
+        return self.staleness.discount(staleness)
+
+    def check(self, reports: Container[str], shared: Layout) -> None:
+        if self.pull and "delta" not in reports:
+            raise ConfigurationError("pull=True needs an algorithm that reports a delta")
+        statistics = [section for section in shared.sizes if section != "params"]
+        if statistics:
+            raise ConfigurationError(
+                f"the model has {' and '.join(statistics)} (BatchNorm's statistics, say), which an "
+                "asynchronous schedule would add up from different versions; use GroupNorm or "
+                "LayerNorm, or a Synchronous schedule"
+            )
 
 
 def fedasync(
@@ -231,8 +329,8 @@ def fedasync(
 ) -> Buffered:
     """FedAsync: every update makes a step (Xie, Koyejo, Gupta, OPT 2020, algorithm 1).
 
-    The mixing weight a is the algorithm's `server_lr` (0.6 in the paper), its proximal term is
-    `FedProx`; weights should be "uniform".
+    The mixing weight a is the server optimiser's rate, `FedAvg(server=SGD(0.6))` in the paper, its
+    proximal term is `FedProx`; weights should be "uniform".
     """
     return Buffered(
         rounds=rounds,

@@ -2,95 +2,160 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from atoll.aggregation.stage import Accumulator
+from atoll.aggregation.conversation import Ask, Conversation, Heard, Talk
+from atoll.algorithms.algorithm import Gather, Start
+from atoll.algorithms.client import Client, Holder
 from atoll.core.random import Key
-from atoll.core.vectors import Vector, Vectors, describe_names, part, prefixed
-from atoll.errors import CheckpointError, RunError
+from atoll.core.updates import Aggregate, Sender
+from atoll.core.vectors import Tree, Vector, Vectors, describe_names, flatten, nest
+from atoll.data.examples import Examples
+from atoll.errors import CheckpointError, ConfigurationError, RunError
+from atoll.learners.base import Assignment
 from atoll.rounds.plan import Plan
-
-STAGE = "stage/"
 
 
 @dataclass
 class Server:
-    """The state of a federation's model, between rounds and within one.
+    """The state of a federation's model between rounds.
 
-    `state` is the algorithm's, `statistics` are the model's buffers and counters, `stages` is the
-    pipeline's. None of them is changed in place: each round makes new ones.
+    `state` is the algorithm's, `statistics` are the shared buffers and counters, `stages` is the
+    pipeline's; `blank` is what clients' private parts begin from, a function of the seed. None of
+    them is changed in place: each round makes new ones.
+
+    Args:
+        plan: what all parties agree on.
+        key: of every draw that everyone may know.
+        secret: of those draws that nobody else may know, such as the noise of privacy; None, in a
+            simulation, takes them from `key` as well.
+        initial: the whole model to start from; None asks the learner.
     """
 
     plan: Plan
     key: Key
+    secret: Key | None = None
+    initial: Vectors | None = None
     state: Vectors = field(init=False)
     statistics: Vectors = field(init=False)
-    stages: Vectors = field(init=False)
-    _accumulator: Accumulator | None = field(init=False, default=None)
+    stages: Tree = field(init=False)
+    blank: Vectors = field(init=False)
 
     def __post_init__(self) -> None:
-        model = self.plan.learner.init(self.key.fold("init"))
-        self.plan.learner.layout.check(model)
-        self.state = self.plan.algorithm.init(model.pop("params"))
-        self.statistics = model
-        self.stages = self.plan.stages.init()
+        plan = self.plan
+        model = self.initial or plan.learner.init(self.key.fold("init"))
+        plan.learner.layout.check(model)
+        shared, self.blank = plan.split.parts(model)
+        params = shared.pop("params", np.zeros(0, np.float32))
+        start = Start(params, plan.learner, plan.split.shared, self.key.fold("init"))
+        self.state = _checked(plan.algorithm.init(start))
+        self.statistics = shared
+        self.stages = plan.stages.init()
+        self.initial = None
 
     def model(self) -> Vectors:
-        """The current model."""
-        return {"params": self.state["params"], **self.statistics}
+        """The current model; empty where the algorithm has no one model."""
+        params = self.plan.algorithm.model(self.state)
+        if params is None:
+            return {}
+        return self.plan.split.merged({"params": params, **self.statistics}, self.blank)
 
-    def broadcast(self) -> Vectors:
-        """What every client of a round receives: named vectors, those of stages prefixed."""
-        told = self.plan.stages.broadcast(self.stages)
-        return {
-            **self.plan.algorithm.broadcast(self.state),
-            **self.statistics,
-            **prefixed(STAGE, told),
-        }
+    def broadcast(self, version: int) -> Tree:
+        """What every client of a round receives, by whose it is; `version` is rounds so far."""
+        told = self.plan.algorithm.broadcast(self.state)
+        tree: Tree = {"algorithm": told, "statistics": self.statistics}
+        tree["stages"] = self.plan.stages.broadcast(self.stages)
+        downward = self.plan.downward
+        if downward is not None:
+            whole = {name: vector for name, vector in told.items() if downward.fits(vector)}
+            key = self.key.fold("download", version)
+            tree["algorithm"] = {name: v for name, v in told.items() if name not in whole}
+            tree["download"] = downward.encode(whole, key)
+        return {name: part for name, part in tree.items() if part}
 
-    def open(self) -> None:
-        """Begin to aggregate a round; what an abandoned attempt had gathered is dropped."""
-        self._accumulator = self.plan.stages.open(self.plan.schema)
+    def talk(self, round: int, members: Sequence[Sender], population: int) -> Conversation:
+        """A round with these members, question by question; see `conversation`."""
+        key = self._key(round, "") if self.plan.stages.reducer.secret else self._public(round)
+        algorithm = self.plan.algorithm
+        if not algorithm.several:
+            return self.plan.stages.talk(members, population, self.stages, key)
+        own = Talk(tuple(members), population, self.state, self._public(round).fold("talk"))
+        return self._of_algorithm(own, key)
 
-    @property
-    def sums(self) -> Accumulator:
-        """What the open round has gathered so far."""
-        assert self._accumulator is not None, "the round is not open"
-        return self._accumulator
+    def _of_algorithm(self, talk: Talk, key: Key) -> Conversation:
+        """The algorithm's questions, and the pipeline's where clients are to work."""
+        questions = self.plan.algorithm.talk(self.state, talk)
+        members: Sequence[Sender] = talk.members
+        answer: Heard | Aggregate | None = None
+        while True:
+            try:
+                question = questions.send(answer)
+            except StopIteration as stop:
+                aggregate: Aggregate = stop.value
+                return aggregate
+            if isinstance(question, Ask):
+                heard = yield replace(question, owner="algorithm")
+                members, answer = heard.senders, heard
+            else:
+                answer = yield from self._gather(question, members, talk.population, key)
+
+    def _gather(
+        self, gather: Gather, members: Sequence[Sender], population: int, key: Key
+    ) -> Conversation:
+        """The pipeline's conversation with those who are to work."""
+        whom = tuple(members) if gather.whom is None else gather.whom
+        talk = self.plan.stages.talk(whom, population, self.stages, key)
+        ask = next(talk)
+        first: tuple[Sender, ...] | None = whom
+        while True:
+            heard = yield replace(ask, given=gather.told, whom=ask.whom or first)
+            first = None
+            try:
+                ask = talk.send(heard)
+            except StopIteration as stop:
+                aggregate: Aggregate = stop.value
+                return aggregate
 
     def close(
-        self, round: int, population: int, pulled: tuple[float, Vector] | None = None
+        self,
+        round: int,
+        aggregate: Aggregate,
+        pulled: tuple[float, Vector] | None = None,
+        digest: str = "",
     ) -> dict[str, float]:
         """Step to the next model; returns the round's measurements.
 
         `pulled` is the discount of a single update and the parameters that it began from: the
-        model is then moved towards the client's own (see `schedules.Buffered.pull`).
+        model is then moved towards the client's own (see `schedules.Schedule.pull`). `digest` is of
+        the updates that were accepted: what is drawn in secret must never be drawn again for
+        others.
         """
-        aggregate = self.sums.close(population)
-        self._accumulator = None
         if pulled is not None:
             discount, began = pulled
             drift = np.float32(discount) * (began - self.state["params"])
             vectors = {**aggregate.vectors, "delta": aggregate["delta"] + drift}
             aggregate = replace(aggregate, vectors=vectors)
+        public = self._public(round)
         aggregate, self.stages = self.plan.stages.release(
-            aggregate, self.stages, self.key.fold("release", round)
+            aggregate, self.stages, public, self._key(round, digest)
         )
-        self.state = _alike(self.plan.algorithm.step(self.state, aggregate), self.state)
+        found = self.plan.algorithm.step(self.state, aggregate, self._desk(round))
+        stepped, measured = found if isinstance(found, tuple) else (found, {})
+        self.state = _alike(stepped, self.state)
         self.statistics = {
             name: vector + aggregate.statistics[name] for name, vector in self.statistics.items()
         }
-        return dict(aggregate.measurements)
+        return {**aggregate.measurements, **measured}
 
     def vectors(self) -> Vectors:
         """Everything that `restore` needs."""
-        return {
-            **prefixed("state/", self.state),
-            **prefixed("statistics/", self.statistics),
-            **prefixed("stages/", self.stages),
-        }
+        return flatten(
+            {"state": self.state, "statistics": self.statistics, "stages": self.stages}
+            | {"blank": self.blank}
+        )
 
     def restore(self, vectors: Vectors) -> None:
         """Go on from what `vectors` gave; raises `CheckpointError` if it is another model's."""
@@ -104,9 +169,37 @@ class Server:
                 raise CheckpointError(
                     f"the checkpoint is of another federation: {name!r} has another shape"
                 )
-        self.state = part("state/", vectors)
-        self.statistics = part("statistics/", vectors)
-        self.stages = part("stages/", vectors)
+        tree = nest(vectors)
+        self.state, self.statistics = tree.get("state", {}), tree.get("statistics", {})
+        self.stages, self.blank = tree.get("stages", {}), tree.get("blank", {})
+
+    def _public(self, round: int) -> Key:
+        return self.key.fold("release", round)
+
+    def _key(self, round: int, digest: str) -> Key:
+        """The key of what only the server may know."""
+        if self.secret is None:
+            return self._public(round)
+        return self.secret.fold("release", round, digest)
+
+    def _desk(self, round: int) -> Client:
+        """The server as a client of the public examples."""
+        plan = self.plan
+        public = plan.public or Examples(np.zeros((0, 1), np.float32), np.zeros(0, np.int64))
+        assignment = Assignment(round, self.key.fold("step", round))
+        model: Vectors = {"params": np.zeros(plan.split.shared.size, np.float32), **self.statistics}
+        holder = Holder("server", public, assignment)
+        return Client(plan.learner, model, plan.split, holder, dict(self.blank), plan.public)
+
+
+def _checked(state: Vectors) -> Vectors:
+    """The first state, as arrays with names that can be kept."""
+    for name, vector in state.items():
+        if "/" in name or not isinstance(vector, np.ndarray):
+            raise ConfigurationError(
+                f"the algorithm's state {name!r} must be a NumPy array, and its name without '/'"
+            )
+    return dict(state)
 
 
 def _alike(state: Vectors, before: Vectors) -> Vectors:

@@ -1,9 +1,9 @@
-"""The conductor: drives the coordinator with the real clock and makes what it decides durable.
+"""The loop of a served federation: brings the real clock and durability to the driver's rounds.
 
 Everything here happens on one event loop; only arithmetic and large files go to one other thread.
 The order that loses nothing: bytes on disk, then the decision in a transaction, then the answer;
 a model version on disk, then its transaction, then an invitation that names it. The sum of a round
-is a cache: after a crash it is made again from the accepted updates, to the same bits.
+is a cache: after a crash it is made again from the accepted answers, to the same bits.
 """
 
 from __future__ import annotations
@@ -15,31 +15,36 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from atoll.core.random import Key
-from atoll.core.vectors import Vectors
-from atoll.errors import CheckpointError
-from atoll.rounds.buffered import coordinator_for
-from atoll.rounds.coordinator import Answer, Phase, Verdict
+from atoll.core.vectors import Tree, Vector, Vectors, nest
+from atoll.errors import CheckpointError, RunError
+from atoll.rounds.buffered import BufferedCoordinator
+from atoll.rounds.coordinator import Answer, Coordinator, Phase, Verdict
 from atoll.rounds.describe import describe, plan_digest
+from atoll.rounds.driver import Driver
 from atoll.rounds.messages import largest
 from atoll.rounds.plan import Plan
-from atoll.rounds.schedules import Buffered
 from atoll.rounds.server import Server
-from atoll.rounds.task import first_state
+from atoll.rounds.stopping import stop_reason
+from atoll.rounds.task import Received, first_state
+from atoll.service import operations
 from atoll.service.deciding import Deciding
+from atoll.service.history import History
 from atoll.service.members import Members
-from atoll.service.opening import first_waits_for, next_waits_for
+from atoll.service.questions import Question, put_question
+from atoll.service.replay import replay
 from atoll.service.settings import Service
 from atoll.service.storage import rounds as ledger
 from atoll.service.storage.blobs import Blobs
 from atoll.service.storage.database import Change, Row, Store
 from atoll.service.storage.models import ModelStore
-from atoll.service.storage.tables import assignments, uploads, versions
+from atoll.service.storage.tables import uploads, versions
 
 logger = logging.getLogger("atoll.service")
 #: Seconds between two ticks from which on they were not this process's to use.
@@ -57,6 +62,8 @@ class FederationLoop:
         scratch: a folder on the blobs' disk for files in the making.
         evaluate: gives the metrics of a model after each round; None evaluates nothing.
         clock: seconds since the epoch.
+        history: where the rounds are kept as a run that people look at; None keeps none.
+        initial: the whole model to start from; None asks the learner.
     """
 
     def __init__(
@@ -69,23 +76,28 @@ class FederationLoop:
         *,
         evaluate: Callable[[Vectors], Mapping[str, float]] | None = None,
         clock: Callable[[], float] = time.time,
+        history: Path | None = None,
+        initial: Vectors | None = None,
     ) -> None:
         self.plan, self.service, self.store = plan, service, store
-        self.vault = ModelStore(plan, store, blobs, scratch)
+        self.models = ModelStore(plan, store, blobs, scratch)
         self.plan_digest, self.layout_digest = plan_digest(plan), plan.learner.layout.digest
-        self.largest = largest(plan.schema)
         self.clock = clock
         self.changed = asyncio.Event()
         self.members = Members(store, clock, service.presence)
         self.stopping = False
         self.failed: BaseException | None = None
-        self.server = Server(plan, Key(service.seed))
-        self.coordinator = coordinator_for(plan.schedule, Key(service.seed))
+        key, secret = Key(service.seed), Key(_secret_of(store))
+        self.driver = Driver(plan, key, secret, initial)
+        self.history = History(plan, service.seed, store, history)
         self.version: Row = {}
         self.open: dict[str, Row] = {}
+        #: What the open question tells those who are asked; None under an asynchronous schedule.
+        self.question: Question | None = None
+        self.rows: dict[str, Row] = {}
         self._evaluate = evaluate
         self._thread = ThreadPoolExecutor(1, "atoll-sums")
-        self._work: asyncio.Queue[Callable[[], None] | tuple[int, tuple[str, ...]]]
+        self._work: asyncio.Queue[Callable[[], Any]]
         self._worker: asyncio.Task[None] | None = None
         self._stepping = False
         self._patient_until = 0.0
@@ -95,6 +107,17 @@ class FederationLoop:
         #: What the next round waits for, in words.
         self.waiting = ""
         self._remembers = True
+        self._told: dict[int, Tree] = {}
+
+    @property
+    def coordinator(self) -> Coordinator | BufferedCoordinator:
+        """The state machine of the schedule."""
+        return self.driver.coordinator
+
+    @property
+    def server(self) -> Server:
+        """The model's state."""
+        return self.driver.server
 
     async def start(self) -> None:
         """Take up where the store left off."""
@@ -105,23 +128,23 @@ class FederationLoop:
         else:
             self.version = latest
             await self._rest()
-        self._remembers = bool(first_state(self.plan, self.server.broadcast()))
         state = self.store.setting("coordinator")
         if state is not None:
             self.coordinator.restore(state)
+        received = Received.of(self.plan, self.server.broadcast(self.version["version"]))
+        self._remembers = bool(first_state(self.plan, received, self.server.blank))
         self.members.refresh()
         now = self.clock()
         # Whoever has joined may come back after our own absence.
         self.members.seen = dict.fromkeys(self.members.names, now)
         self._patient_until = now + self.service.presence
-        still = assignments.c.state == "open"
-        self.open = {r["site"]: r for r in self.store.rows(sa.select(assignments).where(still))}
+        self.history.begin(self.version["version"])
         self._work = asyncio.Queue()
-        self.server.open()
         await self._refold()
         self._worker = asyncio.create_task(self._work_off(), name="atoll-sums")
+        await self._work.join()  # what was due is done before anyone is answered
         await self._in_thread(
-            lambda: self.vault.tidy(self.version["version"], self.open, self.service.kept)
+            lambda: self.models.tidy(self.version["version"], self.open, self.service.kept)
         )
         self._ticked = self.clock()
 
@@ -132,6 +155,7 @@ class FederationLoop:
             self._worker.cancel()
         self._thread.shutdown()
         self.members.write()
+        self.history.close(done=self.done, model=self.server.model() if self.done else None)
 
     @property
     def done(self) -> bool:
@@ -144,65 +168,76 @@ class FederationLoop:
     def _busy(self) -> bool:
         return self._stepping or self.version["version"] < self.coordinator.round - 1
 
+    @property
+    def largest(self) -> int:
+        """Bytes that no honest answer to the open question exceeds."""
+        works = self.question is None or self.driver.ask.works
+        return largest(self.plan.stages.message if works else self.driver.ask.schema)
+
     def memory_of(self, site: str) -> str | None:
         """The last assignment of a site whose update is in a model, so that its memory counts."""
         if not self._remembers:
             return None
-        at_once = isinstance(self.plan.schedule, Buffered)
-        version = None if at_once else self.version["version"]
+        version = self.version["version"] if self.plan.schedule.lockstep else None
         return ledger.last_counted(self.store, site, version)
 
-    def offer(self, site: str, assignment: str, size: int, sha256: str) -> Row | Answer:
+    def offer(self, site: str, assignment: str, size: int, sha256: str, step: int) -> Row | Answer:
         """Open an upload, or say that none is needed; the same offer opens the same upload."""
         row = self.store.assignment(assignment)
         if row is None or row["site"] != site:
             return Answer(Verdict.UNKNOWN, f"{assignment!r} is not {site}'s assignment")
-        if row["state"] == "accepted":
+        if ledger.was_answered(self.store, assignment, step):
             return Answer(Verdict.DUPLICATE, f"the update of {site} was accepted before")
-        if row["state"] != "open" or site not in self.open:
+        owed = self.open.get(site)
+        if owed is None or owed["id"] != assignment or step != self.coordinator.step:
             reason = row["reason"] or f"assignment {assignment} is {row['state']}"
             return Answer(Verdict.NOT_NEEDED, reason)
         query = sa.select(uploads).where(uploads.c.assignment == assignment)
         found = self.store.rows(query)
-        if found and (found[0]["size"], found[0]["digest"]) == (size, sha256):
+        known = (size, sha256, step)
+        if found and (found[0]["size"], found[0]["digest"], found[0]["step"]) == known:
             return found[0]
         values = {
             "id": secrets.token_hex(16), "assignment": assignment, "site": site, "size": size,
-            "digest": sha256, "opened": self.clock(),
+            "digest": sha256, "opened": self.clock(), "step": step,
         }  # fmt: skip
         with self.store.change() as change:
             change.run(uploads.delete().where(uploads.c.assignment == assignment))
             change.run(uploads.insert().values(**values))
         for old in found:
-            self.vault.part(old["id"]).unlink(missing_ok=True)
+            self.models.part(old["id"]).unlink(missing_ok=True)
         return values
 
     async def deliver(self, upload: Row) -> Answer:
-        """An upload is complete, on disk and of its declared digest: decide about the update."""
-        path, site, id = self.vault.part(upload["id"]), upload["site"], upload["assignment"]
-        fault = ledger.printable(await self._in_thread(lambda: self.vault.fault(path)))
+        """An upload is complete, on disk and of its declared digest: decide about the answer."""
+        path, site, id = self.models.part(upload["id"]), upload["site"], upload["assignment"]
+        step, works = upload["step"], True
+        fault = ""
+        if step == self.coordinator.step and self.driver.open:
+            ask, told = self.driver.ask, await self._told_of(id)
+            works = ask.works
+            fault = ledger.printable(
+                await self._in_thread(lambda: self.models.fault(path, ask, told))
+            )
         if not fault:
             # Durable before anyone decides; a blob that nobody names is swept away.
-            await self._in_thread(lambda: self.vault.take(path, upload["digest"]))
+            await self._in_thread(lambda: self.models.take(path, upload["digest"]))
         if self.store.upload(upload["id"]) is None:
-            row = self.store.assignment(id)
-            accepted = row is not None and row["state"] == "accepted"
+            accepted = ledger.was_answered(self.store, id, step)
             verdict = Verdict.DUPLICATE if accepted else Verdict.NOT_NEEDED
             return Answer(verdict, f"the update of {site} was decided upon before")
         now = self.clock()
         began = self.coordinator.round
-        answer = self.coordinator.deliver(id, site, now, fault)
+        answer = self.coordinator.deliver(id, site, now, fault, step)
         with Deciding(self) as change:
-            ledger.delivered(change, upload, answer, began, now)
+            ledger.delivered(change, upload, answer, began, now, works=works)
             self._record_outcome(change, now)
         # It may be at work for a later round by now.
-        if site in self.open and self.open[site]["id"] == id:
+        if site in self.open and self.open[site]["id"] == id and step == self.coordinator.step:
             del self.open[site]
         path.unlink(missing_ok=True)
         if answer.accepted:
-            row = self.store.assignment(id)
-            assert row is not None
-            self._work.put_nowait(lambda: self.vault.fold(row, self.server.sums))
+            self._work.put_nowait(partial(self._fold, id, upload["digest"]))
         self._after_outcome()
         self._count_faults(answer)
         return answer
@@ -211,8 +246,8 @@ class FederationLoop:
         """An asynchronous run in which nothing but refused updates comes would go on for ever."""
         refused = answer.verdict is Verdict.MALFORMED
         self._faults = self._faults + 1 if refused else 0
-        schedule = self.plan.schedule
-        if isinstance(schedule, Buffered) and self._faults > schedule.most_faults:
+        most = self.plan.schedule.most_faults
+        if most is not None and self._faults > most:
             logger.error("%d updates in a row were refused: training diverges", self._faults)
             self.stop(f"the server, after {self._faults} refused updates in a row")
 
@@ -246,7 +281,7 @@ class FederationLoop:
             if site not in active:
                 self.give_up(site, row["id"], "the site was revoked")
                 continue
-            last = max(self.members.seen.get(site, 0.0), row["opened"])
+            last = max(self.members.seen.get(site, 0.0), row.get("asked", row["opened"]))
             if now - last > self.service.lease:
                 self.give_up(site, row["id"], f"not heard of for {now - last:.0f} s")
         if self.coordinator.deadline is not None and now >= self.coordinator.deadline:
@@ -259,8 +294,7 @@ class FederationLoop:
     def stop(self, who: str) -> None:
         """No more rounds; sites are told to stop when they next ask."""
         with self.store.change() as change:
-            change.set("stop", True)
-            change.audit(who, "stop")
+            operations.stop(change, who)
         self.stopping = True
         self.notify()
 
@@ -277,20 +311,21 @@ class FederationLoop:
 
     def _invite(self, now: float) -> None:
         """Open a round, or fill free places, when enough sites are there."""
-        schedule = self.plan.schedule
         if self.stopping or self._busy or not self.coordinator.ready or now < self._retry_at:
             return
         first = self.coordinator.round == 1 and self.coordinator.phase is Phase.IDLE
-        waiting = first_waits_for(schedule, self.service.sites, self.members) if first else ""
-        if not waiting:
-            roster = self.members.roster(self.open)
-            waiting = next_waits_for(schedule, roster, patient=now < self._patient_until)
-        self._say(waiting)
-        if waiting:
+        patient = now < self._patient_until
+        roster = self.members.roster(self.open)
+        self._say(
+            self.members.first_waits_for(self.plan.schedule, self.service.sites) if first else ""
+        )
+        self._say(self.waiting or self.members.next_waits_for(self.plan.schedule, roster, patient))
+        if self.waiting:
             return
         attempt = self.coordinator.round, self.coordinator.attempt
         invitations = self.coordinator.open(roster, now)
-        if not invitations and isinstance(schedule, Buffered):
+        lockstep = self.plan.schedule.lockstep
+        if not invitations and not lockstep:
             return
         with Deciding(self) as change:
             rows = ledger.opened(change, invitations, attempt, len(roster), now)
@@ -299,9 +334,44 @@ class FederationLoop:
                 model=self.version["broadcast"],
             )  # fmt: skip
             self._record_outcome(change, now)
-        self.open |= {row["site"]: row for row in rows}
+        if not lockstep:
+            self.open |= {row["site"]: row for row in rows}
+            self.rows |= {row["id"]: row for row in rows}
+            self.notify()
+            return
+        self.rows = {row["id"]: row for row in rows}
+        members = [(row["site"], row["turn"]) for row in rows]
+        ask = self.driver.begin(attempt[0], members, len(roster))
+        self._lockstep().need(ask.fewest, self._ids_of(ask.whom))
+        if ask.told or ask.given or ask.mail:
+            self._stepping = True
+            self._work.put_nowait(self._asked)
+        else:
+            self._put(put_question(ask, self.models, 0))
+
+    async def _asked(self) -> None:
+        """A question is open: hand out what it tells, and have those who are asked know."""
+        step = self.coordinator.step
+        question = await self._in_thread(lambda: put_question(self.driver.ask, self.models, step))
+        self._put(question)
+
+    def _put(self, question: Question) -> None:
+        self.question, now = question, self.clock()
+        with Deciding(self) as change:
+            self._record_outcome(change, now)
+        self.open = {
+            self.rows[id]["site"]: {**self.rows[id], "asked": now} for id in self.coordinator.owed
+        }
+        self._stepping = False
         self._after_outcome()
         self.notify()
+
+    def _ids_of(self, whom: Sequence[tuple[str, int]] | None) -> list[str]:
+        """The assignments of those a question goes to."""
+        if whom is None:
+            return list(self.rows)
+        chosen = set(whom)
+        return [id for id, row in self.rows.items() if (row["site"], row["turn"]) in chosen]
 
     def _say(self, text: str) -> None:
         """Log what is waited for, when it changes."""
@@ -323,41 +393,38 @@ class FederationLoop:
         change.set("coordinator", self.coordinator.state())
         outcome = self.coordinator.outcome
         if outcome is not None:
-            spare = not isinstance(self.plan.schedule, Buffered)
-            ledger.ended(change, outcome, len(self.members.names), now, spare=spare)
+            population, spare = len(self.members.names), self.plan.schedule.lockstep
+            ledger.ended(change, outcome, population, now, spare=spare)
 
     def _after_outcome(self) -> None:
-        """Let the step follow, or another attempt."""
+        """Let the next question follow, the step, or another attempt."""
+        if self.coordinator.phase is Phase.HEARD and not self._stepping:
+            self._stepping = True
+            self.open = {}
+            self._work.put_nowait(self._hear)
+            return
         outcome = self.coordinator.outcome
         if outcome is None:
             return
         self.coordinator.outcome = None
-        if not isinstance(self.plan.schedule, Buffered):
-            self.open = {
-                s: r for s, r in self.open.items() if r["round"] > outcome.round
-            }  # fmt: skip
         if outcome.closed:
             self._stepping = True
-            self._work.put_nowait((outcome.round, outcome.accepted))
+            self._work.put_nowait(partial(self._step, outcome.round, outcome.accepted))
             return
         logger.warning("round %d was abandoned: %s", outcome.round, outcome.reason)
+        self.open, self.question = {}, None
         self._retry_at = self.clock() + self.plan.schedule.pause
-        self._work.put_nowait(self.server.open)
         if self.coordinator.phase is Phase.FAILED:
             logger.error("round %d was abandoned too often; there is no next try", outcome.round)
         self.notify()
 
     async def _work_off(self) -> None:
-        """Sums and steps, one after the other."""
+        """Sums, questions and steps, one after the other."""
         while True:
             job = await self._work.get()
             try:
-                if self.failed is not None:
-                    continue  # a step must not follow a fold that was missed
-                if isinstance(job, tuple):
-                    await self._step(*job)
-                else:
-                    await self._in_thread(job)
+                if self.failed is None:  # a step must not follow a fold that was missed
+                    await job()
             except Exception as error:
                 logger.exception("the round's sum could not be made")
                 self.failed = error
@@ -365,62 +432,108 @@ class FederationLoop:
             finally:
                 self._work.task_done()
 
+    async def _fold(self, id: str, digest: str) -> None:
+        """Take an accepted answer into the sum."""
+        row = self.store.assignment(id)
+        assert row is not None
+        told = await self._told_of(id)
+        sender, age = (row["site"], row["turn"]), row["staleness"]
+        await self._in_thread(lambda: self.models.fold(self.driver, digest, sender, told, age))
+
+    async def _hear(self) -> None:
+        """The open question has enough answers: what follows is the rule's to say."""
+        coordinator = self._lockstep()
+        if self.driver.ask.works:
+            coordinator.worked()
+        senders = [(self.rows[id]["site"], self.rows[id]["turn"]) for id in coordinator.heard]
+        try:
+            ask = await self._in_thread(lambda: self.driver.hear(senders))
+        except RunError as error:
+            coordinator.abandon(ledger.printable(str(error)))
+            ask = None
+        else:
+            if ask is not None:
+                heard = set(coordinator.heard)
+                whom = [id for id in self._ids_of(ask.whom) if id in heard]
+                coordinator.ask(ask.fewest, whom, self.clock())
+                await self._asked()
+                return
+            coordinator.finish()
+        now = self.clock()
+        with Deciding(self) as change:
+            self._record_outcome(change, now)
+        self._stepping = False
+        self._after_outcome()
+
     async def _step(self, round: int, accepted: Sequence[str]) -> None:
         """Make the next version, keep it, and only then let it be known."""
         started = time.perf_counter()
         row = ledger.due(self.store, round)
         assert row is not None
-        pulled = await self._pulled(accepted)
+        parts = [part for part in map(self.store.assignment, accepted) if part is not None]
+        if not self.plan.schedule.lockstep:
+            await self._in_thread(
+                lambda: self.driver.hear([(part["site"], part["turn"]) for part in parts])
+            )
+        origins = [(part["version"], part["staleness"]) for part in parts]
+        digest = sha256("".join(f"{p['id']}{p['digest']}" for p in parts).encode()).hexdigest()
+        began = self._began
         measurements = await self._in_thread(
-            lambda: self.vault.step(self.server, round, row["population"], pulled)
+            lambda: self.models.step(lambda: self.driver.step(round, origins, began, digest))
         )
-        made = await self._in_thread(lambda: self.vault.keep(self.server))
+        made = await self._in_thread(lambda: self.models.keep(self.server, round))
         stepped = time.perf_counter()
         metrics = {}
         if self._evaluate is not None:
             evaluate, model = self._evaluate, self.server.model()
             metrics = dict(await self._in_thread(lambda: evaluate(model)))
-        parts = [self.store.assignment(id) for id in accepted]
-        if isinstance(self.plan.schedule, Buffered):
-            ages = [part["staleness"] for part in parts if part]
-            measurements |= {
-                "staleness": sum(ages) / len(ages), "most_stale": float(max(ages)),
-            }  # fmt: skip
-        record = {
-            "metrics": metrics,
-            "measurements": measurements,
-            "accepted": sorted(part["site"] for part in parts if part),
-            "bytes_up": sum(part["size"] for part in parts if part),
-            "broadcast": self.vault.size(self.version["broadcast"]),
-            "phases": {"step": stepped - started, "evaluation": time.perf_counter() - stepped},
-        }
         now = self.clock()
+        size = self.models.size(self.version["broadcast"])
+        phases = {"step": stepped - started, "evaluation": time.perf_counter() - stepped}
+        record = self.history.made(round, metrics, measurements, size, now, phases)
         with Deciding(self) as change:
-            ledger.stepped(change, round, made, record, now)
+            ledger.stepped(change, round, made, record.json(), [p["site"] for p in parts], now)
         self.version = {"version": round, "made": now, **made}
         await self._rest()
-        self.server.open()
-        self._stepping = False
+        self.history.add(round)
+        self._stepping, self.question = False, None
+        if not self.plan.schedule.lockstep:
+            self._begin_buffer()
         shown = ", ".join(f"{n} {v:.4g}" for n, v in (metrics or measurements).items())
         logger.info("round %d closed with %d updates: %s", round, len(accepted), shown)
-        names = self.vault.needed(round, self.open, self.service.kept)
-        await self._in_thread(lambda: self.vault.sweep(names))
+        names = self.models.needed(round, self.open, self.service.kept)
+        await self._in_thread(lambda: self.models.sweep(names))
+        self._told = {}
+        reason = stop_reason(self.plan.stop, self.history.records)
+        if reason and not self.stopping:
+            self.stop(f"the plan: {reason}")
         self._invite(self.clock())
         self.notify()
 
-    async def _pulled(self, accepted: Sequence[str]) -> tuple[float, Any] | None:
-        schedule = self.plan.schedule
-        if not (isinstance(schedule, Buffered) and schedule.pull):
-            return None
-        row = self.store.assignment(accepted[0])
+    def _began(self, version: int) -> Vector:
+        """The parameters that clients of a version began from."""
+        row = self.store.version(version)
         assert row is not None
-        began = self.store.version(row["version"])
-        assert began is not None
-        vectors = await self._in_thread(lambda: self.vault.vectors(began["state"]))
-        return schedule.staleness.discount(row["staleness"]), vectors["state/params"]
+        tree = nest(self.models.read(row["broadcast"]))
+        params: Vector = Received.of(self.plan, tree).algorithm["params"]
+        return params
+
+    async def _told_of(self, id: str) -> Tree:
+        """What the client of an assignment was told of the stages, when it began."""
+        row = self.rows.get(id) or self.store.assignment(id)
+        version = self.version["version"] if row is None else row["version"]
+        if version == self.version["version"] or not self.server.stages:
+            return self.plan.stages.broadcast(self.server.stages)
+        if version not in self._told:
+            known = self.store.version(version)
+            assert known is not None
+            digest = known["broadcast"]
+            tree = nest(await self._in_thread(lambda: self.models.read(digest)))
+            self._told[version] = tree.get("stages", {})
+        return self._told[version]
 
     async def _first_version(self) -> None:
-        made = await self._in_thread(lambda: self.vault.keep(self.server))
+        made = await self._in_thread(lambda: self.models.keep(self.server, 0))
         now = self.clock()
         with Deciding(self) as change:
             change.run(versions.insert().values(version=0, made=now, **made))
@@ -431,19 +544,31 @@ class FederationLoop:
     async def _rest(self) -> None:
         """Between steps the model lies on disk: only the sum needs memory."""
         state = self.version["state"]
-        self.server.restore(await self._in_thread(lambda: self.vault.vectors(state)))
+        self.server.restore(await self._in_thread(lambda: self.models.vectors(state)))
+
+    def _begin_buffer(self) -> None:
+        self.driver.begin(self.version["version"] + 1, (), len(self.members.names))
 
     async def _refold(self) -> None:
-        """After a restart: sum what was accepted, and take the steps that were due."""
+        """After a restart: sum what was accepted, ask what was asked, and step what was due."""
+        if self.plan.schedule.lockstep:
+            await replay(self)
+            return
         while True:
             round = self.version["version"] + 1
+            self._begin_buffer()
             rows = ledger.accepted_into(self.store, round)
             for row in rows:
-                fold = partial(self.vault.fold, row, self.server.sums)
-                await self._in_thread(fold)
+                await self._fold(row["id"], row["digest"])
             if ledger.due(self.store, round) is None:
-                return
+                break
             await self._step(round, [row["id"] for row in rows])
+        owed = [self.store.assignment(id) for id in self.coordinator.owed]
+        self.open = {row["site"]: row for row in owed if row is not None}
+
+    def _lockstep(self) -> Coordinator:
+        assert isinstance(self.coordinator, Coordinator)
+        return self.coordinator
 
     def _check_identity(self) -> None:
         """Keep what makes this federation itself, or see that it is the same one."""
@@ -460,9 +585,19 @@ class FederationLoop:
         if known is None:
             with self.store.change() as change:
                 change.set("identity", mine)
-        self.vault.blobs.claim(self.store.identify())
+        self.models.blobs.claim(self.store.identify())
         with self.store.change() as change:
             change.set("plan", describe(self.plan))
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, job)
+
+
+def _secret_of(store: Store) -> int:
+    """The server's own key, made once: what is drawn from it nobody else can know."""
+    known = store.setting("secret")
+    if known is None:
+        known = str(secrets.randbits(256))
+        with store.change(leading=False) as change:
+            change.set("secret", known)
+    return int(known)

@@ -10,6 +10,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from atoll.rounds.roster import Resources, Roster
+from atoll.rounds.schedules import Schedule
 from atoll.service.storage.database import Store
 from atoll.service.storage.tables import sites, tokens
 
@@ -76,6 +77,29 @@ class Members:
             np.array(present, np.int64),
             _resources([json.loads(about) for _, about in said]),
         )
+
+    def first_waits_for(self, schedule: Schedule, wanted: int | None) -> str:
+        """Why the first round cannot begin: those who are to be there have not joined; or empty."""
+        wanted = schedule.wanted if wanted is None else wanted
+        have = len(self.names)
+        if wanted is not None:
+            enough = have >= wanted
+            return "" if enough else f"the first round: {have} of {wanted} sites have joined"
+        awaited = self.awaited()
+        return f"the first round: {', '.join(awaited)} can still join" if awaited else ""
+
+    def next_waits_for(self, schedule: Schedule, roster: Roster, patient: bool) -> str:
+        """Why nobody can be invited now; or empty. The `patient` wait for all that are asked."""
+        population, present = len(roster), len(roster.candidates())
+        if population < schedule.least:
+            return (
+                f"more sites: the schedule needs {schedule.least}, and {population} are part of "
+                "this"
+            )
+        enough = schedule.enough(population, patient=patient)
+        if present < enough:
+            return f"sites to be heard of: {present} of the {enough} that are needed were, lately"
+        return ""
 
     def awaited(self) -> list[str]:
         """Who was invited and may still join; some of them, if they are many."""

@@ -131,7 +131,7 @@ class _Process:
         conductor = FederationLoop(
             self.plan, self.service, self.store,
             blobs_at(self.listening.blobs or str(self.folder.path / "blobs")),
-            self.folder.path / "incoming", evaluate=self.evaluate,
+            self.folder.path / "incoming", evaluate=self.evaluate, history=self.folder.path / "run",
         )  # fmt: skip
         with self.store.change() as change:
             change.set("blobs", self.listening.blobs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from atoll.backends.backend import Engine, LocalEngine, cores
+from atoll.backends.backend import Arrangement, Engine, cores
 from atoll.core.random import Key
 from atoll.data.federated import FederatedData
 from atoll.learners.base import stacking
@@ -49,11 +49,11 @@ def explain(plan: Plan, data: FederatedData, engine: Engine, seed: int) -> Expla
     with engine.open(plan, data, Key(seed)) as crew:
         found, notes = crew.engine, tuple(crew.notes)
     rows = stacking(plan.learner).explain(data.train(0))
-    if not isinstance(found, LocalEngine):
+    if not isinstance(found, Arrangement):
         notes = (*notes, "chosen by measuring, when the first clients are at work")
         return Explanation(str(found), notes, rows, 0, 0, 0)
     size = 4 * plan.learner.layout.size
     # Parameters, results and updates of a block for each worker; the exact sum, two words wide.
-    reports = len(plan.algorithm.reports)
+    reports = len(plan.schema.vectors)
     memory = found.workers * found.block * size * (2 + reports) + 4 * size * reports
     return Explanation(str(found), notes, rows, found.workers, found.threads, memory)

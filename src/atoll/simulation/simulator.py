@@ -1,4 +1,4 @@
-"""The simulator: drives the coordinator with a virtual clock and runs the clients' turns."""
+"""The simulator: brings virtual time and an engine to the driver's rounds."""
 
 from __future__ import annotations
 
@@ -6,73 +6,91 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
+from atoll.aggregation.conversation import Ask
+from atoll.aggregation.validate import validate
 from atoll.backends.backend import Backend, Engine, cores
-from atoll.backends.stacks import Delivery, Turn
 from atoll.core import safetensors
 from atoll.core.random import Key
-from atoll.core.updates import Update
-from atoll.core.vectors import Vector, Vectors
+from atoll.core.vectors import Tree, Vector, Vectors, flatten, nest
 from atoll.data.federated import FederatedData
-from atoll.errors import AtollError, ConfigurationError, DataError, RunError
-from atoll.learners.base import stacking, steps_of
-from atoll.rounds.buffered import coordinator_for
+from atoll.errors import AtollError, ConfigurationError, DataError, RunError, UpdateRefused
+from atoll.learners.base import stacking
 from atoll.rounds.client_states import ClientStates
-from atoll.rounds.coordinator import Invitation, Phase, Verdict
+from atoll.rounds.coordinator import Coordinator, Invitation, Phase, Verdict
+from atoll.rounds.driver import Driver, whom_of
 from atoll.rounds.evaluate import (
+    ClientFigures,
     check_evaluation,
     evaluate_clients,
+    evaluate_own,
     evaluate_pooled,
+    has_own_models,
     spread_metrics,
 )
-from atoll.rounds.messages import message_size
+from atoll.rounds.messages import message_size, schema_size
 from atoll.rounds.plan import Plan
 from atoll.rounds.roster import Roster
-from atoll.rounds.server import Server
-from atoll.rounds.task import first_state
-from atoll.simulation.devices import Conditions, Devices, TracedDevices, device_key
+from atoll.rounds.stopping import stop_reason
+from atoll.rounds.task import (
+    ClientTask,
+    Received,
+    TaskResult,
+    answer_question,
+    first_state,
+    with_question,
+)
+from atoll.simulation.attackers import Attacked, Attackers
+from atoll.simulation.devices import Devices
 from atoll.simulation.interrupt import Interrupted, Interruption
+from atoll.simulation.timing import Arrival, Load, Timing
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.record import Participant, Record, Run
 
 REFUSALS_KEPT = 1000
-IDEAL = Conditions()
-
-
-class _Arrival(NamedTuple):
-    """When an invited client delivers, or when it is known to be lost."""
-
-    time: float
-    invitation: Invitation
-    conditions: Conditions
-    lost: bool
-    #: Decides between arrivals of the same instant, fairly: no client is always the first.
-    tie: bytes
 
 
 @dataclass(frozen=True)
-class _Gathered:
-    """What a round's clients did: memories of the accepted, everyone's part, and how it went."""
+class Gathered:
+    """What a round's clients did, and how it went.
 
-    learned: dict[int, Vectors]
+    `learned` are the new states of those whose updates count; `origins` the version that each of
+    them began from and its staleness.
+    """
+
+    learned: dict[int, Tree]
     participants: list[Participant]
     invited: int
-    accepted: int
+    origins: list[tuple[int, int]]
     attempts: int
-    pulled: tuple[float, Vector] | None = None
-    measurements: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Attempt:
+    """An attempt at a round in the making."""
+
+    invitations: Sequence[Invitation]
+    received: Tree
+    learned: dict[int, Tree] = field(default_factory=dict)
+    kept: dict[str, Vectors] = field(default_factory=dict)
+    parts: dict[str, Participant] = field(default_factory=dict)
+
+    def note(self, invitation: Invitation, outcome: str, down: int, up: int) -> None:
+        """Add a message each way to a client's part in it."""
+        before = self.parts.get(invitation.id, Participant(invitation.client, "", 0, 0))
+        self.parts[invitation.id] = Participant(
+            invitation.client, outcome, before.down + down, before.up + up
+        )
 
 
 class Simulator:
     """One simulated run of a plan over a population.
 
-    The model's arithmetic is the engine's; here is everything around it, in virtual time. A turn
-    is run only when its delivery can still count, so work that comes too late costs nothing real.
+    The model's arithmetic is the engine's and the rounds are the driver's; here is virtual time. A
+    task is run only when its answer can still count, so work that comes too late costs nothing
+    real, and what is run is accepted, unless it is faulty.
     """
 
     def __init__(
@@ -84,6 +102,8 @@ class Simulator:
         devices: Devices,
         engine: Engine,
         observers: Sequence[Observer],
+        attackers: Attackers | None = None,
+        initial: Vectors | None = None,
     ) -> None:
         if not isinstance(devices, Devices):
             raise ConfigurationError(f"devices must be Devices, not {devices!r}")
@@ -95,42 +115,57 @@ class Simulator:
         if not isinstance(run.seed, int):
             raise ConfigurationError(f"the seed must be a whole number, not {run.seed!r}")
         plan.learner.check(data)
-        check_evaluation(plan.evaluation, data)
+        check_evaluation(plan, data)
         plan.schedule.needed(len(data))
         self.plan, self.data, self.run = plan, data, run
         self.devices, self.engine, self.observers = devices, engine, observers
         self.key = Key(run.seed)
-        self.server = Server(plan, self.key)
-        self.coordinator = coordinator_for(plan.schedule, self.key)
-        self.crew: Backend
-        self.memories = ClientStates()
+        self.working = _attacked(plan, attackers, data, self.key)
+        self.driver = Driver(plan, self.key, initial=initial)
+        self.backend: Backend
+        self.states = ClientStates()
         self.clock = 0.0
         self._sizes = data.sizes()
         self._resources = devices.resources(data.names, self.key)
-        self._blank = first_state(plan, self.server.broadcast())
-        self._up_bytes, self._down = self._typical_size(), 0
+        self.timing = Timing(plan, data.names, self._sizes, devices, self.key)
+        self._up = schema_size(plan.stages.message)
+        self._load = Load(0, self._up)
         self._closed = self._snapshot()
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """The state machine of the schedule."""
+        assert isinstance(self.driver.coordinator, Coordinator)
+        return self.driver.coordinator
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of the same plan, data and seed."""
-        self.server.restore(dict(snapshot.vectors))
-        self.coordinator.restore(dict(snapshot.coordinator))
-        self.memories.update(snapshot.memories)
+        self.driver.server.restore(dict(snapshot.vectors))
+        self.driver.coordinator.restore(dict(snapshot.coordinator))
+        self.states.update(snapshot.states)
         self.clock = snapshot.clock
         self._closed = snapshot
 
     def go(self) -> Run:
-        """Run to the end; observers are told, and closed whatever happens."""
-        self.run.model = self.server.model()
+        """Run to the end."""
+        for _ in self.rounds():
+            pass
+        return self.run
+
+    def rounds(self) -> Generator[Record]:
+        """Round after round; observers are told, and closed whatever happens."""
+        self.run.model = self.driver.server.model()
         try:
             for observer in self.observers:
                 observer.begin(self.run)
             with (
                 Interruption() as interruption,
-                self.engine.open(self.plan, self.data, self.key) as self.crew,
+                self.engine.open(self.working, self.data, self.key) as self.backend,
             ):
-                while self.coordinator.phase not in (Phase.DONE, Phase.FAILED):
+                self.run.stopped = stop_reason(self.plan.stop, self.run.history)
+                while not self._over:
                     self._round(interruption)
+                    yield self.run.history[-1]
             for observer in self.observers:
                 observer.end(self.run)
         except BaseException:
@@ -142,73 +177,89 @@ class Simulator:
         finally:
             for observer in self.observers:
                 observer.close()
-        return self.run
+
+    @property
+    def _over(self) -> bool:
+        phase = self.driver.coordinator.phase
+        return bool(self.run.stopped) or phase in (Phase.DONE, Phase.FAILED)
 
     def _round(self, interruption: Interruption) -> None:
         """What clients do until the round closes, then the step, the evaluation, the report."""
         started = time.perf_counter()
-        round = self.coordinator.round
+        round = self.driver.coordinator.round
         gathered = self._gather(round, interruption)
         clients = time.perf_counter()
-        participants = gathered.participants
-        measurements = self.server.close(round, len(self.data), gathered.pulled)
-        self.run.model = self.server.model()
-        self.run.engine, self.run.engine_notes = str(self.crew.engine), self.crew.notes
+        measurements = self.driver.step(round, gathered.origins, self._began)
+        self.run.model = self.driver.server.model()
+        self.run.engine, self.run.engine_notes = str(self.backend.engine), self.backend.notes
         stepped = time.perf_counter()
-        metrics = self._evaluate(round)
+        for member, state in gathered.learned.items():
+            self.states[member] = round, flatten(state)
+        record = self._record(round, gathered, measurements, {})
+        record = replace(record, metrics=self._evaluate(round, last=False))
+        self.run.stopped = stop_reason(self.plan.stop, [*self.run.history, record])
+        if self.run.stopped:
+            record = replace(record, metrics={**record.metrics, **self._evaluate(round, last=True)})
         evaluated = time.perf_counter()
         phases = {
             "clients": clients - started, "step": stepped - clients,
             "evaluation": evaluated - stepped,
         }  # fmt: skip
-        record = Record(
-            round,
-            metrics,
-            measurements | gathered.measurements,
-            gathered.invited,
-            gathered.accepted,
-            gathered.attempts,
-            sum(part.up for part in participants),
-            sum(part.down for part in participants),
-            self.clock,
-        )
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
         # Together, so that whatever stops the run finds all of a round or nothing of it.
         self.run.history.append(record)
-        for member, memory in gathered.learned.items():
-            self.memories[member] = (round, memory)
         self._closed = self._snapshot()
-        end = RoundEnd(record, participants, self._closed, seconds, phases)
+        end = RoundEnd(record, gathered.participants, self._closed, seconds, phases)
         for observer in self.observers:
             observer.round(self.run, end)
         if interruption.requested:
             raise Interrupted(round)
 
-    def _gather(self, round: int, interruption: Interruption) -> _Gathered:
+    def _record(
+        self,
+        round: int,
+        gathered: Gathered,
+        measurements: Mapping[str, float],
+        metrics: Mapping[str, float],
+    ) -> Record:
+        parts = gathered.participants
+        return Record(
+            round,
+            metrics,
+            measurements,
+            gathered.invited,
+            len(gathered.origins),
+            gathered.attempts,
+            sum(part.up for part in parts),
+            sum(part.down for part in parts),
+            self.clock,
+        )
+
+    def _began(self, version: int) -> Vector:
+        raise RunError("under this schedule every update begins from the newest model")
+
+    def _gather(self, round: int, interruption: Interruption) -> Gathered:
         """Attempts at the round until one closes."""
         participants: list[Participant] = []
         attempts = 0
         while True:
-            learned, parts = self._attempt(interruption)
+            attempt = self._attempt(interruption)
+            parts = [attempt.parts[invitation.id] for invitation in attempt.invitations]
             participants += parts
             attempts += 1
             outcome = self.coordinator.outcome
             assert outcome is not None
             if outcome.closed:
-                return _Gathered(learned, participants, len(parts), len(outcome.accepted), attempts)
+                counted = {
+                    each.member for each in attempt.invitations if each.id in outcome.accepted
+                }
+                learned = {m: state for m, state in attempt.learned.items() if m in counted}
+                origins = [(round - 1, 0)] * len(outcome.accepted)
+                return Gathered(learned, participants, len(parts), origins, attempts)
             self._note(f"round {round}, attempt {attempts} was abandoned: {outcome.reason}")
             if self.coordinator.phase is Phase.FAILED:
-                refused = any(part.outcome == Verdict.MALFORMED for part in parts)
-                raise RunError(
-                    f"round {round} was abandoned {attempts} times in a row, the last time because "
-                    f"{outcome.reason}"
-                    + (
-                        ". NaN or infinite values mean that training diverges: try a smaller lr"
-                        if refused
-                        else "; ask for fewer (minimum=...), invite more, or allow more time"
-                    )
-                )
+                raise RunError(_gave_up(round, attempts, outcome.reason, parts))
             self.clock = self._next_attempt(len(parts))
 
     def _next_attempt(self, invited: int) -> float:
@@ -218,19 +269,65 @@ class Simulator:
             return later
         return max(later, self.devices.next_change(self.clock) or later)
 
-    def _attempt(self, interruption: Interruption) -> tuple[dict[int, Vectors], list[Participant]]:
-        """One attempt at a round: memories of the accepted clients, and everyone's part in it."""
-        coordinator = self.coordinator
-        received = self.server.broadcast()
-        self._down = down = safetensors.size(received)
+    def _attempt(self, interruption: Interruption) -> _Attempt:
+        """One attempt at a round: question after question, until it closes or is abandoned."""
+        coordinator, driver = self.coordinator, self.driver
+        received = driver.server.broadcast(coordinator.round - 1)
+        self._load = Load(safetensors.size(flatten(received)), self._up)
         invitations = coordinator.open(self._roster(), self.clock)
-        self.server.open()
-        arrivals = self._arrivals(invitations, down)
+        attempt = _Attempt(invitations, received)
+        for each in invitations:
+            attempt.parts[each.id] = Participant(each.client, Verdict.NOT_NEEDED, 0, 0)
+        senders = {each.id: (each.client, each.turn) for each in invitations}
+        ask: Ask | None = driver.begin(coordinator.round, [*senders.values()], len(self.data))
+        assert ask is not None
+        asked = whom_of(ask, invitations)
+        coordinator.need(ask.fewest, [each.id for each in asked])
+        while ask is not None:
+            self._exchange(attempt, ask, asked, interruption)
+            if coordinator.phase is not Phase.HEARD:
+                return attempt
+            if ask.works:
+                coordinator.worked()
+            try:
+                ask = driver.hear([senders[id] for id in coordinator.heard])
+            except RunError as error:
+                coordinator.abandon(str(error))
+                return attempt
+            if ask is not None:
+                answered = [each for each in invitations if each.id in coordinator.heard]
+                asked = whom_of(ask, answered)
+                coordinator.ask(ask.fewest, [each.id for each in asked], self.clock)
+        coordinator.finish()
+        return attempt
+
+    def _exchange(
+        self,
+        attempt: _Attempt,
+        ask: Ask,
+        asked: Sequence[Invitation],
+        interruption: Interruption,
+    ) -> None:
+        """One question, until the coordinator has heard enough or is past its deadline."""
+        coordinator, step = self.coordinator, self.coordinator.step
+        told = with_question(attempt.received, ask)
+        up = self._up if ask.works else schema_size(ask.schema)
+        load = Load(safetensors.size(flatten(told)), up, ask.works)
+        mail = {each.id: ask.mail.get((each.client, each.turn), {}) for each in asked}
+        arrivals = self.timing.arrivals(
+            asked, load, self.clock, coordinator.deadline, step,
+            spare=len(asked) > coordinator.missing,
+        )  # fmt: skip
         timely = [a for a in arrivals if a.time <= (coordinator.deadline or math.inf)]
         pending = deque(arrival.invitation for arrival in timely if not arrival.lost)
-        results: dict[str, Delivery] = {}
-        learned: dict[int, Vectors] = {}
-        parts: dict[str, Participant] = {}
+        results: dict[str, TaskResult] = {}
+        seen: set[str] = set()
+
+        def note(invitation: Invitation, outcome: str, up: int) -> None:
+            own = mail[invitation.id]
+            attempt.note(invitation, outcome, load.down + (safetensors.size(own) if own else 0), up)
+            seen.add(invitation.id)
+
         for arrival in timely:
             if coordinator.phase is not Phase.OPEN:
                 break
@@ -240,97 +337,107 @@ class Simulator:
             invitation = arrival.invitation
             if arrival.lost:
                 coordinator.lost(invitation.id, arrival.time)
-                parts[invitation.id] = Participant(invitation.client, "lost", down, 0)
+                note(invitation, "lost", 0)
                 continue
             if invitation.id not in results:
                 # No more than the round still needs: so whatever is well-formed will be accepted,
                 # and those that over-selection spares never run.
                 group = [pending.popleft() for _ in range(min(coordinator.missing, len(pending)))]
-                results |= self._results(received, group, interruption)
-            delivery = results.pop(invitation.id)
-            verdict = self._deliver(arrival, delivery)
-            parts[invitation.id] = Participant(invitation.client, verdict, down, delivery.size)
-            if not delivery.fault and delivery.memory:
-                learned[invitation.member] = delivery.memory
+                results |= self._results(attempt, ask, told, group, mail, interruption)
+            result = results.pop(invitation.id)
+            answer = coordinator.deliver(
+                invitation.id, invitation.client, arrival.time, result.fault, step
+            )
+            if answer.accepted != (not result.fault):
+                raise RunError("an answer was summed and not accepted: please report this")
+            if not answer.accepted:
+                self._note(f"round {invitation.round}: {answer.reason}")
+            note(invitation, answer.verdict, result.size)
         if coordinator.phase is Phase.OPEN:
             assert coordinator.deadline is not None
             self.clock = coordinator.deadline
             coordinator.tick(self.clock)
         for arrival in arrivals:
-            if arrival.invitation.id not in parts:
-                parts[arrival.invitation.id] = self._too_late(arrival, down)
-        return learned, [parts[invitation.id] for invitation in invitations]
-
-    def _deliver(self, arrival: _Arrival, delivery: Delivery) -> Verdict:
-        """Hand in what is already in the sum, or the reason why it is not."""
-        invitation = arrival.invitation
-        answer = self.coordinator.deliver(
-            invitation.id, invitation.client, arrival.time, delivery.fault
-        )
-        assert answer.accepted == (not delivery.fault), "the sum and the coordinator disagree"
-        if not answer.accepted:
-            self._note(f"round {invitation.round}: {answer.reason}")
-        return answer.verdict
+            if arrival.invitation.id not in seen:
+                note(arrival.invitation, *self._too_late(arrival, load))
 
     def _results(
-        self, received: Vectors, group: Sequence[Invitation], interruption: Interruption
-    ) -> dict[str, Delivery]:
-        """Run the turns of a group into the round's sum; what came of each, by invitation."""
-        turns = [self._turn(invitation) for invitation in group]
-        found: dict[str, Delivery] = {}
-        with contextlib.closing(self.crew.run(received, turns, self.server.sums)) as blocks:
+        self,
+        attempt: _Attempt,
+        ask: Ask,
+        told: Tree,
+        group: Sequence[Invitation],
+        mail: Mapping[str, Vectors],
+        interruption: Interruption,
+    ) -> dict[str, TaskResult]:
+        """Have a group answer a question; what came of each, by invitation."""
+        # Whoever comes for the first time begins from what it receives now, as a site would.
+        opened = Received.of(self.plan, told)
+        blank = first_state(self.plan, opened, self.driver.server.blank) if group else {}
+        tasks = []
+        for each in group:
+            task = self._task(each, blank)
+            kept = attempt.kept.get(each.id, {})
+            state = {**task.state, "kept": kept} if kept else task.state
+            tasks.append(task._replace(state=state, mail=mail[each.id]))
+        found: dict[str, TaskResult] = {}
+        if not ask.works:
+            for each, task in zip(group, tasks, strict=True):
+                found[each.id] = self._answer(attempt, ask, opened, each, task)
+            return found
+        with contextlib.closing(self.backend.run(told, tasks, self.driver.sums)) as blocks:
             for block in blocks:
-                for place, delivery in block:
-                    found[group[place].id] = delivery
+                for place, result in block:
+                    invitation = group[place]
+                    found[invitation.id] = result
+                    state = dict(result.state)
+                    attempt.kept[invitation.id] = state.pop("kept", {})
+                    if not result.fault and state:
+                        attempt.learned[invitation.member] = state
                 if interruption.requested:
                     raise Interrupted(len(self.run.history))
         return found
 
-    def _turn(self, invitation: Invitation, discount: float = 1.0) -> Turn:
+    def _answer(
+        self,
+        attempt: _Attempt,
+        ask: Ask,
+        opened: Received,
+        invitation: Invitation,
+        task: ClientTask,
+    ) -> TaskResult:
+        """A client's answer to a question without work, taken in if it is well-formed."""
+        examples = self.data.train(invitation.member)
+        try:
+            message, kept = answer_question(
+                self.working, opened, ask.name, ask.owner, task, examples
+            )
+            validate(message, ask.schema)
+        except UpdateRefused as refusal:
+            return TaskResult(str(refusal), 0, {})
+        attempt.kept[invitation.id] = kept
+        self.driver.sums.add(message, task.sender)
+        return TaskResult("", message_size(message), {})
+
+    def _task(self, invitation: Invitation, blank: Tree, discount: float = 1.0) -> ClientTask:
         member = invitation.member
-        memory = self.memories[member][1] if member in self.memories else self._blank
+        state = nest(self.states[member][1]) if member in self.states else blank
         row = (
             member, invitation.client, invitation.round, invitation.turn, invitation.fraction,
             discount,
         )  # fmt: skip
-        return Turn.read(row, self.key, memory)
+        return ClientTask.read(row, self.key, state)
 
-    def _arrivals(self, invitations: Sequence[Invitation], down: int) -> list[_Arrival]:
-        """Everyone's delivery in the order of time."""
-        # Who comes first matters only where more are invited than needed.
-        self._spare = len(invitations) > self.coordinator.missing
-        if type(self.devices) is Devices and not self._spare:
-            return [_Arrival(self.clock, each, IDEAL, False, b"") for each in invitations]
-        arrivals = [self._arrival(invitation, down) for invitation in invitations]
-        return sorted(arrivals, key=lambda arrival: (arrival.time, arrival.tie))
-
-    def _arrival(self, invitation: Invitation, down: int) -> _Arrival:
-        conditions = self._conditions(invitation.member, invitation.round, invitation.attempt)
-        steps = steps_of(self._planned(invitation.member), invitation.fraction)
-        took = conditions.transfer(down, self._up_bytes) + steps * conditions.seconds_per_step
-        arrives = self.clock + took
-        deadline = self.coordinator.deadline
-        if deadline is not None and deadline < arrives <= deadline + 1e-9 * (1 + abs(deadline)):
-            arrives = deadline  # late by rounding only
-        tie = self.key.fold("tie", invitation.id).digest(8) if self._spare else b""
-        if isinstance(self.devices, TracedDevices):
-            leaves = self.devices.leaves(invitation.client, self.clock)
-            if leaves is None or leaves < arrives:
-                return _Arrival(leaves or self.clock, invitation, conditions, True, tie)
-        return _Arrival(arrives, invitation, conditions, conditions.drops, tie)
-
-    def _too_late(self, arrival: _Arrival, down: int) -> Participant:
-        """A client whose delivery no longer counts; its upload is cut off where it is."""
-        client = arrival.invitation.client
+    def _too_late(self, arrival: Arrival, load: Load) -> tuple[str, int]:
+        """A client whose answer no longer counts; its upload is cut off where it is."""
         if arrival.lost:
-            return Participant(client, "lost", down, 0)
-        assert self.coordinator.outcome is not None
-        late = not self.coordinator.outcome.closed or self.clock == self.coordinator.deadline
-        verdict = Verdict.LATE if late else Verdict.NOT_NEEDED
-        sending = self._up_bytes / arrival.conditions.up
+            return "lost", 0
+        enough = self.coordinator.phase is Phase.HEARD
+        late = not enough or self.clock == self.coordinator.deadline
+        sending = load.up / arrival.conditions.up
         began = arrival.time - arrival.conditions.latency - sending
         share = min(max((self.clock - began) / sending, 0.0), 1.0) if sending > 0 else 0.0
-        return Participant(client, str(verdict), down, int(share * self._up_bytes))
+        return str(Verdict.LATE if late else Verdict.NOT_NEEDED), int(share * load.up)
 
     def _roster(self) -> Roster:
         return Roster(
@@ -342,74 +449,82 @@ class Simulator:
         )
 
     def _capacity(self, member: int) -> float:
-        """The share of its work that a client can do and deliver by the deadline: whole steps."""
-        assert self.plan.schedule.deadline is not None
-        planned = self._planned(member)
-        conditions = self._conditions(member, self.coordinator.round, self.coordinator.attempt)
-        left = self.plan.schedule.deadline - conditions.transfer(self._down, self._up_bytes)
-        if conditions.seconds_per_step <= 0:
-            return 1.0
-        # A hair of slack: a time that was computed from steps must give those steps back.
-        steps = math.floor(left / conditions.seconds_per_step * (1 + 1e-9))
-        return min(max(steps, 1), planned) / planned
+        coordinator = self.coordinator
+        return self.timing.capacity(member, coordinator.round, coordinator.attempt, self._load)
 
-    def _conditions(self, member: int, round: int, attempt: int) -> Conditions:
-        name = self.data.names[member]
-        own = device_key(self.key, name)
-        return self.devices.conditions(name, self._planned(member), own, own.fold(round, attempt))
-
-    def _planned(self, member: int) -> int:
-        return self.plan.learner.planned_steps(int(self._sizes[member]))
-
-    def _evaluate(self, round: int) -> dict[str, float]:
+    def _evaluate(self, round: int, *, last: bool) -> dict[str, float]:
         # No client is at work now: every core is free for this.
-        before = stacking(self.plan.learner).use_threads(cores())
+        learner = stacking(self.plan.learner)
+        before = learner.use_threads(cores())
         try:
-            return self._figures(round)
+            return self._figures(round, last or round == self.plan.schedule.rounds)
         finally:
-            stacking(self.plan.learner).use_threads(before)
+            learner.use_threads(before)
 
-    def _figures(self, round: int) -> dict[str, float]:
-        evaluation, last = self.plan.evaluation, round == self.plan.schedule.rounds
+    def _figures(self, round: int, last: bool) -> dict[str, float]:
+        evaluation = self.plan.evaluation
         metrics: dict[str, float] = {}
         if last or round % evaluation.every == 0:
             metrics = evaluate_pooled(self.plan.learner, self.run.model, self.data)
         interval = evaluation.clients_every
         if interval is not None and (last or round % interval == 0):
-            names = spread_metrics(evaluation, self.data)
-            clients = evaluate_clients(self.plan.learner, self.run.model, self.data, names)
+            clients = self._each_client(round, spread_metrics(evaluation, self.data))
             metrics |= clients.spread()
             self.run.per_client = clients.by_name(self.data.names)
         return metrics
 
-    def _typical_size(self) -> int:
-        """Bytes of an update as the schema promises it; stages may make it smaller."""
-        schema = self.plan.schema
-        update = Update(
-            {name: np.zeros(size, np.float32) for name, size in schema.vectors.items()},
-            statistics={n: np.zeros(s, schema.dtype(n)) for n, s in schema.statistics.items()},
-        )
-        encoded, _ = self.plan.stages.encode(
-            update,
-            self.plan.stages.broadcast(self.server.stages),
-            self.plan.stages.remember(schema),
-            self.key,
-        )
-        return message_size(encoded)
+    def _each_client(self, round: int, names: tuple[str, ...]) -> ClientFigures:
+        """Every client on its own test part, with the model that it would use itself."""
+        plan, server = self.plan, self.driver.server
+        if not has_own_models(plan):
+            return evaluate_clients(plan.learner, self.run.model, self.data, names)
+        received = Received.of(plan, server.broadcast(round))
+        blank = first_state(plan, received, server.blank)
+        key = self.key.fold("own", round)
+
+        def task_of(member: int) -> ClientTask:
+            state = nest(self.states[member][1]) if member in self.states else blank
+            row = (member, self.data.names[member], round, round, 1.0, 1.0)
+            return ClientTask.read(row, key, state)
+
+        return evaluate_own(plan, self.data, received, task_of, names)
 
     def _snapshot(self) -> Snapshot:
-        """The state between two rounds; memories change only when the next one closes."""
+        """The state between two rounds; clients' states change only when the next one closes."""
         return Snapshot(
             len(self.run.history),
-            self.server.vectors(),
-            self.memories,
-            self.coordinator.state(),
+            self.driver.server.vectors(),
+            self.states,
+            self.driver.coordinator.state(),
             self.clock,
         )
 
     def _note(self, reason: str) -> None:
         if len(self.run.refusals) < REFUSALS_KEPT:
             self.run.refusals.append(reason)
+
+
+def _attacked(plan: Plan, attackers: Attackers | None, data: FederatedData, key: Key) -> Plan:
+    """The plan as clients follow it, some of whom attack."""
+    if attackers is None:
+        return plan
+    if not isinstance(attackers, Attackers):
+        raise ConfigurationError(f"attackers must be Attackers, not {attackers!r}")
+    names = attackers.among(data.names, key)
+    return replace(plan, algorithm=Attacked(plan.algorithm, attackers.attack, names))
+
+
+def _gave_up(round: int, attempts: int, reason: str, parts: Sequence[Participant]) -> str:
+    refused = any(part.outcome == Verdict.MALFORMED for part in parts)
+    advice = "; ask for fewer (minimum=...), invite more, or allow more time"
+    if refused and "NaN" in reason:
+        advice = ". NaN or infinite values mean that training diverges: try a smaller lr"
+    elif refused:
+        advice = ""
+    return (
+        f"round {round} was abandoned {attempts} times in a row, the last time because "
+        f"{reason}{advice}"
+    )
 
 
 def check_population(data: object) -> FederatedData:

@@ -7,8 +7,10 @@ key.pem          the site's private key
 site.json        the server, the site's name
 ca.pem           whom to trust
 approved.json    what the owner has agreed to
-memory/          what the algorithm remembers, by the assignment that made it
-outbox/          an update that is not yet delivered
+secret.key       what nobody else may know: noise and masks are drawn from it
+memory/          what is remembered from round to round, by the assignment that made it
+kept/            what is kept of the questions of the round that is open
+outbox/          an answer that is not yet delivered
 model.safetensors  the federation's model, at the end
 """
 
@@ -17,7 +19,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import mmap
+import os
 import random
+import secrets
 import sys
 import threading
 import time
@@ -31,15 +36,24 @@ from atoll import __version__
 from atoll.core import files, safetensors
 from atoll.core.files import file_digest
 from atoll.core.random import Key
-from atoll.core.vectors import Vectors
+from atoll.core.updates import Update
+from atoll.core.vectors import Tree, Vectors, flatten, nest
 from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, CheckpointError, ConfigurationError, RunError
+from atoll.learners.base import Assignment
 from atoll.protocol import messages
 from atoll.protocol.identity import IdentityError, Token, make_key, token_digest
 from atoll.rounds.describe import describe, plan_digest
 from atoll.rounds.messages import pack
 from atoll.rounds.plan import Plan
-from atoll.rounds.task import assignment_for, first_state, run_task
+from atoll.rounds.task import (
+    ClientTask,
+    Received,
+    answer_question,
+    assignment_for,
+    first_state,
+    run_task,
+)
 from atoll.site.connection import Connection, Refusal, Stopped, find_authority
 
 logger = logging.getLogger("atoll.site")
@@ -91,7 +105,7 @@ class Site:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        for name in ("memory", "outbox"):
+        for name in ("memory", "kept", "outbox"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         self._lock()
@@ -100,6 +114,7 @@ class Site:
         self._beat = SHORTEST_BEAT
         self._dropped = threading.Event()
         self._plan_digest = plan_digest(self.plan)
+        self._secret = Key(int.from_bytes(_secret(self.folder / "secret.key"), "little"))
 
     def stop(self) -> None:
         """Ask the agent to leave at the next chance; what is unfinished stays in its folder."""
@@ -175,53 +190,110 @@ class Site:
         return None
 
     def _train(self, order: messages.Order) -> None:
-        """Receive, work, remember, and put the update into the outbox."""
+        """Receive, work, remember, and put the answer into the outbox."""
         assert order.assignment is not None
-        assert order.model is not None
         started = time.perf_counter()
-        model = self.folder / f"model-{order.model[:16]}"
-        if not (model.exists() and file_digest(model) == order.model):
-            try:
-                self.link.fetch(order.model, order.size, model)
-            except Refusal as refusal:
-                if refusal.status not in (404, 410):
-                    raise
-                self.report(f"round {order.round}: too late, its model is gone")
-                return
-        received, _ = safetensors.decode(memoryview(bytearray(model.read_bytes())))
-        memory = self._remembered(order.memory, received)
+        waiting = self._outgoing(order.assignment, order.exchange)
+        if waiting.exists():
+            # What was made once is sent again, and never made anew.
+            self._send_outbox()
+            return
+        try:
+            tree, mail = self._received(order)
+        except Refusal as refusal:
+            if refusal.status not in (404, 410):
+                raise
+            self.report(f"round {order.round}: too late, its model is gone")
+            return
+        received = Received.of(self.plan, tree)
+        task = ClientTask(
+            0, self.link.site, self._assignment(order), self._state(order, received), order.turn,
+            mail=mail,
+        )  # fmt: skip
         self._busy, self._beat = order.assignment, max(order.wait[0], SHORTEST_BEAT)
         self._dropped.clear()
         try:
-            assignment = assignment_for(
-                Key(order.seed), self.link.site, order.round, order.turn, order.fraction
-            )
-            update, kept = run_task(self.plan, received, memory, self.data.train(0), assignment)
+            update, state = self._answer(order, received, task)
         finally:
             self._busy = None
-            for old in self.folder.glob("model-*"):
-                if old != model:
-                    old.unlink(missing_ok=True)
         if self._dropped.is_set():
             self.report(f"round {order.round}: no longer needed")
             return
-        # The memory first: an update that is delivered must find it.
-        files.save(self._memory(order.assignment), "memory", {}, kept)
-        files.write_atomically(
-            self.folder / "outbox" / f"{order.assignment}.safetensors", pack(update)
-        )
+        # The memory first: an answer that is delivered must find it.
+        kept = state.pop("kept", {})
+        if kept:
+            files.save(self._kept(order.assignment), "kept", {}, kept)
+        if order.works:
+            files.save(self._memory(order.assignment), "memory", {}, flatten(state))
+        files.write_atomically(waiting, pack(update))
         took = time.perf_counter() - started
         loss = update.metrics.get("train_loss")
         shown = "" if loss is None else f", loss {loss:.4g}"
-        self.report(f"round {order.round} of {order.rounds}: trained in {took:.1f} s{shown}")
+        what = "trained" if order.works else f"answered {order.question!r}"
+        self.report(f"round {order.round} of {order.rounds}: {what} in {took:.1f} s{shown}")
         self._send_outbox()
+
+    def _answer(
+        self, order: messages.Order, received: Received, task: ClientTask
+    ) -> tuple[Update, Tree]:
+        """The answer to a question, and what is kept: for good, and under "kept" for the round."""
+        examples = self.data.train(0)
+        if order.works:
+            return run_task(self.plan, received, task, examples)
+        update, kept = answer_question(
+            self.plan, received, order.question, order.owner, task, examples
+        )
+        return update, {"kept": kept} if kept else {}
+
+    def _received(self, order: messages.Order) -> tuple[Tree, Vectors]:
+        """What the order brings: the model, where it is needed, what is told, and our own mail."""
+        tree: Tree = {}
+        wanted = []
+        if order.model is not None and (order.works or order.owner == "algorithm"):
+            wanted.append(("model", order.model, order.size))
+        if order.told is not None:
+            wanted.append(("told", order.told, order.told_size))
+        if order.mail is not None:
+            wanted.append(("mail", order.mail, order.mail_size))
+        found: dict[str, Vectors] = {}
+        for kind, digest, size in wanted:
+            path = self.folder / f"{kind}-{digest[:16]}"
+            if not (path.exists() and file_digest(path) == digest):
+                for old in self.folder.glob(f"{kind}-*"):
+                    old.unlink(missing_ok=True)
+                self.link.fetch(digest, size, path)
+            found[kind] = _mapped(path)
+        tree = {**nest(found.get("model", {})), **nest(found.get("told", {}))}
+        return tree, found.get("mail", {})
+
+    def _assignment(self, order: messages.Order) -> Assignment:
+        """The circumstances; what is drawn in secret depends on all that was received."""
+        assert order.assignment is not None
+        secret = self._secret.fold(
+            "work", order.assignment, order.exchange, order.model or "", order.told or "",
+            order.mail or "",
+        )  # fmt: skip
+        return assignment_for(
+            Key(order.seed), self.link.site, order.round, order.turn, order.fraction, secret
+        )
+
+    def _state(self, order: messages.Order, received: Received) -> Tree:
+        """What this site keeps: of the update that counted last, and of the open round."""
+        assert order.assignment is not None
+        state = self._remembered(order, received)
+        path = self._kept(order.assignment)
+        for other in (self.folder / "kept").glob("*.safetensors"):
+            if other != path:
+                other.unlink()
+        kept = files.load(path, "kept")[1] if path.exists() else {}
+        return {**state, "kept": kept} if kept else state
 
     def _send_outbox(self) -> None:
         """Deliver what is waiting; an answer of any kind settles it."""
         for path in sorted((self.folder / "outbox").glob("*.safetensors")):
-            assignment = path.name.removesuffix(".safetensors")
+            assignment, _, exchange = path.name.removesuffix(".safetensors").partition("-")
             try:
-                verdict = self.link.upload(path, assignment)
+                verdict = self.link.upload(path, assignment, int(exchange or 0))
                 self.report(f"update {assignment} ({path.stat().st_size} bytes): {verdict.verdict}")
             except Refusal as refusal:
                 if refusal.status not in (403, 404, 410, 413, 422) or "revoked" in str(refusal):
@@ -229,21 +301,28 @@ class Site:
                 self.report(f"update {assignment} was not taken: {refusal}")
             path.unlink()
 
-    def _remembered(self, assignment: str | None, received: Vectors) -> Vectors:
-        """What the algorithm remembers of the update that counted last; older files go."""
-        path = None if assignment is None else self._memory(assignment)
+    def _remembered(self, order: messages.Order, received: Received) -> Tree:
+        """What is remembered of the update that counted last; older files go."""
+        path = None if order.memory is None else self._memory(order.memory)
+        own = self._memory(order.assignment or "")
         for other in (self.folder / "memory").glob("*.safetensors"):
-            if other != path:
+            if other not in (path, own):
                 other.unlink()
-        blank = first_state(self.plan, received)
-        if path is None or not blank:
-            return blank
-        if not path.exists():
+        if not (order.works or order.owner == "algorithm"):
+            return {}
+        if path is not None and path.exists():
+            return nest(files.load(path, "memory")[1])
+        if path is not None:
             logger.warning(
-                "the memory of update %s is lost; the algorithm begins anew here", assignment
+                "the memory of update %s is lost; the algorithm begins anew here", order.memory
             )
-            return blank
-        return files.load(path, "memory")[1]
+        return first_state(self.plan, received, self._blank(order.seed))
+
+    def _blank(self, seed: int) -> Vectors:
+        """What this site's private part of the model begins from."""
+        if self.plan.split.trivial:
+            return {}
+        return self.plan.split.parts(self.plan.learner.init(Key(seed).fold("init")))[1]
 
     def _cannot(self, order: messages.Order, error: Exception, failures: int) -> None:
         """Training failed: say so to the server, and give up if it goes on like this."""
@@ -317,6 +396,12 @@ class Site:
     def _memory(self, assignment: str) -> Path:
         return self.folder / "memory" / f"{assignment}.safetensors"
 
+    def _kept(self, assignment: str) -> Path:
+        return self.folder / "kept" / f"{assignment}.safetensors"
+
+    def _outgoing(self, assignment: str, exchange: int) -> Path:
+        return self.folder / "outbox" / f"{assignment}-{exchange}.safetensors"
+
     def _link(self, url: str, authority: Path, key: Any, site: str) -> Connection:
         pem = authority.read_bytes() if authority.exists() else None
         return Connection(url, pem, key, site, self._sleep, lambda text: logger.info("%s", text))
@@ -349,6 +434,22 @@ class Site:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(f"{self.folder} is in use by another agent") from None
+
+
+def _mapped(path: Path) -> Vectors:
+    """The arrays in a file, read where they are needed; what is written to them stays here."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return safetensors.decode(memoryview(mapped))[0]
+
+
+def _secret(path: Path) -> bytes:
+    """A site's own key of 256 bits, made once."""
+    if not path.exists():
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(32))
+    return path.read_bytes()
 
 
 def approve(folder: Path, *, refuse: bool = False) -> dict[str, Any]:

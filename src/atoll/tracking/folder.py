@@ -250,7 +250,7 @@ class RunFolder(Observer):
             self._note_best(run, record)
         for path in found:
             self._kept[int(path.stem)] = self._index(path)
-        self._written = snapshot.memories.rounds()
+        self._written = snapshot.states.rounds()
         self._saved = snapshot.round
         run.seconds = read_seconds(self.path)
         run.refusals[:] = read_refusals(self.path)
@@ -269,10 +269,10 @@ class RunFolder(Observer):
             ) from error
 
     def _checkpoint(self, run: Run, snapshot: Snapshot) -> None:
-        index = snapshot.memories.rounds()
+        index = snapshot.states.rounds()
         for member, changed in index.items():
             if self._written.get(member) != changed:
-                _, memory = snapshot.memories[member]
+                _, memory = snapshot.states[member]
                 files.save(self._client(member, changed), "memory", {}, memory)
                 self._written[member] = changed
         # The lines of these rounds must outlive a power cut that the checkpoint outlives.

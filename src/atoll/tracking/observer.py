@@ -17,7 +17,7 @@ class Snapshot:
 
     round: int
     vectors: Vectors
-    memories: ClientStates
+    states: ClientStates
     coordinator: Mapping[str, Any]
     clock: float
 

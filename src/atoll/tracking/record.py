@@ -10,6 +10,7 @@ from typing import Any
 
 from atoll.core.vectors import Vectors
 from atoll.errors import ConfigurationError
+from atoll.learners.base import Learner
 from atoll.learners.metrics import main_metric
 from atoll.view import html as display
 
@@ -73,7 +74,8 @@ class Run:
     clients' own test parts: metric -> client -> value, without those that have none. `refusals`
     are the reasons, in words, why updates were refused or attempts abandoned. `seconds` is the
     real time spent. `engine` is the engine that ran it, in the words
-    that ask for it again, and `engine_notes` say why it is that one.
+    that ask for it again, and `engine_notes` say why it is that one. `stopped` says why it ended
+    before its last round, if it did.
     """
 
     config: dict[str, Any]
@@ -88,6 +90,20 @@ class Run:
     engine: str = ""
     engine_notes: list[str] = field(default_factory=list)
     folder: Path | None = None
+    stopped: str = ""
+    #: Whose model it is, where that is known: a run read from a folder does not.
+    learner: Learner | None = None
+
+    def load_into(self, target: Any) -> Any:
+        """Write the model into the framework's own object (a torch module, say), and return it."""
+        if self.learner is None:
+            raise ConfigurationError(
+                "this run was read from its folder and does not know its learner; use "
+                "learner.load_into(run.model, target)"
+            )
+        if not self.model:
+            raise ConfigurationError("this run has no one model: its clients have their own")
+        return self.learner.load_into(self.model, target)
 
     @property
     def bytes_up(self) -> int:

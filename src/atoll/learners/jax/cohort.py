@@ -18,13 +18,18 @@ from numpy.typing import NDArray
 
 from atoll.core.vectors import Vectors
 from atoll.data.examples import Examples, joined
-from atoll.learners.base import Affine, Assignment, Correction, LocalResult
+from atoll.learners.base import Affine, Assignment, At, Correction, LocalResult, Objective
 from atoll.learners.batches import batches
 from atoll.learners.jax.columns import on_device
 from atoll.learners.jax.losses import Loss
 from atoll.learners.jax.models import Model, Tree
+from atoll.learners.jax.objectives import NOTHING, Shown, check_alone, of_each
 from atoll.learners.jax.variables import Variables, stream
 
+#: So many rows show whether an objective is a mean over them.
+TRIED = 4
+#: Compiled functions to keep: objectives that vary make new ones.
+COMPILED = 64
 #: Makes an optax GradientTransformation for a learning rate.
 OptimizerFactory = Callable[[Any], Any]
 
@@ -44,18 +49,62 @@ class Loop:
     compiled: dict[object, Any] = field(default_factory=dict)
 
     def gradient(
-        self, flat: jax.Array, state: Tree, x: jax.Array, y: jax.Array, real: Any, key: jax.Array
+        self,
+        flat: jax.Array,
+        state: Tree,
+        x: jax.Array,
+        y: jax.Array,
+        real: Any,
+        key: jax.Array,
+        shown: Shown = NOTHING,
+        *,
+        own: Callable[..., jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array, Tree]:
-        """Gradient [P] of the mean loss over the first `real` rows, that loss, the new state."""
+        """Gradient [P] of the mean loss over the first `real` rows, that loss, the new state.
+
+        `own` is an objective's loss, and `shown` what it is shown of this client.
+        """
+        others = [self.outputs(params, state, x, key) for params in shown.beside]
 
         def objective(flat: jax.Array) -> tuple[jax.Array, Tree]:
             outputs, after = self.model.apply(self.variables.tree(flat), state, x, key, True)
-            losses = self.loss(outputs, y)
+            if own is None:
+                losses = self.loss(outputs, y)
+            elif self.variables.names[1]:
+                # With a state, batches are of exactly their size.
+                losses = jnp.full(len(outputs), own(outputs, y, *others, **shown.given))
+            else:
+                losses = of_each(own, outputs, y, others, shown.given)
             counted = jnp.where(jnp.arange(len(losses)) < real, losses, 0)
             return counted.sum() / jnp.maximum(real, 1), after
 
         (loss, after), gradient = jax.value_and_grad(objective, has_aux=True)(flat)
         return gradient, loss, after
+
+    def outputs(self, flat: jax.Array, state: Tree, x: jax.Array, key: jax.Array) -> jax.Array:
+        """The outputs of parameters [P], as in evaluation."""
+        return self.model.apply(self.variables.tree(flat), state, x, key, False)[0]
+
+    def apart(
+        self,
+        flat: jax.Array,
+        state: Tree,
+        x: jax.Array,
+        y: jax.Array,
+        shown: Shown,
+        *,
+        own: Callable[..., jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        """An objective's loss of a few rows, and the mean of its losses of each of them alone."""
+        key = jax.random.key(0)
+        found = [self.outputs(params, state, x, key) for params in (flat, *shown.beside)]
+        # Otherwise models may agree too much for a term between rows to show.
+        outputs, *others = [
+            each + jax.random.normal(jax.random.fold_in(key, number), each.shape)
+            for number, each in enumerate(found)
+        ]
+        alone = of_each(own, outputs, y, others, shown.given)
+        return own(outputs, y, *others, **shown.given), alone.mean()
 
     def clipped(self, gradient: jax.Array) -> jax.Array:
         """The gradient, scaled to the largest norm allowed."""
@@ -94,8 +143,10 @@ class Loop:
         y: jax.Array,
         steps: jax.Array,
         lr: jax.Array,
+        shown: Shown,
         *,
         corrected: bool,
+        own: Callable[..., jax.Array] | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Trained parameters [P] and the sum of losses, over `rows` [S, B] of the columns."""
 
@@ -103,8 +154,9 @@ class Loop:
             flat, memory, total = carry
             real = counts[step]
             gradient, loss, _ = self.gradient(
-                flat, state, x[rows[step]], y[rows[step]], real, jax.random.fold_in(key, step)
-            )
+                flat, state, x[rows[step]], y[rows[step]], real, jax.random.fold_in(key, step),
+                shown, own=own,
+            )  # fmt: skip
             direction = self.clipped(gradient)
             if corrected:
                 direction = direction + scale * flat + constant
@@ -116,23 +168,34 @@ class Loop:
         flat, _, total = jax.lax.fori_loop(0, steps, body, start)
         return flat, total
 
-    def cohort(self, params: int | None, constant: int | None, corrected: bool) -> Any:
+    def cohort(
+        self, params: int | None, constant: int | None, corrected: bool, shown: Shown,
+        own: Callable[..., jax.Array] | None,
+    ) -> Any:  # fmt: skip
         """`run` over clients; whether parameters and constants have an axis of them is said."""
-        name = ("run", params, constant, corrected)
-        if name not in self.compiled:
-            axes = (params, None, 0, 0, 0, None, constant, None, None, None, None)
-            whole = jax.vmap(partial(self.run, corrected=corrected), in_axes=axes)
-            self.compiled[name] = jax.jit(whole)
-        return self.compiled[name]
+        axes = (
+            params, None, 0, 0, 0, None, constant, None, None, None, None, shown.axes
+        )  # fmt: skip
+        whole = partial(self.run, corrected=corrected, own=own)
+        return self._compiled(("run", axes, corrected, own), whole, axes)
 
-    def jitted(self, name: str, axes: Any = None) -> Any:
+    def jitted(
+        self, name: str, axes: Any = None, own: Callable[..., jax.Array] | None = None
+    ) -> Any:
         """One of these functions, compiled; over clients if `axes` are given."""
-        if (name, axes) not in self.compiled:
-            function = getattr(self, name)
-            self.compiled[name, axes] = jax.jit(
-                function if axes is None else jax.vmap(function, in_axes=axes)
-            )
-        return self.compiled[name, axes]
+        function = getattr(self, name)
+        return self._compiled(
+            (name, axes, own), function if own is None else partial(function, own=own), axes
+        )
+
+    def _compiled(self, key: object, function: Callable[..., Any], axes: Any) -> Any:
+        found = self.compiled.get(key)
+        if found is None:
+            if len(self.compiled) >= COMPILED:
+                self.compiled.clear()
+            found = jax.jit(function if axes is None else jax.vmap(function, in_axes=axes))
+            self.compiled[key] = found
+        return found
 
 
 def train_cohort(
@@ -143,7 +206,8 @@ def train_cohort(
     steps: Sequence[int],
     cut: Callable[[int], Sequence[slice]],
     lr: float,
-    correction: Correction | None,
+    correction: Correction | At | None,
+    objective: Objective | None,
     *,
     single: bool,
 ) -> LocalResult:
@@ -161,31 +225,39 @@ def train_cohort(
     keys = jnp.stack([stream(a.key.fold("draws")) for a in assignments])
     flat = jnp.asarray(model["params"])
     state = loop.variables.state_of(model)
+    own, shown = None, NOTHING
+    if objective is not None:
+        own, shown = objective.loss, Shown.of(objective, single=single)
+        few = examples[0].take(np.arange(TRIED) % len(examples[0]))
+        first = flat[0] if flat.ndim == 2 else flat
+        check_alone(*loop.jitted("apart", own=own)(first, state, *few, shown.first()))
     if correction is None or isinstance(correction, Affine):
         affine = correction or Affine()
         given = 0.0 if affine.constant is None else affine.constant
         constant = jnp.asarray(given, jnp.float32)
         run = loop.cohort(
             0 if flat.ndim == 2 else None, 0 if constant.ndim == 2 else None,
-            correction is not None,
+            correction is not None, shown, own,
         )  # fmt: skip
         filled, counts = _filled(rows, plan.counts)
         params, losses = run(
             flat, state, filled, counts, keys, jnp.float32(affine.scale), constant, x, y,
-            max(steps), jnp.float32(lr),
+            max(steps), jnp.float32(lr), shown,
         )  # fmt: skip
     else:
         params, losses = _stepwise(
-            loop, flat, state, rows, plan.counts, keys, x, y, lr, correction, single=single
-        )
+            loop, flat, state, rows, plan.counts, keys, x, y, lr, correction, shown, own,
+            single=single,
+        )  # fmt: skip
     taken, seen = np.array(steps), plan.counts.sum(1)
     sizes, mean = np.array([len(each) for each in examples]), np.asarray(losses) / taken
     if single:
         return LocalResult(
             params[0], steps[0], steps[0] * lr, int(sizes[0]), int(seen[0]), float(mean[0])
         )
-    path = jnp.asarray([[count * lr] for count in steps], jnp.float32)
-    return LocalResult(params, taken, path, sizes, seen, mean)
+    columns = np.stack([taken, taken * lr, sizes, seen, mean], dtype=np.float32)[..., None]
+    done, path, held, gone, loss = jnp.asarray(columns)
+    return LocalResult(params, done, path, held, gone, loss)
 
 
 def _stepwise(
@@ -198,27 +270,41 @@ def _stepwise(
     x: jax.Array,
     y: jax.Array,
     lr: float,
-    correction: Correction,
+    correction: Correction | At,
+    shown: Shown,
+    own: Callable[..., jax.Array] | None,
     *,
     single: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The same loop, step by step, for a correction that only Python can compute."""
     clients = len(rows)
     flat = jnp.broadcast_to(flat, (clients, flat.shape[-1]))
-    gradient = loop.jitted("gradient", (0, None, 0, 0, 0, 0))
+    gradient = loop.jitted("gradient", (0, None, 0, 0, 0, 0, shown.axes), own)
     clipped, step = loop.jitted("clipped", (0,)), loop.jitted("step", (0, 0, 0, None))
     memory = jax.vmap(loop.begin, in_axes=(0, None))(flat, lr)
     total = jnp.zeros(clients)
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+
+    def corrected(found: jax.Array, flat: jax.Array, batch: tuple[Any, ...]) -> jax.Array:
+        """The direction [C, P] that the correction makes of a gradient."""
+
+        def at(points: jax.Array) -> jax.Array:
+            there = jnp.broadcast_to(points, flat.shape)
+            elsewhere: jax.Array = clipped(gradient(there, state, *batch, shown)[0])
+            return elsewhere[0] if single else elsewhere
+
+        given = (found[0], flat[0]) if single else (found, flat)
+        if isinstance(correction, At):
+            direction = correction.rule(*given, at)
+        else:
+            direction = correction(*given)
+        return jnp.broadcast_to(jnp.asarray(direction), flat.shape)
+
     for number in range(rows.shape[1]):
         here, real = rows[:, number], jnp.asarray(counts[:, number])
-        found, losses, _ = gradient(flat, state, x[here], y[here], real, fold(keys, number))
-        found = clipped(found)
-        if single:
-            direction = jnp.asarray(correction(found[0], flat[0]))[None]
-        else:
-            direction = jnp.asarray(correction(found, flat))
-        change, memory = step(flat, direction, memory, lr)
+        batch = x[here], y[here], real, fold(keys, number)
+        found, losses, _ = gradient(flat, state, *batch, shown)
+        change, memory = step(flat, corrected(clipped(found), flat, batch), memory, lr)
         going = real > 0
         flat = flat + jnp.where(going[:, None], change, 0)
         total = total + jnp.where(going, losses, 0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,25 @@ from atoll.core.vectors import Array, Layout, Vector, Vectors
 from atoll.data.examples import Examples, Rows, Task, joined
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
-from atoll.learners.base import Assignment, Correction, GradientLearner, LocalResult
+from atoll.learners.base import (
+    Ability,
+    Assignment,
+    At,
+    Correction,
+    GradientLearner,
+    LocalResult,
+    Objective,
+)
 from atoll.learners.checks import check_loss, check_outputs
-from atoll.learners.evaluation import sums_of_outputs, sums_of_parts
+from atoll.learners.evaluation import mean_over, pieces, sums_of_outputs, sums_of_parts
 from atoll.learners.jax.cohort import Loop, OptimizerFactory, rounded, train_cohort
 from atoll.learners.jax.losses import LOSSES, Loss
-from atoll.learners.jax.models import Model
-from atoll.learners.jax.variables import Variables, stream
+from atoll.learners.jax.models import Model, Owned
+from atoll.learners.jax.objectives import NOTHING, Shown
+from atoll.learners.jax.variables import Variables, arrays_of, stream
 from atoll.learners.metrics import Sums
 from atoll.learners.rates import rate_at
+from atoll.learners.weights import copied, fits, is_vectors, packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +60,10 @@ class JaxLearner(GradientLearner):
     model: Model
     loss: str | Loss = "cross_entropy"
     optimizer: OptimizerFactory | None = None
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset(  # type: ignore[misc]
+        {"gradient", "at", "objective", "outputs"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,29 +167,32 @@ class JaxLearner(GradientLearner):
         model: Vectors,
         examples: Examples,
         assignment: Assignment,
-        correction: Correction | None = None,
+        correction: Correction | At | None = None,
+        objective: Objective | None = None,
     ) -> LocalResult:
         if self._stateful:
-            return super().train(model, examples, assignment, correction)
-        return self._train(model, [examples], [assignment], correction, single=True)
+            return super().train(model, examples, assignment, correction, objective)
+        return self._train(model, [examples], [assignment], correction, objective, single=True)
 
     def train_cohort(
         self,
         model: Vectors,
         examples: Sequence[Examples],
         assignments: Sequence[Assignment],
-        correction: Correction | None = None,
+        correction: Correction | At | None = None,
+        objective: Objective | None = None,
     ) -> LocalResult:
         if self._stateful:
             raise ConfigurationError(f"the model cannot be stacked: {self.stacks(examples[0])}")
-        return self._train(model, examples, assignments, correction, single=False)
+        return self._train(model, examples, assignments, correction, objective, single=False)
 
     def _train(
         self,
         model: Vectors,
         examples: Sequence[Examples],
         assignments: Sequence[Assignment],
-        correction: Correction | None,
+        correction: Correction | At | None,
+        objective: Objective | None,
         *,
         single: bool,
     ) -> LocalResult:
@@ -183,7 +200,7 @@ class JaxLearner(GradientLearner):
         lr = rate_at(self.lr, assignments[0].round)
         return train_cohort(
             self._loop, model, examples, assignments, steps, self._epoch, lr, correction,
-            single=single,
+            objective, single=single,
         )  # fmt: skip
 
     @contextmanager
@@ -199,21 +216,42 @@ class JaxLearner(GradientLearner):
     def evaluate_each(
         self, model: Vectors, parts: Sequence[Examples], task: Task, classes: int | None
     ) -> list[Sums]:
+        if any(vector.ndim > 1 for vector in model.values()):
+            return super().evaluate_each(model, parts, task, classes)
+        outputs_of = self._outputs_of(model)
+
+        def sums_of(outputs: NDArray[Any], y: NDArray[Any]) -> Sums:
+            loss = self._loss_of(outputs, y)
+            return sums_of_outputs(outputs.astype(np.float32), y, loss, task, classes)
+
+        return sums_of_parts(parts, _at_once(parts), outputs_of, sums_of)
+
+    def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:
+        outputs_of, most = self._outputs_of(model), _at_once([examples])
+        found = [outputs_of(x) for x, _ in pieces(examples, most)]
+        return np.concatenate(found).astype(np.float32)
+
+    def mean_loss(self, model: Vectors, examples: Examples) -> float:
+        outputs_of = self._outputs_of(model)
+        return mean_over(
+            examples, _at_once([examples]), lambda x, y: self._loss_of(outputs_of(x), y)
+        )
+
+    def _outputs_of(self, model: Vectors) -> Callable[[NDArray[Any]], NDArray[Any]]:
+        """A function from inputs to the outputs of this model, as in evaluation."""
         params, state = jnp.asarray(model["params"]), self._variables.state_of(model)
-        most = min(sum(len(part) for part in parts), 64 if task == "tokens" else 1024)
 
         def outputs_of(x: NDArray[Any]) -> NDArray[Any]:
             filled = _padded(x, rounded(len(x)))
             return np.asarray(self._forward(params, state, filled))[: len(x)]
 
-        def sums_of(outputs: NDArray[Any], y: NDArray[Any]) -> Sums:
-            # In one of a few shapes too: every client would be compiled for otherwise.
-            size = rounded(len(y))
-            losses = self._jitted_loss(_padded(outputs, size), _padded(y, size))
-            loss = float(np.asarray(losses)[: len(y)].mean())
-            return sums_of_outputs(outputs.astype(np.float32), y, loss, task, classes)
+        return outputs_of
 
-        return sums_of_parts(parts, most, outputs_of, sums_of)
+    def _loss_of(self, outputs: NDArray[Any], y: NDArray[Any]) -> float:
+        # In one of a few shapes too: every client would be compiled for otherwise.
+        size = rounded(len(y))
+        losses = self._jitted_loss(_padded(outputs, size), _padded(y, size))
+        return float(np.asarray(losses)[: len(y)].mean())
 
     @cached_property
     def _jitted_loss(self) -> Any:
@@ -280,6 +318,34 @@ class JaxLearner(GradientLearner):
     def asarray(self, vector: NDArray[Any]) -> Array:
         return jnp.asarray(vector)
 
+    def vectors_of(self, source: Any) -> Vectors:
+        """As in `Learner`, also from what the model is kept in: a tree, a module, a Keras model."""
+        if is_vectors(source):
+            return copied(self.layout, source)
+        trees = self._trees_of(source)
+        if trees is None:
+            return super().vectors_of(source)
+        return packed(self.layout, arrays_of(*trees), f"the given {type(source).__name__}")
+
+    def load_into(self, model: Vectors, target: Any) -> Any:
+        """As in `Learner`; a tree of arrays cannot be written into, so another is returned."""
+        trees = None if self._by_name(target) else self._trees_of(target)
+        if trees is None or not isinstance(self.model, Owned):
+            return super().load_into(model, target)
+        variables, vectors = self._variables, copied(self.layout, model)
+        fits(self.layout, arrays_of(*trees), f"the given {type(target).__name__}")
+        params = variables.tree(jnp.asarray(vectors["params"]))
+        return self.model.written(target, params, variables.state_of(vectors))
+
+    def _trees_of(self, source: Any) -> tuple[Any, Any] | None:
+        """The (params, state) of what people keep the model in; None if it is no such thing."""
+        found = self.model.variables_of(source) if isinstance(self.model, Owned) else None
+        return (source, {}) if found is None and isinstance(source, Mapping) else found
+
+    def _by_name(self, target: Any) -> bool:
+        """Whether this is a dict of arrays by dotted name, or one to be filled."""
+        return isinstance(target, dict) and all("." in name for name in target)
+
 
 class _Descent:
     """One client's training, step by step."""
@@ -296,16 +362,34 @@ class _Descent:
     def gather(self, rows: Rows | slice) -> None:
         self._x, self._y = self._examples.x[rows], self._examples.y[rows]
 
-    def gradient(self, batch: slice) -> tuple[jax.Array, Any]:
+    def gradient(self, batch: slice, objective: Objective | None = None) -> tuple[jax.Array, Any]:
+        gradient, loss, self._state = self._gradient(batch, self.params, self._state, objective)
+        return gradient, loss
+
+    def mark(self) -> None:
+        self._marked = self._state
+
+    def gradient_at(
+        self, batch: slice, points: Array, objective: Objective | None = None
+    ) -> jax.Array:
+        return self._gradient(batch, jnp.asarray(points), self._marked, objective)[0]
+
+    def _gradient(
+        self, batch: slice, params: jax.Array, state: Any, objective: Objective | None
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Gradient and loss of a batch at these parameters, and the state after it."""
         x, y = self._x[batch], self._y[batch]
         real = len(x)
         if not self._exact:
             x, y = (_padded(column, rounded(real)) for column in (x, y))
         key = jax.random.fold_in(self._key, self._step)
-        gradient, loss, self._state = self._loop.jitted("gradient")(
-            self.params, self._state, x, y, real, key
+        own, shown = None, NOTHING
+        if objective is not None:
+            own, shown = objective.loss, Shown.of(objective, single=True).first()
+        found: tuple[jax.Array, jax.Array, Any] = self._loop.jitted("gradient", own=own)(
+            params, state, x, y, real, key, shown
         )
-        return gradient, loss
+        return found
 
     def step(self, direction: Array, lr: float) -> None:
         if self._memory is None:
@@ -316,6 +400,13 @@ class _Descent:
 
     def result(self) -> tuple[Vector, Vectors]:
         return self.params, self._loop.variables.statistics(self._state)  # type: ignore[return-value]
+
+
+def _at_once(parts: Sequence[Examples]) -> int:
+    """Examples in a batch of an evaluation: less of those that have targets for each token."""
+    y = parts[0].y
+    most = 64 if y.ndim > 1 and y.dtype.kind in "iu" else 1024
+    return min(sum(len(part) for part in parts), most)
 
 
 def _padded(column: NDArray[Any], size: int) -> NDArray[Any]:

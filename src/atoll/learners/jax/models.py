@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,17 @@ class Model(Protocol):
         """The outputs for inputs [B, ...], and the new state."""
 
 
+@runtime_checkable
+class Owned(Protocol):
+    """A model that knows the objects in which people keep its variables."""
+
+    def variables_of(self, source: Any) -> tuple[Tree, Tree] | None:
+        """The (params, state) of such an object; None if it is none."""
+
+    def written(self, target: Any, params: Tree, state: Tree) -> Any:
+        """Such an object with these variables: itself, or another where it cannot be written."""
+
+
 @dataclass(frozen=True)
 class pure:  # noqa: N801
     """A model of two functions.
@@ -58,6 +69,14 @@ class pure:  # noqa: N801
         if self._draws:
             return self.forward(params, x, key if training else None), state
         return self.forward(params, x), state
+
+    def variables_of(self, source: Any) -> tuple[Tree, Tree] | None:
+        """A tree like the one that `initial` gives."""
+        return source, {}
+
+    def written(self, target: Any, params: Tree, state: Tree) -> Any:
+        """Another tree: arrays of JAX are not written into."""
+        return params
 
     @cached_property
     def _draws(self) -> bool:
@@ -99,6 +118,18 @@ class linen:  # noqa: N801
             variables, x, rngs=dict.fromkeys(_STREAMS, key), mutable=list(state), **self._mode(True)
         )
         return outputs, {**state, **changed}
+
+    def variables_of(self, source: Any) -> tuple[Tree, Tree] | None:
+        """What `module.init` gives, or its "params" alone."""
+        if not isinstance(source, Mapping):
+            return None
+        if "params" not in source:
+            return source, {}
+        return source["params"], {name: tree for name, tree in source.items() if name != "params"}
+
+    def written(self, target: Any, params: Tree, state: Tree) -> Any:
+        """Another tree: arrays of JAX are not written into."""
+        return {**target, "params": params, **state} if "params" in target else params
 
     def _mode(self, training: bool) -> dict[str, bool]:
         takes = inspect.signature(type(self.module).__call__).parameters
@@ -164,6 +195,22 @@ class nnx:  # noqa: N801
         module.train() if training else module.eval()
         outputs = module(x)
         return outputs, self._split(module)[3]
+
+    def variables_of(self, source: Any) -> tuple[Tree, Tree] | None:
+        """The variables of a module."""
+        from flax import nnx as flax
+
+        if not isinstance(source, flax.Module):
+            return None
+        _, params, _, rest = self._split(source)
+        return params, rest
+
+    def written(self, target: Any, params: Tree, state: Tree) -> Any:
+        """The module itself."""
+        from flax import nnx as flax
+
+        flax.update(target, params, state)
+        return target
 
 
 def _redrawn(streams: Tree, key: jax.Array) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +38,7 @@ class Variables:
                 raise ConfigurationError(
                     f"parameter {name!r} is {leaf.dtype}; JaxLearner trains float32 parameters"
                 )
-        # A state may repeat the path of a parameter, as `mean` beside `scale` in Flax does not.
-        others = {name if name not in named else f"state.{name}": leaf
-                  for name, leaf in _named(state).items()}  # fmt: skip
+        others = _others(named, state)
         layout = Layout.of(named, others)
         return Variables(
             layout, jax.tree.structure(params), jax.tree.structure(state),
@@ -78,6 +77,20 @@ class Variables:
         params, state = model.init(stream(key))
         leaves = [np.asarray(leaf, np.float32).reshape(-1) for leaf in jax.tree.leaves(params)]
         return {"params": np.concatenate(leaves), **self.statistics(state)}
+
+
+def arrays_of(params: Tree, state: Tree) -> dict[str, Any]:
+    """The leaves of a model's trees by the names that a layout has for them."""
+    named = _named(params)
+    return {**named, **_others(named, state)}
+
+
+def _others(named: Mapping[str, Any], state: Tree) -> dict[str, Any]:
+    """The leaves of a state by name, beside parameters that have theirs."""
+    # A state may repeat the path of a parameter, as `mean` beside `scale` in Flax does not.
+    return {
+        name if name not in named else f"state.{name}": leaf for name, leaf in _named(state).items()
+    }
 
 
 def stream(key: Key) -> jax.Array:

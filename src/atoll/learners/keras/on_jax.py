@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras  # type: ignore[import-untyped]
 import numpy as np
 
 from atoll.learners.jax.models import Tree
@@ -71,3 +72,19 @@ class OnJax:
             if id(variable) in self._names
         }
         return outputs, changed
+
+    def variables_of(self, source: Any) -> tuple[Tree, Tree] | None:
+        """The weights of a Keras model like this one."""
+        if not isinstance(source, keras.Model):
+            return None
+        found = Weights.of(source)
+        groups = (found.trained, found.averaged)
+        trained, averaged = ({n: v.value for n, v in group.items()} for group in groups)
+        return trained, averaged
+
+    def written(self, target: Any, params: Tree, state: Tree) -> Any:
+        """The model itself."""
+        found = Weights.of(target)
+        for name, array in {**params, **state}.items():
+            {**found.trained, **found.averaged}[name].assign(array)
+        return target

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import keras  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,10 @@ class OnTorch(nn.Module):
     def __repr__(self) -> str:
         return f"keras {type(self.keras).__name__} {architecture(self.keras)}"
 
+    def tensors_of(self, source: Any) -> dict[str, Tensor] | None:
+        """The weights of a Keras model like this one."""
+        return weights_of(source) if isinstance(source, keras.Model) else None
+
     def __deepcopy__(self, memo: object) -> OnTorch:
         return OnTorch(copied(self.keras)).train(self.training)
 
@@ -54,6 +59,16 @@ class OnTorch(nn.Module):
         for stream in self.weights.streams if self.training else ():
             stream.assign(torch.randint(2**31, stream.shape))
         return cast(Tensor, self.keras(x, training=self.training))
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """Every weight of a Keras model by its stable name."""
+    found = Weights.of(model)
+    return {
+        name: variable.value
+        for group in (found.trained, found.frozen, found.averaged)
+        for name, variable in group.items()
+    }
 
 
 def learner_of(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,12 +20,21 @@ from atoll.core.vectors import Array, Layout, Vectors
 from atoll.data.examples import Examples, Task, joined
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, DataError
-from atoll.learners.base import Assignment, Correction, GradientLearner, LocalResult
+from atoll.learners.base import (
+    Ability,
+    Assignment,
+    At,
+    Correction,
+    GradientLearner,
+    LocalResult,
+    Objective,
+)
 from atoll.learners.checks import check_loss, check_outputs
-from atoll.learners.evaluation import sums_of_outputs, sums_of_parts
+from atoll.learners.evaluation import mean_over, pieces, sums_of_outputs, sums_of_parts
 from atoll.learners.metrics import Sums
 from atoll.learners.torch.losses import LOSSES, Loss
 from atoll.learners.torch.resident import Resident, ResidentDescent, draws_from, redrawn
+from atoll.learners.torch.stacking.aims import as_tensor, numbers
 from atoll.learners.torch.stacking.checking import checked
 from atoll.learners.torch.stacking.cohort import (
     Precision,
@@ -38,6 +47,8 @@ from atoll.learners.torch.stacking.cohort import (
 from atoll.learners.torch.stacking.program import Program
 from atoll.learners.torch.stacking.rules import ELEMENTWISE, OptimizerFactory, optimizer_over
 from atoll.learners.torch.stacking.tape import Tape
+from atoll.learners.torch.weights import array_of, named, tensors_of, what
+from atoll.learners.weights import copied, fits, is_vectors, packed
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ class TorchLearner(GradientLearner):
     weights: Literal["seeded", "given", "auto"] = "auto"
     device: str = "cpu"
     precision: Precision = "float32"
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset({"gradient", "at", "objective", "outputs"})  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,12 +224,26 @@ class TorchLearner(GradientLearner):
         model: Vectors,
         examples: Examples,
         assignment: Assignment,
-        correction: Correction | None = None,
+        correction: Correction | At | None = None,
+        objective: Objective | None = None,
     ) -> LocalResult:
         program = self.lowering(examples).alone
         if program is None:
-            return super().train(model, examples, assignment, correction)
-        return self._train(program, model, [examples], [assignment], correction, single=True)
+            return super().train(model, examples, assignment, correction, self._ours(objective))
+        return self._train(
+            program, model, [examples], [assignment], correction, objective, single=True
+        )
+
+    def _ours(self, objective: Objective | None) -> Objective | None:
+        """The objective with tensors of this learner's device."""
+        if objective is None:
+            return None
+        device = torch.device(self.device)
+        return Objective(
+            objective.loss,
+            tuple(as_tensor(vector, device) for vector in objective.beside),
+            {name: numbers(value, device) for name, value in objective.given.items()},
+        )
 
     def gradient(
         self, model: Vectors, examples: Examples, key: Key, chunk: int = 1024
@@ -232,12 +259,15 @@ class TorchLearner(GradientLearner):
         model: Vectors,
         examples: Sequence[Examples],
         assignments: Sequence[Assignment],
-        correction: Correction | None = None,
+        correction: Correction | At | None = None,
+        objective: Objective | None = None,
     ) -> LocalResult:
         program = self.lowering(examples[0]).together
         if program is None:
             raise ConfigurationError(f"the module cannot be stacked: {self.stacks(examples[0])}")
-        return self._train(program, model, examples, assignments, correction, single=False)
+        return self._train(
+            program, model, examples, assignments, correction, objective, single=False
+        )
 
     def _train(
         self,
@@ -245,14 +275,15 @@ class TorchLearner(GradientLearner):
         model: Vectors,
         examples: Sequence[Examples],
         assignments: Sequence[Assignment],
-        correction: Correction | None,
+        correction: Correction | At | None,
+        objective: Objective | None,
         *,
         single: bool,
     ) -> LocalResult:
         steps = self._asked(examples, assignments)
         return train_cohort(
             program, self.layout, self._settings, model, examples, assignments, steps, self._epoch,
-            correction, single=single,
+            correction, objective, single=single,
         )  # fmt: skip
 
     def init(self, key: Key) -> Vectors:
@@ -330,20 +361,34 @@ class TorchLearner(GradientLearner):
     def evaluate_each(
         self, model: Vectors, parts: Sequence[Examples], task: Task, classes: int | None
     ) -> list[Sums]:
+        if any(vector.ndim > 1 for vector in model.values()):
+            return super().evaluate_each(model, parts, task, classes)
         if len(parts) > 1 and self._mixes_when_evaluated:
             return [self.evaluate(model, part, task, classes) for part in parts]
-        with torch.no_grad(), self._outputs(model, joined(parts)) as run:
-
-            def outputs_of(x: NDArray[Any]) -> Tensor:
-                outputs = run(x)
-                # A module that squeezes, on one example.
-                return outputs.unsqueeze(0) if outputs.ndim == 0 else outputs
+        whole = joined(parts)
+        with self._outputs(model, whole) as outputs_of:
 
             def sums_of(outputs: Tensor, y: NDArray[Any]) -> Sums:
-                loss = float(self._loss(outputs, torch.from_numpy(y).to(outputs.device)))
+                loss = self._loss_of(outputs, y)
                 return sums_of_outputs(outputs.cpu().float().numpy(), y, loss, task, classes)
 
-            return sums_of_parts(parts, self._evaluated_at_once(task), outputs_of, sums_of)
+            return sums_of_parts(parts, self._evaluated_at_once(whole), outputs_of, sums_of)
+
+    def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:
+        with self._outputs(model, examples) as outputs_of:
+            parts = pieces(examples, self._evaluated_at_once(examples))
+            return np.concatenate([outputs_of(x).cpu().float().numpy() for x, _ in parts])
+
+    def mean_loss(self, model: Vectors, examples: Examples) -> float:
+        with self._outputs(model, examples) as outputs_of:
+            return mean_over(
+                examples,
+                self._evaluated_at_once(examples),
+                lambda x, y: self._loss_of(outputs_of(x), y),
+            )
+
+    def _loss_of(self, outputs: Tensor, y: NDArray[Any]) -> float:
+        return float(self._loss(outputs, torch.from_numpy(y).to(outputs.device)))
 
     @cached_property
     def _mixes_when_evaluated(self) -> bool:
@@ -353,9 +398,9 @@ class TorchLearner(GradientLearner):
             isinstance(part, norms) and part.running_mean is None for part in self.module.modules()
         )
 
-    def _evaluated_at_once(self, task: Task) -> int:
+    def _evaluated_at_once(self, examples: Examples) -> int:
         """Examples in a batch of an evaluation, so that activations stay within the caches."""
-        if task == "tokens":
+        if examples.y.ndim > 1 and examples.y.dtype.kind in "iu":
             return 64
         convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in self.module.modules())
         return 128 if convolves else 1024
@@ -365,23 +410,52 @@ class TorchLearner(GradientLearner):
         self, model: Vectors, examples: Examples
     ) -> Iterator[Callable[[NDArray[Any]], Tensor]]:
         """A function from inputs to the outputs of this model, as in evaluation."""
+        run = self._run(model, examples)
+
+        def outputs_of(x: NDArray[Any]) -> Tensor:
+            # A copy: the first layer of some modules writes into its inputs.
+            outputs = run(torch.tensor(x, device=self.device))
+            # A module that squeezes, on one example.
+            return outputs.unsqueeze(0) if outputs.ndim == 0 else outputs
+
+        with torch.no_grad(), draws_from(Key(0)):
+            yield outputs_of
+
+    def _run(self, model: Vectors, examples: Examples) -> Callable[[Tensor], Tensor]:
+        """The module or its program with the weights of this model."""
         program = self.lowering(examples).alone
         if program is None:
-            resident = self._resident
-            resident.load(model)
-            resident.module.eval()
-            with draws_from(Key(0)):
-                # A copy: the first layer of some modules writes into its inputs.
-                yield lambda x: resident.module(torch.tensor(x))
-            return
-        device = self._settings.device
-        held = weights_of(self.layout, model, device)
+            self._resident.load(model)
+            return self._resident.module.eval()
+        held = weights_of(self.layout, model, self._settings.device)
 
-        def outputs(x: NDArray[Any]) -> Tensor:
+        def run(x: Tensor) -> Tensor:
             tape = Tape(1, held, held, rule=None)
-            return program.run(tape, tape.input(torch.tensor(x, device=device))).data
+            return program.run(tape, tape.input(x)).data
 
-        yield outputs
+        return run
+
+    def vectors_of(self, source: Any) -> Vectors:
+        """As in `Learner`, also from a module like the learner's and from its state dict."""
+        if is_vectors(source):
+            return copied(self.layout, source)
+        tensors = tensors_of(self.module, source)
+        if tensors is None:
+            return super().vectors_of(source)
+        own = {entry.name for entry in self.layout.entries}
+        arrays = {n: array_of(value) if n in own else value for n, value in tensors.items()}
+        return packed(self.layout, arrays, what(source), set(named(self.module)))
+
+    def load_into(self, model: Vectors, target: Any) -> Any:
+        """As in `Learner`, also into a module like the learner's: what is frozen stays."""
+        tensors = None if isinstance(target, dict) else tensors_of(self.module, target)
+        if tensors is None:
+            return super().load_into(model, target)
+        fits(self.layout, tensors, what(target), set(named(self.module)))
+        with torch.no_grad():
+            for name, array in self.layout.unpack(copied(self.layout, model)).items():
+                tensors[name].copy_(torch.from_numpy(array))
+        return target
 
     def asarray(self, vector: NDArray[Any]) -> Array:
         return torch.from_numpy(vector).to(self.device)
@@ -390,4 +464,6 @@ class TorchLearner(GradientLearner):
         return fold(rows, scales)
 
     def asnumpy(self, array: Array) -> NDArray[Any]:
+        if isinstance(array, np.ndarray):
+            return array
         return array.detach().cpu().numpy()  # type: ignore[no-any-return]

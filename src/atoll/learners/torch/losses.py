@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 SHORT = 32
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -43,26 +46,39 @@ LOSSES: dict[str, Loss] = {
 
 
 def cohort_loss(
-    loss: Loss, outputs: Tensor, targets: Tensor, clients: int, counts: Sequence[int] | None
+    loss: Callable[..., Tensor],
+    outputs: Tensor,
+    targets: Tensor,
+    clients: int,
+    counts: Sequence[int] | None,
+    beside: Sequence[Tensor] = (),
+    given: Mapping[str, Tensor] = NOTHING,
 ) -> tuple[Tensor, Tensor]:
     """Each client's mean loss [C], and the gradient of their sum by the outputs.
 
     `outputs` and `targets` are [C * B, ...]; of each client's B rows the first `counts[c]` are
-    real, or all of them.
+    real, or all of them. An objective's loss is also shown the outputs `beside` these and what each
+    client is `given`, [C or more, ...].
     """
-    if loss is _cross_entropy:
+    if loss is _cross_entropy and not beside and not given:
         return _cohort_cross_entropy(outputs, targets, clients, counts)
     leaf = outputs.detach().requires_grad_()
     each = len(outputs) // clients
+    starts = range(0, len(outputs), each)
+    spans = [
+        slice(start, start + real)
+        for start, real in zip(starts, counts or [each] * clients, strict=True)
+    ]
     with torch.enable_grad():
         losses = torch.stack(
             [
-                loss(leaf[start : start + real], targets[start : start + real]).reshape(())
-                for start, real in zip(
-                    range(0, len(outputs), each), counts or [each] * clients, strict=True
-                )
+                loss(
+                    leaf[span], targets[span], *(other[span] for other in beside),
+                    **{name: numbers[c] for name, numbers in given.items()},
+                ).reshape(())
+                for c, span in enumerate(spans)
             ]
-        )
+        )  # fmt: skip
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), gradient
 

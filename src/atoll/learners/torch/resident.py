@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from atoll.core.random import Key
 from atoll.core.vectors import Layout, Vectors
 from atoll.data.examples import Examples, Rows
 from atoll.errors import ConfigurationError
+from atoll.learners.base import Objective
 from atoll.learners.torch.losses import Loss
 from atoll.learners.torch.stacking.columns import on_device
 from atoll.learners.torch.stacking.rules import OptimizerFactory, optimizer_over
@@ -100,6 +101,27 @@ class Resident:
             for name, value in self._private.items():
                 present[name].copy_(value)
 
+    def buffered(self) -> dict[str, Tensor]:
+        """Every buffer, copied."""
+        return {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+
+    @contextmanager
+    def standing_at(self, params: Tensor) -> Iterator[None]:
+        """Let the module have other parameters [P]; it comes back to its own and its buffers."""
+        mine, buffers = self.flat.clone(), self.buffered()
+        self.flat.copy_(params)
+        try:
+            yield
+        finally:
+            self.flat.copy_(mine)
+            self.restore(buffers)
+
+    def restore(self, buffers: Mapping[str, Tensor]) -> None:
+        """Put back what `buffered` gave."""
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
+
 
 class ResidentDescent:
     def __init__(
@@ -112,6 +134,7 @@ class ResidentDescent:
         self.params = resident.flat
         self._resident, self._loss = resident, loss
         self._x, self._y = (on_device(each, resident.device) for each in (examples.x, examples.y))
+        self._marked = False
         self._optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
             self._optimizer = optimizer_over(optimizer, resident.flat)
@@ -125,17 +148,61 @@ class ResidentDescent:
             self._inputs = self._x.index_select(0, index)
             self._targets = self._y.index_select(0, index)
 
-    def gradient(self, batch: slice) -> tuple[Tensor, Tensor]:
+    def gradient(self, batch: slice, objective: Objective | None = None) -> tuple[Tensor, Tensor]:
+        loss = self._loss_of(batch, objective)
         self._resident.gradients.zero_()
-        loss = self._loss(self._resident.module(self._inputs[batch]), self._targets[batch])
         torch.autograd.backward(loss)
         return self._resident.gradients, loss.detach()
+
+    def mark(self) -> None:
+        self._marked = True
+        self._drawn, self._buffers = draws(), self._resident.buffered()
+
+    def gradient_at(
+        self, batch: slice, points: Tensor, objective: Objective | None = None
+    ) -> Tensor:
+        resident = self._resident
+        kept, now = resident.gradients.clone(), draws()
+        with resident.standing_at(points):
+            resident.restore(self._buffers)
+            draw_again(self._drawn)
+            self.gradient(batch, objective)
+        draw_again(now)
+        found = resident.gradients.clone()
+        resident.gradients.copy_(kept)
+        return found
+
+    def _loss_of(self, batch: slice, objective: Objective | None) -> Tensor:
+        """The mean loss of a batch, with a graph behind it."""
+        module, x, y = self._resident.module, self._inputs[batch], self._targets[batch]
+        if self._marked or objective is not None:
+            # A copy where it is needed again: the first layer of some modules writes into it.
+            x = x.clone()
+        if objective is None:
+            return self._loss(module(x), y)
+        shown = [self._outputs(params, x.clone()) for params in objective.beside]
+        found: Tensor = objective.loss(module(x), y, *shown, **objective.given)
+        return found
+
+    def _outputs(self, params: Tensor, x: Tensor) -> Tensor:
+        """What other parameters say of these inputs, as in evaluation."""
+        module, now = self._resident.module, draws()
+        with self._resident.standing_at(params), torch.no_grad():
+            module.eval()
+            found: Tensor = module(x)
+            module.train()
+        draw_again(now)
+        return found
 
     def step(self, direction: Tensor, lr: float) -> None:
         if self._optimizer is None:
             self.params.add_(direction, alpha=-lr)
             return
-        self._parameter.grad = direction
+        gradients = self._resident.gradients
+        if direction is not gradients:
+            # Some optimisers write into it, and a correction may give what is not the loop's own.
+            gradients.copy_(direction)
+        self._parameter.grad = gradients
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -148,15 +215,28 @@ class ResidentDescent:
 def draws_from(key: Key) -> Iterator[None]:
     """Let dropout and initialisers draw from `key`; the caller's own stream is untouched."""
     # Not `torch.manual_seed`: it formats a stack trace for CUDA on every call, a millisecond each.
-    generators = [torch.default_generator, *_accelerators()]
-    states = [generator.get_state() for generator in generators]
-    for generator in generators:
+    before = draws()
+    for generator in _generators():
         generator.manual_seed(key.integer())
     try:
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        draw_again(before)
+
+
+def draws() -> list[Tensor]:
+    """Where torch's generators stand."""
+    return [generator.get_state() for generator in _generators()]
+
+
+def draw_again(states: Sequence[Tensor]) -> None:
+    """Put torch's generators back to where they stood."""
+    for generator, state in zip(_generators(), states, strict=False):
+        generator.set_state(state)
+
+
+def _generators() -> list[torch.Generator]:
+    return [torch.default_generator, *_accelerators()]
 
 
 def _accelerators() -> tuple[torch.Generator, ...]:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import hmac
-import json
 import re
 
-import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from atoll.service import operations
 from atoll.service.http.auth import Endpoints
-from atoll.service.http.bodies import (
-    Refused,
-    short_body,
-)
+from atoll.service.http.bodies import Refused, short_body
 from atoll.service.http.openapi import description
-from atoll.service.storage.tables import rounds, sites
 
-SITE = re.compile(r"[A-Za-z0-9 ._-]{1,64}")
-SHOWN = ("name", "role", "status", "joined", "examples")
+ROUND = re.compile(r"[0-9]{1,9}")
 
 
 class AdminApi:
@@ -49,55 +43,35 @@ class AdminApi:
         )
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(description())
+        return JSONResponse(description(request.app.routes))
 
     async def status(self, request: Request) -> Response:
         await self.desk.who(request, "analyst", b"")
         conductor = self.desk.leading()
         return JSONResponse(
-            {
-                "project": self.desk.project,
-                "round": conductor.version["version"],
-                "rounds": conductor.plan.schedule.rounds,
-                "phase": "stopping" if conductor.stopping else str(conductor.coordinator.phase),
-                "waiting_for": conductor.waiting,
-                "sites": len(conductor.members.names),
-                "at_work": sorted(conductor.open),
-                "model": conductor.version["model"],
-            }
+            operations.status(conductor.store, self.desk.project, conductor.waiting)
         )
 
     async def rounds(self, request: Request) -> Response:
         await self.desk.who(request, "analyst", b"")
-        rows = self.desk.leading().store.rows(
-            sa.select(rounds).order_by(rounds.c.round.desc()).limit(500)
-        )
-        return JSONResponse([{**row, "record": json.loads(row["record"])} for row in rows])
+        since = request.query_params.get("since", "0")
+        if not ROUND.fullmatch(since):
+            raise Refused(400, "since is the number of a round")
+        return JSONResponse(operations.rounds(self.desk.leading().store, int(since)))
 
     async def sites(self, request: Request) -> Response:
         await self.desk.who(request, "analyst", b"")
-        conductor = self.desk.leading()
-        return JSONResponse(
-            [
-                {
-                    **{
-                        name: row[name] for name in ("name", "role", "status", "joined", "examples")
-                    },
-                    "seen": conductor.members.heard.get(row["name"], row["seen"]),
-                }
-                for row in conductor.store.sites()
-            ]
-        )
+        return JSONResponse(operations.sites(self.desk.leading().store))
 
     async def revoke(self, request: Request) -> Response:
         body = await short_body(request)
         who = (await self.desk.who(request, "admin", body)).site
         conductor, site = self.desk.leading(), request.path_params["site"]
-        if not SITE.fullmatch(site) or conductor.store.site(site) is None:
-            raise Refused(404, f"there is no site {site!r}")
-        with conductor.store.change() as change:
-            change.run(sites.update().where(sites.c.name == site).values(status="revoked"))
-            change.audit(who, "revoked", site=site)
+        try:
+            with conductor.store.change() as change:
+                operations.revoke(change, who, site)
+        except operations.UnknownSite as error:
+            raise Refused(404, str(error)) from None
         conductor.revoked(site)
         return Response(status_code=204)
 

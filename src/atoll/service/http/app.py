@@ -7,21 +7,25 @@ to a file as they come. Every refusal has a status, a sentence and a count.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from atoll.protocol import messages
 from atoll.service.http.admin_api import AdminApi
 from atoll.service.http.auth import Endpoints
 from atoll.service.http.enrolment import EnrolmentApi
 from atoll.service.http.login import LoginApi
+from atoll.service.http.openapi import OFFSET, SINCE, WAIT, Described
 from atoll.service.http.site_api import SiteApi
 from atoll.service.http.watching import ServedSource
 from atoll.view.page.app import Page
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class App(Endpoints):
@@ -33,32 +37,65 @@ class App(Endpoints):
         visiting, watching = LoginApi(self), ServedSource(self)
         page = Page(lambda: watching, visiting.admit, self.closing)
 
-        def route(path: str, endpoint: Callable[..., Awaitable[Response]], method: str) -> Route:
+        def route(method: str, path: str, endpoint: Endpoint, *about: Any, **more: Any) -> Route:
+            counted = self.counted(endpoint, path)
+            return Described(method, path, counted, *about, **more)
+
+        def hidden(path: str, endpoint: Endpoint, method: str) -> Route:
             return Route(path, self.counted(endpoint, path), methods=[method])
 
+        sites: list[BaseRoute] = [
+            route("GET", "/health", looking.health, "Whether this process leads",
+                  {200: None, 503: None}, sealed=False),
+            route("GET", "/metrics", looking.metrics, "Prometheus text", {200: None}, 401,
+                  sealed=False),
+            route("GET", "/v1/openapi.json", looking.openapi, "This description", {200: None},
+                  sealed=False),
+            route("GET", "/v1/ca", joining.ca, "The project's certificate (PEM)", {200: None},
+                  sealed=False),
+            route("POST", "/v1/enrol", joining.enrol, "Join with a one-time token",
+                  {200: messages.Enrolled}, 401, 403, body=messages.Enrol, sealed=False),
+            route("POST", "/v1/challenge", joining.challenge, "Ask for a number to sign",
+                  {200: messages.Challenge}, body=messages.Challenge, sealed=False),
+            route("POST", "/v1/session", joining.session, "Open a session",
+                  {200: messages.SessionOpened}, 401, 403, body=messages.OpenSession,
+                  sealed=False),
+            route("POST", "/v1/checkin", working.checkin, "Ask what to do", {200: messages.Order},
+                  body=messages.CheckIn, parameters=[WAIT]),
+            route("GET", "/v1/blobs/{digest}", working.blob,
+                  "A model by its SHA-256, whole or one range of bytes",
+                  {200: None, 206: None, 304: None}, 404, 416),
+            route("POST", "/v1/uploads", working.offer, "Offer an update",
+                  {200: messages.Verdict, 201: None}, 410, body=messages.Offer),
+            route("HEAD", "/v1/uploads/{upload}", working.offset, "How much has come",
+                  {200: None}, 410),
+            route("PATCH", "/v1/uploads/{upload}", working.append,
+                  "Append bytes; the last ones bring the verdict",
+                  {200: messages.Verdict, 204: None}, 410, 422, 423, body=bytes,
+                  parameters=[OFFSET]),
+            route("POST", "/v1/assignments/{assignment}/fail", working.fail,
+                  "Say that an update will not come", {204: None}, 404, 410,
+                  body=messages.Failure),
+        ]  # fmt: skip
+        operators: list[BaseRoute] = [
+            route("GET", "/v1/status", looking.status, "How the federation stands (analyst)",
+                  {200: None}),
+            route("GET", "/v1/rounds", looking.rounds, "Rounds, oldest first (analyst)",
+                  {200: None}, 400, parameters=[SINCE]),
+            route("GET", "/v1/sites", looking.sites, "Who has joined or is invited (analyst)",
+                  {200: None}),
+            route("POST", "/v1/sites/{site}/revoke", looking.revoke,
+                  "Revoke a site, or its invitation (admin)", {204: None}, 404),
+            route("POST", "/v1/stop", looking.stop, "Stop (admin)", {204: None}),
+            route("POST", "/v1/page", visiting.ticket, "A ticket for the live page (analyst)",
+                  {200: None}),
+        ]  # fmt: skip
         app = Starlette(
             routes=[
-                route("/health", looking.health, "GET"),
-                route("/metrics", looking.metrics, "GET"),
-                route("/v1/openapi.json", looking.openapi, "GET"),
-                route("/v1/ca", joining.ca, "GET"),
-                route("/v1/enrol", joining.enrol, "POST"),
-                route("/v1/challenge", joining.challenge, "POST"),
-                route("/v1/session", joining.session, "POST"),
-                route("/v1/checkin", working.checkin, "POST"),
-                route("/v1/blobs/{digest}", working.blob, "GET"),
-                route("/v1/uploads", working.offer, "POST"),
-                route("/v1/uploads/{upload}", working.offset, "HEAD"),
-                route("/v1/uploads/{upload}", working.append, "PATCH"),
-                route("/v1/assignments/{assignment}/fail", working.fail, "POST"),
-                route("/v1/status", looking.status, "GET"),
-                route("/v1/rounds", looking.rounds, "GET"),
-                route("/v1/sites", looking.sites, "GET"),
-                route("/v1/sites/{site}/revoke", looking.revoke, "POST"),
-                route("/v1/stop", looking.stop, "POST"),
-                route("/v1/page", visiting.ticket, "POST"),
-                route("/page/login", visiting.login, "POST"),
-                route("/page/logout", visiting.logout, "POST"),
+                *sites,
+                *operators,
+                hidden("/page/login", visiting.login, "POST"),
+                hidden("/page/logout", visiting.logout, "POST"),
                 Route("/page", lambda _: RedirectResponse("/page/")),
                 *page.routes("/page/", self.counted),
             ],

@@ -85,7 +85,7 @@ async def pieces(
     conductor: FederationLoop, site: str, digest: str, start: int, stop: int
 ) -> AsyncIterator[bytes]:
     """A blob's bytes from `start` to `stop`; a site that receives them is there."""
-    source = conductor.vault.blobs.read(digest, start, stop)
+    source = conductor.models.blobs.read(digest, start, stop)
     while piece := await asyncio.to_thread(next, source, b""):
         if site in conductor.members.seen:
             conductor.members.saw(site)

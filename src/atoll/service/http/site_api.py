@@ -99,6 +99,9 @@ class SiteApi:
                 began = version
                 if row["version"] != version["version"]:
                     began = conductor.store.version(row["version"]) or version
+                question, models = conductor.question, conductor.models
+                told = question.told if question else ""
+                mail = question.mail.get(site, "") if question else ""
                 return messages.Order(
                     "train",
                     assignment=row["id"],
@@ -108,8 +111,16 @@ class SiteApi:
                     fraction=row["fraction"],
                     seed=conductor.service.seed,
                     model=began["broadcast"],
-                    size=conductor.vault.size(began["broadcast"]),
+                    size=conductor.models.size(began["broadcast"]),
                     memory=conductor.memory_of(site),
+                    exchange=question.step if question else 0,
+                    question=question.name if question else "update",
+                    owner="algorithm" if question and question.owner == "algorithm" else "reducer",
+                    works=question.works if question else True,
+                    told=told or None,
+                    told_size=models.size(told) if told else 0,
+                    mail=mail or None,
+                    mail_size=models.size(mail) if mail else 0,
                     wait=(beat, beat),
                 )
             if conductor.done:
@@ -120,7 +131,7 @@ class SiteApi:
                     round=version["version"],
                     rounds=rounds_,
                     model=version["model"],
-                    size=conductor.vault.size(version["model"]),
+                    size=conductor.models.size(version["model"]),
                     memory=conductor.memory_of(site),
                     reason=_why(conductor),
                 )
@@ -143,11 +154,12 @@ class SiteApi:
         conductor, digest = self.desk.leading(), request.path_params["digest"]
         if not DIGEST.fullmatch(digest):
             raise Refused(404, "a blob is named by its SHA-256")
-        known = conductor.store.rows(versions_named(digest))
-        if not known:
+        question = conductor.question
+        own = question is not None and question.may_read(site, digest)
+        if not own and not conductor.store.rows(versions_named(digest)):
             raise Refused(404, f"there is no model {digest}")
         try:
-            size = conductor.vault.blobs.size(digest)
+            size = conductor.models.blobs.size(digest)
         except BlobMissing as error:
             raise Refused(404, str(error)) from None
         start, stop, status = byte_range(request.headers.get("range"), size)
@@ -181,7 +193,9 @@ class SiteApi:
                 f"{message.size}",
                 audited="upload",
             )
-        found = conductor.offer(site, message.assignment, message.size, message.sha256)
+        found = conductor.offer(
+            site, message.assignment, message.size, message.sha256, message.exchange
+        )
         if isinstance(found, Answer):
             if found.verdict is Verdict.UNKNOWN:
                 raise Refused(403, found.reason, audited="upload")
@@ -190,13 +204,13 @@ class SiteApi:
             status_code=201,
             headers={
                 "Location": f"/v1/uploads/{found['id']}",
-                "Upload-Offset": str(length(conductor.vault.part(found["id"]))),
+                "Upload-Offset": str(length(conductor.models.part(found["id"]))),
             },
         )
 
     async def offset(self, request: Request) -> Response:
         row = await self._own_upload(request)
-        have = length(self.desk.leading().vault.part(row["id"]))
+        have = length(self.desk.leading().models.part(row["id"]))
         return Response(headers={"Upload-Offset": str(have), "Upload-Length": str(row["size"])})
 
     async def append(self, request: Request) -> Response:
@@ -211,7 +225,7 @@ class SiteApi:
             self._uploading.discard(row["id"])
 
     async def _append(self, request: Request, conductor: FederationLoop, row: Row) -> Response:
-        path = conductor.vault.part(row["id"])
+        path = conductor.models.part(row["id"])
         at = length(path)
         claimed = request.headers.get("upload-offset", "")
         if claimed != str(at):

@@ -143,10 +143,8 @@ class Store:
 
     def setting(self, name: str) -> Any:
         """A single value, None if it was never set."""
-        query = sa.select(tables.settings.c.value).where(tables.settings.c.name == name)
         with self.reading() as connection:
-            text = connection.execute(query).scalar()
-        return None if text is None else json.loads(text)
+            return _setting(connection, name)
 
     def site(self, name: str) -> Row | None:
         """What is known of a site."""
@@ -199,6 +197,10 @@ class Change:
         if rows:
             self.connection.execute(statement, rows)
 
+    def setting(self, name: str) -> Any:
+        """A single value, None if it was never set."""
+        return _setting(self.connection, name)
+
     def set(self, name: str, value: Any) -> None:
         """Keep a single value."""
         text = json.dumps(value, separators=(",", ":"))
@@ -209,6 +211,12 @@ class Change:
     def audit(self, actor: str, event: str, **detail: Any) -> None:
         """Append a decision to the audit log, in this transaction."""
         append(self.connection, actor, event, detail)
+
+
+def _setting(connection: sa.Connection, name: str) -> Any:
+    query = sa.select(tables.settings.c.value).where(tables.settings.c.name == name)
+    text = connection.execute(query).scalar()
+    return None if text is None else json.loads(text)
 
 
 def engine_for(url: str) -> sa.Engine:

@@ -1,8 +1,8 @@
 """The state folder of a federation: made, backed up, restored, and where its parts are.
 
-federation.json     the project's name and the hosts of its server
+federation.json     the project's name
 ca.pem, ca-key.pem  the project's authority; whoever has the key can be the server
-server.pem, ...     the server's certificate and key
+server.pem, ...     the server's certificate, which says its hosts, and key
 metrics.token       what `/metrics` asks for
 atoll.db            rounds, sites, assignments, the audit log (SQLite; or elsewhere, by URL)
 blobs/              models and updates by their SHA-256
@@ -29,7 +29,13 @@ import sqlalchemy as sa
 
 from atoll.core.files import write_json
 from atoll.errors import CheckpointError, ConfigurationError
-from atoll.protocol.certificates import fingerprint, make_authority, make_server, write_secret
+from atoll.protocol.certificates import (
+    fingerprint,
+    hosts_of,
+    make_authority,
+    make_server,
+    write_secret,
+)
 from atoll.protocol.identity import Role, Token, token_digest
 from atoll.service.storage.database import Change, Store
 from atoll.service.storage.tables import settings, sites, tokens
@@ -57,7 +63,7 @@ class StateFolder:
         make_authority(path, project)
         make_server(path, hosts)
         write_secret(path / "metrics.token", secrets.token_urlsafe(24).encode())
-        write_json(path / "federation.json", {"project": project, "hosts": list(hosts)})
+        write_json(path / "federation.json", {"project": project})
         folder = StateFolder.open(path)
         if database:
             folder.use_database(database)
@@ -92,6 +98,11 @@ class StateFolder:
         if kept.exists():
             return kept.read_text(encoding="utf-8").strip()
         return f"sqlite:///{self.path.resolve() / 'atoll.db'}"
+
+    def url(self, port: int) -> str:
+        """Where the server is reached: by the first name that its certificate is for."""
+        host = hosts_of(self.path)[0]
+        return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
 
     def use_database(self, url: str) -> None:
         """Keep where the database is; it may hold a password, so only the owner can read it."""
@@ -213,7 +224,12 @@ def _needed(database: Path) -> set[str]:
                 f"the blobs are in {json.loads(place[0])}, not in the folder: back them up there, "
                 "and the folder with the server stopped"
             )
-        return digests | {row[0] for row in waiting}
+        asked = copy.execute(
+            "SELECT digest FROM answers WHERE assignment IN "
+            "(SELECT id FROM assignments WHERE round > ? OR counted > ?)",
+            (last, last),
+        ).fetchall()
+        return digests | {row[0] for row in (*waiting, *asked)}
 
 
 def add_token(change: Change, secret: str, name: str, role: Role, expires: float) -> None:
@@ -227,9 +243,14 @@ def add_token(change: Change, secret: str, name: str, role: Role, expires: float
     change.audit("operator", "invited", name=name, role=role, expires=round(expires))
 
 
+def is_name(name: str) -> bool:
+    """Whether a site can be called this."""
+    return len(name) <= NAME_LIMIT and NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> str:
     """A site's name: letters, digits, and between them dots, dashes, underscores and spaces."""
-    if len(name) > NAME_LIMIT or not NAME.fullmatch(name):
+    if not is_name(name):
         raise ConfigurationError(
             f"{name!r} cannot be a site's name: use up to {NAME_LIMIT} letters, digits, dots, "
             "dashes and spaces, e.g. hospital-a"

@@ -1,29 +1,29 @@
-"""The vault: bytes on their way between updates, sums and blobs, and what is kept of them."""
+"""Models: bytes on their way between updates, sums and blobs, and what is kept of them."""
 
 from __future__ import annotations
 
 import mmap
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from atoll.aggregation.stage import Accumulator
-from atoll.aggregation.validate import admit
-from atoll.backends.stacks import discounted
+from atoll.aggregation.conversation import Ask
+from atoll.aggregation.validate import validate
 from atoll.core import safetensors
-from atoll.core.vectors import Vector, Vectors
+from atoll.core.updates import Sender, Update
+from atoll.core.vectors import Tree, Vectors, flatten
 from atoll.errors import UpdateRefused
+from atoll.rounds.driver import Driver
 from atoll.rounds.messages import unpack
 from atoll.rounds.plan import Plan
-from atoll.rounds.schedules import Buffered
 from atoll.rounds.server import Server
 from atoll.service.storage.blobs import Blobs
 from atoll.service.storage.database import Row, Store
-from atoll.service.storage.tables import assignments, uploads, versions
+from atoll.service.storage.tables import answers, assignments, uploads, versions
 
 #: Files from here on are not left in memory; seconds between two times of letting go.
 SMALL, PAUSE = 1 << 24, 0.002
@@ -34,7 +34,7 @@ LEFT_BEHIND = 3600.0
 class ModelStore:
     """A federation's bytes: uploads in the making, accepted updates, model versions.
 
-    Everything here blocks and may take long; the conductor calls it from its other thread.
+    Everything here blocks and may take long; the loop calls it from its other thread.
     """
 
     def __init__(self, plan: Plan, store: Store, blobs: Blobs, scratch: Path) -> None:
@@ -48,41 +48,49 @@ class ModelStore:
         """The file that an upload grows in."""
         return self.scratch / f"{upload}.part"
 
-    def fault(self, path: Path) -> str:
-        """What is wrong with the update in a file, or nothing."""
+    def fault(self, path: Path, ask: Ask, told: Tree) -> str:
+        """What is wrong with the answer to a question in a file, or nothing."""
         try:
             with _passing(path) as data:
-                update = self.plan.stages.decode(unpack(data), self.plan.schema)
-                admit(update, self.plan.schema)
+                self._read(data, ask, told)
         except UpdateRefused as refusal:
             return str(refusal)
         return ""
 
-    def fold(self, row: Row, sums: Accumulator) -> None:
-        """Take an accepted update into the sum."""
-        path = self.blobs.local(row["digest"], self.scratch)
+    def fold(self, driver: Driver, digest: str, sender: Sender, told: Tree, staleness: int) -> None:
+        """Take an accepted answer into what the open question gathers."""
+        path = self.blobs.local(digest, self.scratch)
         with _passing(path) as data:
-            update = self.plan.stages.decode(unpack(data), self.plan.schema)
-            if isinstance(self.plan.schedule, Buffered):
-                factor = self.plan.schedule.staleness.discount(row["staleness"])
-                update = discounted(update, factor)
-            sums.add(update)
+            driver.fold(self._read(data, driver.ask, told), sender, staleness)
         if path.parent == self.scratch:
             path.unlink()
 
-    def step(
-        self, server: Server, round: int, population: int, pulled: tuple[float, Vector] | None
-    ) -> dict[str, float]:
-        """Close a round at the server; the old model goes through memory, and does not stay."""
+    def _read(self, data: memoryview, ask: Ask, told: Tree) -> Update:
+        """A checked answer; an update is decoded, with what its client was told of the stages."""
+        message = unpack(data)
+        if ask.works:
+            return self.plan.stages.decode(message, told)
+        validate(message, ask.schema)
+        return message
+
+    def step(self, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Take a step at the server; the old model goes through memory, and does not stay."""
         assert self._resting is not None
         with _letting_go(self._resting):
-            return server.close(round, population, pulled)
+            return work()
 
-    def keep(self, server: Server) -> dict[str, str]:
+    def hand_out(self, tree: Tree) -> str:
+        """Put what is told with a question into a blob; its digest."""
+        digest = self.blobs.put(safetensors.encode(flatten(tree)), self.scratch)
+        self._put.add(digest)
+        return digest
+
+    def keep(self, server: Server, version: int) -> dict[str, str]:
         """Put the server's vectors, what sites receive and the model into blobs."""
+        told = flatten(server.broadcast(version))
         made = {
             "state": self.blobs.put(safetensors.encode(server.vectors()), self.scratch),
-            "broadcast": self.blobs.put(safetensors.encode(server.broadcast()), self.scratch),
+            "broadcast": self.blobs.put(safetensors.encode(told), self.scratch),
             "model": self.blobs.put(safetensors.encode(server.model()), self.scratch),
         }
         self._put |= set(made.values())
@@ -97,11 +105,24 @@ class ModelStore:
             path.unlink()
         return vectors
 
+    def read(self, digest: str) -> Vectors:
+        """The arrays in a blob, mapped, beside the model at rest."""
+        path = self.blobs.local(digest, self.scratch)
+        vectors, _ = safetensors.decode(memoryview(_mapped(path)))
+        if path.parent == self.scratch:
+            path.unlink()
+        return vectors
+
     def needed(self, newest: int, at_work: Mapping[str, Row], kept: int) -> set[str]:
         """Digests that something may still refer to."""
         waiting = self.store.rows(sa.select(assignments).where(assignments.c.counted > newest))
         needed = {row["version"] for row in (*at_work.values(), *waiting)}
         names = {row["digest"] for row in waiting}
+        ours = sa.select(assignments.c.id).where(
+            (assignments.c.counted > newest) | (assignments.c.round > newest)
+        )
+        kept_answers = sa.select(answers.c.digest).where(answers.c.assignment.in_(ours))
+        names |= {row["digest"] for row in self.store.rows(kept_answers)}
         recent = versions.c.version > newest - kept
         query = sa.select(versions).where(recent | versions.c.version.in_(needed))
         for row in self.store.rows(query):

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from atoll.rounds.coordinator import Answer, Invitation, Outcome, Verdict
 from atoll.service.storage.database import Change, Row, Store
-from atoll.service.storage.tables import assignments, rounds, uploads, versions
+from atoll.service.storage.tables import answers, assignments, rounds, uploads, versions
 
 #: What an assignment is after a verdict; whatever else it was, it was no longer needed.
 ENDS = {
@@ -45,29 +45,47 @@ def opened(
     return rows
 
 
-def delivered(change: Change, upload: Row, answer: Answer, round: int, now: float) -> None:
-    """An update was decided upon; `round` is that whose mean it goes into, if it was accepted."""
-    change.run(
-        assignments.update()
-        .where(assignments.c.id == upload["assignment"])
-        .values(
-            state=ENDS.get(answer.verdict, "spared"), delivered=now, digest=upload["digest"],
-            size=upload["size"], staleness=answer.staleness, reason=answer.reason,
-            counted=round if answer.accepted else None,
-        )
-    )  # fmt: skip
+def delivered(
+    change: Change, upload: Row, answer: Answer, round: int, now: float, *, works: bool
+) -> None:
+    """An answer was decided upon; `round` is that whose aggregate it goes into, if accepted.
+
+    With `works` it is the update itself, and not the answer to a question beside it.
+    """
+    mine = assignments.c.id == upload["assignment"]
+    if works:
+        change.run(
+            assignments.update().where(mine).values(
+                state=ENDS.get(answer.verdict, "spared"), delivered=now, digest=upload["digest"],
+                size=upload["size"], staleness=answer.staleness, reason=answer.reason,
+                counted=round if answer.accepted else None,
+            )
+        )  # fmt: skip
+    elif not answer.accepted:
+        still = mine & (assignments.c.state == "open")
+        end = ENDS.get(answer.verdict, "spared")
+        change.run(assignments.update().where(still).values(state=end, reason=answer.reason))
+    if answer.accepted:
+        change.run(
+            answers.insert().values(
+                assignment=upload["assignment"], step=upload["step"], digest=upload["digest"],
+                size=upload["size"],
+            )
+        )  # fmt: skip
     change.run(uploads.delete().where(uploads.c.id == upload["id"]))
     change.audit(
-        upload["site"], f"update {answer.verdict}", assignment=upload["assignment"],
-        sha256=upload["digest"], size=upload["size"], reason=answer.reason,
+        upload["site"], f"{'update' if works else 'answer'} {answer.verdict}",
+        assignment=upload["assignment"], sha256=upload["digest"], size=upload["size"],
+        reason=answer.reason,
     )  # fmt: skip
 
 
 def lost(change: Change, site: str, assignment: str, reason: str) -> None:
     """A member will not deliver."""
+    # Whoever falls silent after its update was taken is still in the aggregate.
     change.run(
         assignments.update()
-        .where(assignments.c.id == assignment)
+        .where(assignments.c.id == assignment, assignments.c.state != "accepted")
         .values(state="lost", reason=reason)
     )
     change.run(uploads.delete().where(uploads.c.assignment == assignment))
@@ -108,13 +126,18 @@ def ended(change: Change, outcome: Outcome, population: int, now: float, *, spar
 
 
 def stepped(
-    change: Change, round: int, made: Mapping[str, str], record: Mapping[str, Any], now: float
+    change: Change,
+    round: int,
+    made: Mapping[str, str],
+    record: Mapping[str, Any],
+    accepted: Sequence[str],
+    now: float,
 ) -> None:
     """A round has made its version."""
     change.run(versions.insert().values(version=round, made=now, **made))
     due = (rounds.c.round == round) & (rounds.c.state == "stepping")
     change.run(rounds.update().where(due).values(state="closed", ended=now, record=strict(record)))
-    change.audit("server", "round closed", round=round, sites=record["accepted"], **made)
+    change.audit("server", "round closed", round=round, sites=sorted(accepted), **made)
 
 
 def due(store: Store, round: int) -> Row | None:
@@ -122,6 +145,34 @@ def due(store: Store, round: int) -> Row | None:
     query = sa.select(rounds).where(rounds.c.round == round, rounds.c.state == "stepping")
     found = store.rows(query)
     return found[0] if found else None
+
+
+def attempted(store: Store, round: int, attempt: int) -> list[Row]:
+    """The assignments of one attempt at a round, in the order of the roster."""
+    mine = assignments.c.id.like(f"{round}.{attempt}.%")
+    rows = store.rows(sa.select(assignments).where(assignments.c.round == round, mine))
+    return sorted(rows, key=lambda row: int(row["id"].rpartition(".")[2]))
+
+
+def answered(store: Store, ids: Sequence[str]) -> dict[int, dict[str, Row]]:
+    """The answers that were accepted from these assignments, by question and assignment."""
+    found: dict[int, dict[str, Row]] = {}
+    for row in store.rows(sa.select(answers).where(answers.c.assignment.in_(list(ids)))):
+        found.setdefault(row["step"], {})[row["assignment"]] = row
+    return found
+
+
+def population_of(store: Store, round: int, attempt: int) -> int:
+    """How many sites there were when an attempt was opened."""
+    this = (rounds.c.round == round) & (rounds.c.attempt == attempt)
+    found = store.rows(sa.select(rounds.c.population).where(this))
+    return int(found[0]["population"]) if found else 0
+
+
+def was_answered(store: Store, assignment: str, step: int) -> bool:
+    """Whether a question was answered before."""
+    mine = (answers.c.assignment == assignment) & (answers.c.step == step)
+    return bool(store.rows(sa.select(answers).where(mine)))
 
 
 def accepted_into(store: Store, round: int) -> Sequence[Row]:

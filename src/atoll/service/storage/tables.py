@@ -82,6 +82,17 @@ uploads = sa.Table(
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("opened", sa.Float, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False, default=0, server_default="0"),
+)
+#: Every accepted answer: to the question `step` of its assignment's round, from 0. What a round
+#: asks next is made again from these after a crash, to the same bytes.
+answers = sa.Table(
+    "answers",
+    metadata,
+    sa.Column("assignment", sa.Text, primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
 )
 #: Who may see the live page: a ticket is good once, a visit is a browser's cookie.
 visits = sa.Table(
@@ -140,8 +151,18 @@ def _second(connection: sa.Connection) -> None:
         )
 
 
+def _third(connection: sa.Connection) -> None:
+    """Answers to the several questions of a round."""
+    answers.create(connection, checkfirst=True)
+    columns = {column["name"] for column in sa.inspect(connection).get_columns("uploads")}
+    if "step" not in columns:
+        connection.execute(
+            sa.text("ALTER TABLE uploads ADD COLUMN step INTEGER NOT NULL DEFAULT 0")
+        )
+
+
 #: What turns format n into format n + 1; a change of tables adds one and never edits another.
-MIGRATIONS: Sequence[Callable[[sa.Connection], None]] = (_first, _second)
+MIGRATIONS: Sequence[Callable[[sa.Connection], None]] = (_first, _second, _third)
 
 
 def migrate(connection: sa.Connection) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,12 +16,13 @@ from torch import Tensor
 from atoll.core.random import Key
 from atoll.core.vectors import SECTIONS, Entry, Layout, Section, Vectors
 from atoll.data.examples import Examples
-from atoll.learners.base import Affine, Assignment, Correction, LocalResult
+from atoll.learners.base import Affine, Assignment, At, Correction, LocalResult, Objective
 from atoll.learners.batches import Batches, batches
 from atoll.learners.rates import Rate, rate_at
 from atoll.learners.torch.cuda_graphs import Workspace, record
 from atoll.learners.torch.losses import Loss, cohort_loss
 from atoll.learners.torch.stacking import layers
+from atoll.learners.torch.stacking.aims import Aim, in_order
 from atoll.learners.torch.stacking.columns import Columns
 from atoll.learners.torch.stacking.program import Program
 from atoll.learners.torch.stacking.rules import (
@@ -33,6 +34,7 @@ from atoll.learners.torch.stacking.rules import (
     rule_for,
 )
 from atoll.learners.torch.stacking.stack import Stack
+from atoll.learners.torch.stacking.steps import Loop
 from atoll.learners.torch.stacking.tape import Tape
 
 #: Recorded steps to keep: rates that change and cohorts that vary make new ones.
@@ -60,6 +62,11 @@ class Settings:
     #: Recorded steps by what they were recorded for.
     workspaces: dict[object, Workspace] = field(default_factory=dict)
 
+    @property
+    def half(self) -> bool:
+        """Whether products are of bfloat16 numbers."""
+        return self.precision == "bfloat16"
+
     @contextmanager
     def products(self) -> Iterator[None]:
         """Let products of float32 use the device's faster format, if that was asked for."""
@@ -83,7 +90,8 @@ def train_cohort(
     assignments: Sequence[Assignment],
     steps: Sequence[int],
     cut: object,
-    correction: Correction | None,
+    correction: Correction | At | None,
+    objective: Objective | None,
     *,
     single: bool,
 ) -> LocalResult:
@@ -102,13 +110,12 @@ def train_cohort(
     index = columns.index(plan, order)
     clients = len(order)
     entries = {section: [e for e in layout.entries if e.section == section] for section in SECTIONS}
-    received = torch.as_tensor(model["params"]).to(device)
-    if received.ndim == 2:
-        received = received[order]
+    received = in_order(torch.as_tensor(model["params"]).to(device), order)
     buffers = _buffers(entries, clients, model, device)
     correction = _ordered(correction, order)
     recorded = None
-    if settings.graphs and correction is None and settings.optimizer is None and not buffers:
+    usual = correction is None and objective is None and settings.optimizer is None
+    if settings.graphs and usual and not buffers:
         recorded = _recorded(program, settings, entries["params"], columns, plan, lr)
     if recorded is None:
         params = Stack(entries["params"], clients, device=device)
@@ -124,8 +131,9 @@ def train_cohort(
     drawing = order if program.streams or program.draws else ()
     streams = [_stream(assignments[c].key.fold("draws"), device) for c in drawing]
     results = _Results(order, params, buffers, copy=recorded is not None)
-    losses = torch.zeros(clients, device=device)
-    active = clients
+    aim = Aim.of(settings.loss, objective, entries["params"], order, device, single=single)
+    loop = Loop(program, rule, params, columns, lr, aim, buffers, streams, factors, settings.half)
+    losses, active = torch.zeros(clients, device=device), clients
     sorted_steps = [steps[c] for c in order]
     counts = plan.counts[order]
     full = (counts == plan.positions.shape[2]).all(axis=0)
@@ -140,10 +148,7 @@ def train_cohort(
                 recorded.replay()
                 losses += recorded.losses
                 continue
-            losses[:active] += _step(
-                program, settings, rule, params, buffers, streams[:active], columns,
-                index[step, :active], counts[:active, step], lr, factors,
-            )  # fmt: skip
+            losses[:active] += loop.step(index[step, :active], counts[:active, step])
         for name, held in factors.items():
             held.settle(params.views[name][0])
         results.keep(0, active)
@@ -170,8 +175,11 @@ def _local(
             trained[0], steps[0], steps[0] * lr, sizes[0], int(seen[0]),
             float(losses[0]) / steps[0], {s: rows[0] for s, rows in statistics.items()},
         )  # fmt: skip
-    path = torch.tensor([[s * lr] for s in steps], dtype=torch.float32, device=trained.device)
-    return LocalResult(trained, taken, path, np.array(sizes), seen, losses / taken, statistics)
+    columns = np.stack(
+        [taken, taken * lr, np.array(sizes), seen, losses / taken], dtype=np.float32
+    )[..., None]
+    done, path, held, gone, mean = torch.from_numpy(columns).to(trained.device)
+    return LocalResult(trained, done, path, held, gone, mean, statistics)
 
 
 def fold(rows: Tensor, scales: Sequence[float]) -> tuple[np.ndarray, int] | None:
@@ -239,38 +247,6 @@ def gradient_of(
     return total, {s: stack.flat.cpu().numpy() for s, stack in buffers.items()}
 
 
-def _step(
-    program: Program,
-    settings: Settings,
-    rule: StackRule,
-    params: Stack,
-    buffers: dict[Section, Stack],
-    streams: Sequence[torch.Generator],
-    columns: Columns,
-    rows: Tensor,
-    counts: np.ndarray,
-    lr: float,
-    factors: Mapping[str, Factors],
-) -> Tensor:
-    """One local step of the active clients; their losses [A]."""
-    active = len(rows)
-    real = counts.tolist()
-    longest = max(real)
-    x, y = columns.take(rows[:, :longest])
-    ragged = None if min(real) == longest else real
-    rule.begin(active)
-    held = {name: view for stack in buffers.values() for name, view in stack.first(active).items()}
-    tape = Tape(
-        active, params.first(active), held, rule=rule, factors=factors, counts=ragged,
-        streams=streams, half=settings.precision == "bfloat16",
-    )  # fmt: skip
-    outputs = program.run(tape, tape.input(x))
-    losses, outputs.grad = cohort_loss(settings.loss, outputs.data, y, active, ragged)
-    tape.back()
-    rule.finish(lr)
-    return losses
-
-
 def _recorded(
     program: Program,
     settings: Settings,
@@ -296,11 +272,10 @@ def _recorded(
         rows = torch.zeros(clients, batch, dtype=torch.int64, device=device)
         losses = torch.zeros(clients, device=device)
         counts = np.full(clients, batch)
+        loop = Loop(program, rule, params, columns, lr, Aim(settings.loss), half=settings.half)
 
         def step() -> None:
-            losses.copy_(
-                _step(program, settings, rule, params, {}, (), columns, rows, counts, lr, {})
-            )
+            losses.copy_(loop.step(rows, counts))
 
         with torch.no_grad(), settings.products():
             replay = record(step, device)
@@ -370,18 +345,26 @@ def _buffers(
     return stacks
 
 
-def _ordered(correction: Correction | None, order: Sequence[int]) -> Correction | None:
+def _ordered(correction: Correction | At | None, order: Sequence[int]) -> Correction | At | None:
     """The correction for clients in another order."""
     if correction is None or list(order) == list(range(len(order))):
         return correction
     if isinstance(correction, Affine):
         constant = correction.constant
-        if constant is not None and constant.ndim == 2:
-            constant = constant[list(order)]
-        return Affine(correction.scale, constant)
+        return Affine(correction.scale, None if constant is None else in_order(constant, order))
     back = np.argsort(order).tolist()
+    if isinstance(correction, At):
+        rule = correction.rule
+
+        def reordered(gradient: Tensor, params: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
+            def there(points: Tensor) -> Tensor:
+                return at(in_order(points, order))[back]
+
+            return in_order(rule(gradient[back], params[back], there), order)
+
+        return At(reordered)
     plain = correction
-    return lambda gradient, params: plain(gradient[back], params[back])[list(order)]
+    return lambda gradient, params: in_order(plain(gradient[back], params[back]), order)
 
 
 def _stream(key: Key, device: torch.device) -> torch.Generator:

@@ -14,10 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from atoll.learners.base import Affine, Correction
+from atoll.learners.base import Affine, At, Correction
 from atoll.learners.torch.stacking.stack import Stack
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
+#: The gradient of a step's batch at other parameters, as an `At` is given it.
+Elsewhere = Callable[[Tensor], Tensor]
 
 #: Optimisers that treat every number alone, so that a flat vector of a cohort serves them.
 ELEMENTWISE = {
@@ -88,6 +90,7 @@ class StackRule(ABC):
 
     def begin(self, active: int) -> None:
         """Before a step of the first `active` clients."""
+        self.active = active
         self._views = self.into.first(active)
         self._seen.clear()
 
@@ -122,8 +125,8 @@ class StackRule(ABC):
         return self.beta
 
     @abstractmethod
-    def finish(self, lr: float) -> None:
-        """After the backward pass: complete the step."""
+    def finish(self, lr: float, at: Elsewhere | None = None) -> None:
+        """After the backward pass: complete the step; `at` is there for a correction that asks."""
 
 
 class Descend(StackRule):
@@ -139,7 +142,7 @@ class Descend(StackRule):
         """Whether the direction is the gradient alone."""
         return self.beta == 1 and self.constant is None
 
-    def finish(self, lr: float) -> None:
+    def finish(self, lr: float, at: Elsewhere | None = None) -> None:
         if self.constant is not None:
             self.params.flat.add_(self.constant.flat, alpha=-lr)
 
@@ -155,7 +158,7 @@ class HeavyBall(StackRule):
         self.into.flat.zero_()
         self.scale, self.constant = scale, constant
 
-    def finish(self, lr: float) -> None:
+    def finish(self, lr: float, at: Elsewhere | None = None) -> None:
         velocity = self.into.flat
         if self.scale:
             velocity.add_(self.params.flat, alpha=self.scale)
@@ -171,7 +174,7 @@ class Gather(StackRule):
         self,
         params: Stack,
         optimizer: torch.optim.Optimizer | None,
-        correction: Correction | None,
+        correction: Correction | At | None,
         max_norm: float | None,
         single: bool,
     ) -> None:
@@ -190,20 +193,30 @@ class Gather(StackRule):
                 view.zero_()
         return self.into.flat
 
-    def finish(self, lr: float) -> None:
+    def rows(self) -> Tensor:
+        """The gradient within the largest norm, [P] or [C, P]; zero for who has finished."""
         self.gradient()
         if self.max_norm is not None:
             self._clip(self.max_norm)
-        if isinstance(self.correction, Affine):
-            if self.correction.scale:
-                self.into.flat.add_(self.params.flat, alpha=self.correction.scale)
-            if self._constant is not None:
-                self.into.flat.add_(self._constant.flat)
-        elif self.correction is not None:
-            gradient, params = self.into.rows(), self.params.rows()
-            if self.single:
-                gradient, params = gradient[0], params[0]
-            self.into.load(self.correction(gradient, params))
+        self._still()
+        return self._own(self.into)
+
+    def _own(self, stack: Stack) -> Tensor:
+        """A stack as corrections see it."""
+        rows = stack.rows()
+        return rows[0] if self.single else rows
+
+    def _still(self) -> None:
+        """Let nothing move the clients that have finished."""
+        if self.active < self.into.clients:
+            for view in self.into.views.values():
+                view[self.active :] = 0
+
+    def finish(self, lr: float, at: Elsewhere | None = None) -> None:
+        if self.correction is None or isinstance(self.correction, Affine):
+            self._affine(self.correction or Affine())
+        else:
+            self._correct(self.correction, at)
         if self.optimizer is None:
             self.params.flat.add_(self.into.flat, alpha=-lr)
             return
@@ -212,6 +225,25 @@ class Gather(StackRule):
             for parameter in group["params"]:
                 parameter.grad = self.into.flat
         self.optimizer.step()
+
+    def _affine(self, correction: Affine) -> None:
+        self.gradient()
+        if self.max_norm is not None:
+            self._clip(self.max_norm)
+        if correction.scale:
+            self.into.flat.add_(self.params.flat, alpha=correction.scale)
+        if self._constant is not None:
+            self.into.flat.add_(self._constant.flat)
+
+    def _correct(self, correction: Correction | At, at: Elsewhere | None) -> None:
+        gradient, params = self.rows(), self._own(self.params)
+        if isinstance(correction, At):
+            assert at is not None
+            direction = correction.rule(gradient, params, at)
+        else:
+            direction = correction(gradient, params)
+        self.into.load(direction)
+        self._still()
 
     def _clip(self, limit: float) -> None:
         squares = torch.stack(
@@ -242,7 +274,7 @@ def optimizer_over(factory: OptimizerFactory, flat: Tensor) -> torch.optim.Optim
 def rule_for(
     params: Stack,
     factory: OptimizerFactory | None,
-    correction: Correction | None,
+    correction: Correction | At | None,
     max_norm: float | None,
     lr: float,
     *,

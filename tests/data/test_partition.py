@@ -122,3 +122,57 @@ def test_flat_square_images_rotate_too():
     np.testing.assert_array_equal(turned[1].reshape(4, 4), np.rot90(flat[1].reshape(4, 4), 2))
     with pytest.raises(DataError, match="square"):
         rotate(np.zeros((4, 15), np.float32), [np.arange(4)], 2)
+
+
+def test_minimum_zero_partitions():
+    parts = partition.dirichlet(np.zeros(9, np.int64), 3, 0.1, 0, rng())
+    assert sum(map(len, parts)) == 9
+
+
+def shifted(images, **given):
+    """Four clients of `feature_shift`; the targets number the rows, so each says whose it was."""
+    numbers = np.arange(len(images), dtype=np.float32)
+    dataset = data.from_arrays(images.copy(), numbers, task="regression")
+    clients = dataset.feature_shift(clients=4, **given)
+    np.testing.assert_array_equal(dataset.x, images)
+    held = []
+    for client in range(4):
+        parts = [clients.train(client).all(), clients.test(client).all()]
+        seen, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        held.append((seen, rows.astype(int)))
+    assert_complete([rows for _, rows in held], len(images))
+    return clients, held
+
+
+def test_feature_shift_deals_evenly_and_adds_each_clients_variance():
+    """Li et al., ICDE 2022, section 4.2: client i of N sees noise of variance level (i + 1) / N."""
+    images = rng().normal(size=(4000, 5, 5)).astype(np.float32)
+    clients, held = shifted(images, noise=0.8, seed=1)
+    assert clients.sizes().tolist() == [800] * 4
+    for client, (seen, rows) in enumerate(held):
+        noise = seen - images[rows]
+        # 25,000 draws: the variance of their variance is 2 / 25,000 of its square.
+        assert noise.var() == pytest.approx(0.8 * (client + 1) / 4, rel=5 * np.sqrt(2 / 25_000))
+        assert abs(noise.mean()) < 5 * np.sqrt(0.8 / 25_000)
+    assert shifted(images, noise=0.8, seed=1)[0].digest() == clients.digest()
+    assert shifted(images, noise=0.8, seed=2)[0].digest() != clients.digest()
+
+
+def test_feature_shift_turns_each_clients_images_and_then_adds_noise():
+    """Ghosh et al., NeurIPS 2020, section 6.1: quarter turns, which NumPy has too."""
+    images = rng().normal(size=(400, 5, 5)).astype(np.float32)
+    for client, (seen, rows) in enumerate(shifted(images, rotations=4)[1]):
+        np.testing.assert_array_equal(seen, np.rot90(images[rows], client, axes=(1, 2)))
+    for client, (seen, rows) in enumerate(shifted(images, rotations=2, noise=1e-6)[1]):
+        turned = np.rot90(images[rows], 2 * (client % 2), axes=(1, 2))
+        np.testing.assert_allclose(seen, turned, atol=6e-3)
+        assert (seen != turned).mean() > 0.9
+
+
+def test_feature_shift_of_nothing_is_iid_and_nonsense_is_refused():
+    images = rng().normal(size=(40, 3, 3)).astype(np.float32)
+    for seen, rows in shifted(images)[1]:
+        np.testing.assert_array_equal(seen, images[rows])
+    for nonsense in ({"noise": -0.1}, {"rotations": 0}):
+        with pytest.raises(DataError, match="noise must not be negative and rotations"):
+            shifted(images, **nonsense)

@@ -1,5 +1,7 @@
-import io
+"""Run folders: what they hold, resuming to the same bytes, and damage that is noticed."""
+
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,16 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from tapped import Tapped
 
-from atoll import Evaluation, algorithms, schedules
+from atoll import Federation, algorithms, data, schedules
 from atoll.core import files
-from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
-from atoll.learners import NumpyLearner, rates
-from atoll.rounds.describe import describe
-from atoll.simulation import RandomDevices
-from atoll.tracking import Observer, RunFolder, find_runs, loggers, read_run
+from atoll.errors import CheckpointError
+from atoll.learners import NumpyLearner
+from atoll.simulation import LogNormal, RandomDevices
+from atoll.tracking import Observer, RunFolder, find_runs, read_run
 from atoll.tracking.folder import new_folder
-from atoll.tracking.progress import LiveProgress, PlainProgress
 from atoll.tracking.reading import read_status
 
 
@@ -301,69 +302,6 @@ def test_names_of_new_folders(tmp_path):
     assert find_runs(tmp_path / "nothing") == []
 
 
-def test_descriptions_are_plain_and_stable(federation):
-    from functools import partial
-
-    plain = describe(
-        {
-            "rate": rates.Cosine(0.1, 10),
-            "function": np.mean,
-            "partial": partial(sorted, key=len),
-            "array": np.arange(3),
-            "set": {"b", "a"},
-            "object": object(),
-            "float": np.float64(2.5),
-        }
-    )
-    assert json.loads(json.dumps(plain)) == plain
-    assert plain["rate"] == {
-        "kind": "atoll.learners.rates.Cosine", "initial": 0.1, "rounds": 10, "final": 0.0,
-    }  # fmt: skip
-    assert plain["set"] == ["a", "b"]
-    assert "0x" not in str(plain)
-    assert federation.describe()["learner"]["layout"]["params"] == 9
-
-
-def test_plain_progress(blobs, federation):
-    stream = io.StringIO()
-    federation.simulate(blobs, observers=[PlainProgress(stream)])
-    lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("round 1/6  loss ")
-    assert "accuracy" in lines[0]
-    assert "left" in lines[0]
-    assert "round 6/6" in lines[-1]
-    assert "done in" in lines[-1]
-
-
-def test_live_progress(blobs, federation):
-    pytest.importorskip("rich")
-    stream = io.StringIO()
-    federation.simulate(blobs, observers=[LiveProgress(stream)])
-    assert "6/6" in stream.getvalue()
-
-
-def test_plots(blobs, federation, tmp_path):
-    pytest.importorskip("matplotlib")
-    run = replace(federation, evaluation=Evaluation(clients_every=2)).simulate(
-        blobs, devices=RandomDevices()
-    )
-    for against in ("round", "bytes", "seconds"):
-        path = run.plot(tmp_path / f"{against}.png", against=against)
-        assert path.read_bytes().startswith(b"\x89PNG")
-    run.plot(tmp_path / "loss.svg", "train_loss")
-    run.plot_spread(tmp_path / "spread.png")
-    assert set(run.per_client["accuracy"]) <= set(blobs.names)
-    with pytest.raises(
-        ConfigurationError, match="'auc' was not evaluated per client; accuracy was"
-    ):
-        run.plot_spread(tmp_path / "x.png", "auc")
-    with pytest.raises(ConfigurationError, match="no metric 'f7'; it has accuracy"):
-        run.plot(tmp_path / "x.png", "f7")
-    with pytest.raises(ConfigurationError, match="not 'time'"):
-        run.plot(tmp_path / "x.png", against="time")
-    assert not (tmp_path / "x.png").exists()
-
-
 def test_run_summaries(blobs, federation):
     run = federation.simulate(blobs)
     assert str(run).startswith("6 of 6 rounds on blobs: loss ")
@@ -371,69 +309,120 @@ def test_run_summaries(blobs, federation):
     assert run.rounds_to("accuracy", 1.1) is None
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_tensorboard_reads_what_was_logged(blobs, federation, tmp_path):
-    pytest.importorskip("tensorboard")
-    pytest.importorskip("torch")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_stopping_in_the_middle_of_a_round_does_not_show(blobs, federation, tmp_path):
+    """The clock of a round that was cut short is forgotten with it."""
+    devices = RandomDevices(
+        steps_per_second=LogNormal(median=1.0, sigma=1.0), availability=0.9, period=7.0
+    )
+    federation = replace(federation, schedule=schedules.Synchronous(rounds=8, cohort=4))
 
-    run = federation.simulate(blobs, observers=[loggers.TensorBoard(tmp_path)])
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    logged = events.Scalars("accuracy")
-    assert [event.step for event in logged] == [1, 2, 3, 4, 5, 6]
-    assert [event.value for event in logged] == pytest.approx(run.series("accuracy")[1])
-    assert "communication/bytes_up" in events.Tags()["scalars"]
+    done = []
 
+    def stop(turn):
+        done.append(turn)
+        if len(done) == 15:
+            raise KeyboardInterrupt
 
-@pytest.mark.filterwarnings("ignore")
-def test_mlflow_keeps_what_was_logged(blobs, federation, tmp_path):
-    mlflow = pytest.importorskip("mlflow")
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    run = federation.simulate(blobs, observers=[loggers.MLflow("test", uri)])
-    (kept,) = mlflow.search_runs(experiment_names=["test"], output_format="list")
-    assert kept.data.metrics["accuracy"] == pytest.approx(run.metrics["accuracy"])
-    assert kept.data.params["schedule.rounds"] == "6"
-
-
-def wandb_records(whole):
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 kB after seven bytes."""
-    at, parts = 7, b""
-    while at + 7 <= len(whole):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left  # what is left of a block is too short for a header
-            continue
-        length, kind = int.from_bytes(whole[at + 4 : at + 6], "little"), whole[at + 6]
-        parts += whole[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield parts
-            parts = b""
+    with pytest.raises(KeyboardInterrupt):
+        federation.simulate(
+            blobs, devices=devices, engine=Tapped(lambda turns: None, stop), folder=tmp_path / "a"
+        )
+    assert len(read_run(tmp_path / "a").history) == 3
+    federation.simulate(blobs, devices=devices, folder=tmp_path / "a", resume=True)
+    federation.simulate(blobs, devices=devices, folder=tmp_path / "b")
+    for name in ("rounds.jsonl", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_wandb_offline(blobs, federation, tmp_path):
-    pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
+def test_any_error_leaves_a_resumable_run(blobs, federation, tmp_path):
+    class Broken(Observer):
+        def round(self, run, end):
+            if end.record.round == 3:
+                raise ValueError("mine")
 
-    run = federation.simulate(blobs, observers=[loggers.WeightsAndBiases(dir=str(tmp_path))])
-    (path,) = tmp_path.rglob("*.wandb")
-    logged = []
-    for written in wandb_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(written)
-        for item in (*record.history.item, *record.request.partial_history.item):
-            if (item.key or "/".join(item.nested_key)) == "accuracy":
-                logged.append(float(item.value_json))
-    assert logged == pytest.approx(run.series("accuracy")[1])
+    with pytest.raises(ValueError, match="mine"):
+        federation.simulate(blobs, folder=tmp_path / "a", observers=[Broken()])
+    assert read_status(tmp_path / "a") == "interrupted"
+    assert (tmp_path / "a" / "checkpoints" / "00000003.safetensors").exists()
+
+
+def test_records_are_strict_json(tmp_path):
+    x = np.zeros((40, 2), np.float32)
+    clients = data.from_arrays(x, np.ones(40, np.float32), task="regression").iid(clients=2)
+    federation = Federation(
+        learner=NumpyLearner(layers=(2, 1), loss="squared"),
+        algorithm=algorithms.FedAvg(),
+        schedule=schedules.Synchronous(rounds=1),
+    )
+    run = federation.simulate(clients, folder=tmp_path / "r")
+    assert np.isnan(run.history[0].metrics["r2"])
+    text = (tmp_path / "r" / "rounds.jsonl").read_text()
+    json.loads(text, parse_constant=pytest.fail)
+    assert np.isnan(read_run(tmp_path / "r").history[0].metrics["r2"])
+
+
+def test_fewer_rounds_than_a_run_has_are_refused(blobs, federation, tmp_path):
+    federation.simulate(blobs, folder=tmp_path / "r")
+    shorter = replace(federation, schedule=schedules.Synchronous(rounds=3, cohort=4))
+    with pytest.raises(CheckpointError, match="has 6 rounds already"):
+        shorter.simulate(blobs, folder=tmp_path / "r", resume=True)
+    assert read_run(tmp_path / "r").rounds == 6
+
+
+def test_the_checkpoint_before_a_damaged_one_can_be_used(blobs, federation, tmp_path):
+    federation.simulate(blobs, folder=RunFolder(tmp_path / "r", every=2))
+    whole = (tmp_path / "r" / "model.safetensors").read_bytes()
+    latest = tmp_path / "r" / "checkpoints" / "00000006.safetensors"
+    latest.write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=r"delete it to go on .*00000004.safetensors"):
+        federation.simulate(blobs, folder=tmp_path / "r", resume=True)
+    latest.unlink()
+    federation.simulate(blobs, folder=RunFolder(tmp_path / "r", every=2), resume=True)
+    assert (tmp_path / "r" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_folder_in_use_is_left_alone(blobs, federation, tmp_path):
+    class Intruder(Observer):
+        def round(self, run, end):
+            with pytest.raises(CheckpointError, match="in use by a run that is still going on"):
+                federation.simulate(blobs, folder=tmp_path / "r", resume=True)
+
+    federation.simulate(blobs, folder=tmp_path / "r", observers=[Intruder()])
+    federation.simulate(blobs, folder=tmp_path / "r", resume=True)
+
+
+def claim(root):
+    return str(new_folder(root, "run"))
+
+
+def test_new_folders_are_never_shared(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        names = pool.map(claim, [tmp_path] * 20)
+    assert len(set(names)) == 20
 
 
 @pytest.mark.parametrize(
-    ("logger", "package"),
-    [(loggers.MLflow, "mlflow"), (loggers.WeightsAndBiases, "wandb")],
+    ("name", "text"),
+    [
+        ("config.json", "{}"),
+        ("config.json", '{"plan": {"algorithm": 3}, "data": {}, "seed": 0, "rounds": 1}'),
+        ("spread.json", "["),
+        ("timings.jsonl", "{}\n{}\n"),
+        ("rounds.jsonl", '{"round": 1}\n'),
+    ],
 )
-def test_missing_loggers_say_what_to_install(logger, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackage, match=f"pip install '{package}'"):
-        logger()
+def test_damaged_files_of_a_run_get_a_sentence(blobs, federation, tmp_path, name, text):
+    federation.simulate(blobs, folder=tmp_path / "r")
+    (tmp_path / "r" / name).write_text(text)
+    with pytest.raises(CheckpointError):
+        read_run(tmp_path / "r")
+
+
+def test_one_keeper_can_keep_two_runs(blobs, federation, tmp_path):
+    federation = replace(federation, algorithm=algorithms.Scaffold())
+    keeper = RunFolder(tmp_path / "a")
+    federation.simulate(blobs, folder=keeper)
+    keeper.path = tmp_path / "b"
+    federation.simulate(blobs, folder=keeper)
+    longer = replace(federation, schedule=schedules.Synchronous(rounds=8, cohort=4))
+    longer.simulate(blobs, folder=tmp_path / "b", resume=True)

@@ -1,0 +1,29 @@
+"""Checks of hyper-parameters, in the same sentences everywhere."""
+
+from __future__ import annotations
+
+import math
+
+from atoll.errors import ConfigurationError
+
+
+def positive(name: str, value: float) -> None:
+    """Raise `ConfigurationError` unless a hyper-parameter is a positive finite number."""
+    if not (_number(value) and value > 0):
+        raise ConfigurationError(f"{name} must be positive and finite, not {value!r}")
+
+
+def at_least_zero(name: str, value: float) -> None:
+    """Raise `ConfigurationError` unless a hyper-parameter is a finite number of at least 0."""
+    if not (_number(value) and value >= 0):
+        raise ConfigurationError(f"{name} must be at least 0 and finite, not {value!r}")
+
+
+def below_one(name: str, value: float) -> None:
+    """Raise `ConfigurationError` unless a decay lies in [0, 1)."""
+    if not (_number(value) and 0 <= value < 1):
+        raise ConfigurationError(f"{name} must be in [0, 1), not {value!r}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,131 @@
+"""Stopping: rules that end a run before its last round, simulated and served alike.
+
+A rule looks at the rounds so far, and nothing else, so it ends both at the same round.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from atoll.errors import ConfigurationError
+from atoll.learners.metrics import HIGHER_IS_BETTER, main_metric
+
+
+class Round(Protocol):
+    """What rules read of a closed round."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def measurements(self) -> Mapping[str, float]: ...
+    @property
+    def bytes_up(self) -> int: ...
+    @property
+    def bytes_down(self) -> int: ...
+    @property
+    def clock(self) -> float: ...
+
+
+class StopRule(ABC):
+    """Says when enough is enough."""
+
+    @abstractmethod
+    def reason(self, history: Sequence[Round]) -> str:
+        """Why the run ends after these rounds, in words; empty if it goes on."""
+
+
+@dataclass(frozen=True)
+class Patience(StopRule):
+    """Stop when a metric has not improved for so many rounds.
+
+    Args:
+        rounds: evaluated or not; the model of the best round is kept beside the final one.
+        metric: None is accuracy, or the loss where there is none.
+        least: an improvement by less than this counts for none.
+        higher: whether more is better; None knows it of atoll's own metrics, and takes others so.
+    """
+
+    rounds: int
+    metric: str | None = None
+    least: float = 0.0
+    higher: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or not self.least >= 0:
+            raise ConfigurationError("Patience waits for 1 round or more, and least is at least 0")
+
+    def reason(self, history: Sequence[Round]) -> str:
+        metric = self.metric or _first_metric(history)
+        best, since = math.nan, 0
+        for record in history:
+            value = _value(record, metric)
+            if value is None or math.isnan(value):
+                continue
+            score = value if better_high(metric, self.higher) else -value
+            if math.isnan(best) or score > best + self.least:
+                best, since = score, record.round
+        waited = history[-1].round - since if history and not math.isnan(best) else 0
+        return f"{metric} has not improved for {waited} rounds" if waited >= self.rounds else ""
+
+
+@dataclass(frozen=True)
+class Target(StopRule):
+    """Stop when a metric reaches a value: from below where more is better, else from above."""
+
+    metric: str
+    value: float
+    higher: bool | None = None
+
+    def reason(self, history: Sequence[Round]) -> str:
+        found = _value(history[-1], self.metric) if history else None
+        if found is None or math.isnan(found):
+            return ""
+        high = better_high(self.metric, self.higher)
+        reached = found >= self.value if high else found <= self.value
+        return f"{self.metric} has reached {found:.4g}" if reached else ""
+
+
+@dataclass(frozen=True)
+class Hours(StopRule):
+    """Stop when so many hours have passed: simulated ones in a simulation, real ones if served."""
+
+    hours: float
+
+    def reason(self, history: Sequence[Round]) -> str:
+        passed = history[-1].clock / 3600 if history else 0.0
+        return f"{passed:.2f} hours have passed" if passed >= self.hours else ""
+
+
+@dataclass(frozen=True)
+class Bytes(StopRule):
+    """Stop when clients have sent and received so many bytes together."""
+
+    bytes: int
+
+    def reason(self, history: Sequence[Round]) -> str:
+        moved = sum(record.bytes_up + record.bytes_down for record in history)
+        return f"{moved} bytes have been moved" if moved >= self.bytes else ""
+
+
+def stop_reason(rules: Sequence[StopRule], history: Sequence[Round]) -> str:
+    """Why a run ends now, by the first rule that says so; empty if it goes on."""
+    return next((reason for rule in rules if (reason := rule.reason(history))), "")
+
+
+def better_high(metric: str, higher: bool | None = None) -> bool:
+    """Whether more of a metric is better."""
+    return metric in HIGHER_IS_BETTER if higher is None else higher
+
+
+def _value(record: Round, metric: str) -> float | None:
+    return record.metrics.get(metric, record.measurements.get(metric))
+
+
+def _first_metric(history: Sequence[Round]) -> str:
+    return main_metric({name for record in history for name in record.metrics})

@@ -1,0 +1,39 @@
+"""Descriptions: plain, the same in every process, and different where meanings differ."""
+
+import json
+from functools import partial
+
+import numpy as np
+
+from atoll.learners import rates
+from atoll.rounds.describe import describe
+
+
+def test_descriptions_are_plain_and_stable(federation):
+    plain = describe(
+        {
+            "rate": rates.Cosine(0.1, 10),
+            "function": np.mean,
+            "partial": partial(sorted, key=len),
+            "array": np.arange(3),
+            "set": {"b", "a"},
+            "object": object(),
+            "float": np.float64(2.5),
+        }
+    )
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["rate"] == {
+        "kind": "atoll.learners.rates.Cosine", "initial": 0.1, "rounds": 10, "final": 0.0,
+    }  # fmt: skip
+    assert plain["set"] == ["a", "b"]
+    assert "0x" not in str(plain)
+    assert federation.describe()["learner"]["layout"]["params"] == 9
+
+
+def test_functions_of_one_name_are_told_apart():
+    assert describe(lambda a: 5 * a) != describe(lambda a: 6 * a)
+
+    def scaled(by):
+        return lambda a: by * a
+
+    assert describe(scaled(2)) == describe(scaled(2)) != describe(scaled(3))
