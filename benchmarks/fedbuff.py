@@ -59,7 +59,7 @@ def measure(
     population = data.load("digits").dirichlet(clients=CLIENTS, alpha=0.3, seed=seed)
     federation = Federation(
         learner=NumpyLearner(layers=(64, 10), lr=0.05, batch_size=8),
-        algorithm=algorithms.FedAvg(weighting="uniform", server_lr=rate),
+        algorithm=algorithms.FedAvg(weighting="uniform", server=algorithms.server.SGD(rate)),
         schedule=schedule,
         evaluation=Evaluation(every=max(1, 50 // each), clients_every=None),
     )

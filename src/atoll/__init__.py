@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from atoll import aggregation, algorithms, data, learners, simulation, tracking
     from atoll.errors import AtollError
     from atoll.federation import Federation
-    from atoll.rounds import schedules
+    from atoll.rounds import schedules, stopping
     from atoll.rounds.plan import Evaluation
 
 try:
@@ -27,6 +27,7 @@ __all__ = [
     "learners",
     "schedules",
     "simulation",
+    "stopping",
     "tracking",
 ]
 
@@ -36,6 +37,7 @@ _NAMES = {
     "Evaluation": ("atoll.rounds.plan", "Evaluation"),
     "Federation": ("atoll.federation", "Federation"),
     "schedules": ("atoll.rounds.schedules", None),
+    "stopping": ("atoll.rounds.stopping", None),
 }
 
 

@@ -34,6 +34,10 @@ class RunError(AtollError):
     """A run that cannot go on."""
 
 
+class CannotClose(RunError):
+    """A reducer that can make nothing of a round's answers: the attempt is abandoned."""
+
+
 class MissingPackage(AtollError, ImportError):
     """An optional package that is not installed."""
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from atoll.backends.backend import Engine
 from atoll.backends.choice import engine_of
 from atoll.core.files import write_json
 from atoll.core.vectors import Vectors
 from atoll.data.federated import FederatedData
-from atoll.errors import CheckpointError
+from atoll.errors import CheckpointError, ConfigurationError, require
 from atoll.learners.base import Learner
 from atoll.rounds.describe import describe, short
+from atoll.rounds.evaluate import evaluate_pooled
 from atoll.rounds.plan import Plan
 from atoll.simulation.asynchronous import AsynchronousSimulator
 from atoll.simulation.attackers import Attackers
@@ -24,9 +28,12 @@ from atoll.simulation.explain import Explanation, explain
 from atoll.simulation.simulator import Simulator, check_population
 from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer
-from atoll.tracking.reading import read_engine
+from atoll.tracking.reading import read_engine, read_run
 from atoll.tracking.record import Record, Run
 from atoll.view import html as display
+
+if TYPE_CHECKING:
+    from atoll.service.storage.folder import StateFolder
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -116,6 +123,84 @@ class Federation(Plan):
                 simulator.restore(snapshot)
         return Rounds(simulator)
 
+    def serve(
+        self,
+        state: str | Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8443,
+        seed: int = 0,
+        sites: int | None = None,
+        lease: float = 900.0,
+        linger: float = 600.0,
+        test: FederatedData | None = None,
+        initial: Any = None,
+        stop: threading.Event | None = None,
+    ) -> Run:
+        """Serve the federation to real sites, until its rounds are done; returns its run.
+
+        As `atoll serve`. It may go on from where an earlier call was stopped.
+
+        Args:
+            state: the state folder, made if there is none (see `invite`).
+            host, port: where to listen; a new folder's certificate is for this host.
+            seed: of every draw that everyone may know.
+            sites: how many must have joined before the first round.
+            lease: seconds after which an invited site that was not heard of is given up as lost.
+            linger: seconds for which it goes on answering when the rounds are done.
+            test: data on which each new model is measured.
+            initial: weights to start from, as for `simulate`.
+            stop: set it, from another thread, to leave.
+        """
+        from atoll.service.serve import Listening, serve
+        from atoll.service.settings import Service
+
+        start = None if initial is None else initial_model(self.learner, initial)
+        if start is not None and not self.split.trivial:
+            raise ConfigurationError(
+                "a served federation's private parts begin at each site, from the learner: give "
+                "the learner its weights, and no initial="
+            )
+        folder = state_folder(state, host)
+        service = Service(seed=seed, sites=sites, lease=lease, presence=lease)
+        listening = Listening(host=host, port=port, linger=linger)
+        evaluate = None if test is None else evaluation_on(self, check_population(test))
+        serve(self, folder, service, listening, evaluate, initial=start, stop=stop)
+        run = read_run(folder.path / "run")
+        run.learner = self.learner
+        return run
+
+    def join(
+        self,
+        url: str,
+        data: FederatedData,
+        folder: str | Path,
+        *,
+        token: str = "",
+        report: Callable[[str], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Path | None:
+        """Take part as a site, until the federation is over; as `atoll join`.
+
+        Args:
+            url: the server's address, "https://HOST:PORT".
+            data: one client's data, which stay here.
+            folder: the site's own folder: its key, and what it remembers.
+            token: what it was invited with (see `invite`); once joined, none is needed.
+            report: is told, in words, how it goes.
+            stop: set it, from another thread, to leave.
+
+        Returns:
+            The file of the federation's model, None if it was left before the end.
+        """
+        from atoll.protocol.identity import Token
+        from atoll.site.agent import Site
+
+        site = Site(Path(folder), self, check_population(data))
+        site.report, site.leaving = report or site.report, stop or site.leaving
+        site.join(url, Token.read(token) if token else None)
+        return site.run()
+
     def explain(self, clients: FederatedData, *, engine: Engine | str | None = None) -> Explanation:
         """How `simulate` would run this over these clients; print it.
 
@@ -161,6 +246,35 @@ class Federation(Plan):
         return plain | {field.name: describe(getattr(self, field.name)) for field in fields(self)}
 
 
+def invite(state: str | Path, name: str, *, host: str = "127.0.0.1", hours: float = 72.0) -> str:
+    """A one-time token with which a site of this name can join; as `atoll invite`.
+
+    `state` is the server's state folder, made if there is none, for a server at `host`.
+    """
+    return str(state_folder(state, host).invite(name, "site", hours))
+
+
+def state_folder(path: str | Path, host: str) -> StateFolder:
+    """A server's state folder, made if there is none."""
+    require("sqlalchemy", "atoll[serve]", "a federation's server")
+    from atoll.service.storage.folder import StateFolder
+
+    place = Path(path)
+    if (place / "federation.json").exists():
+        return StateFolder.open(place)
+    return StateFolder.make(place, place.name, [host])
+
+
+def evaluation_on(plan: Plan, data: FederatedData) -> Callable[[Vectors], Mapping[str, float]]:
+    """The metrics of a model on these data: on their test part, or on all if they have none."""
+    tested = data if len(data.test_part) else replace(data, test_part=data.all_train())
+
+    def evaluate(model: Vectors) -> Mapping[str, float]:
+        return evaluate_pooled(plan.learner, model, tested)
+
+    return evaluate
+
+
 class Rounds:
     """A run, round by round."""
 
@@ -190,7 +304,11 @@ def initial_model(learner: Learner, given: Any) -> Vectors:
     """A model to start from, from whatever people have it in."""
     if isinstance(given, Run):
         given = given.model
-    return learner.vectors_of(given)
+    model = learner.vectors_of(given)
+    for name, vector in model.items():
+        if vector.dtype.kind == "f" and np.isnan(vector).any():
+            raise ConfigurationError(f"the weights to start from hold NaN among their {name}")
+    return model
 
 
 def _fingerprint(data: FederatedData, folder: object) -> dict[str, object]:

@@ -17,7 +17,7 @@ ray = pytest.importorskip("ray")
 from torch import nn
 
 from atoll import Federation, algorithms, data, schedules
-from atoll.algorithms import FedAvg
+from atoll.algorithms import FedAvg, LocalRule
 from atoll.backends.ray import _Actors, _fitting
 from atoll.errors import ConfigurationError, RunError
 from atoll.learners import TorchLearner
@@ -83,7 +83,7 @@ class Hunter(threading.Thread):
             time.sleep(0.25)
             for process in psutil.process_iter(["pid", "cmdline"]):
                 line = " ".join(process.info["cmdline"] or [])
-                if "ray::_Worker_.run" in line and process.info["pid"] not in self.killed:
+                if "ray::_Worker.run" in line and process.info["pid"] not in self.killed:
                     os.kill(process.info["pid"], signal.SIGKILL)
                     self.killed.append(process.info["pid"])
                     self.left -= 1
@@ -111,8 +111,7 @@ def test_actors_that_are_killed_change_no_byte(cluster, clients):
     assert noisy.model["params"].tobytes() == quiet.model["params"].tobytes()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stern(FedAvg):
+class Stern(LocalRule):
     def finish(self, client, local, got, mine):
         raise RunError("not today")
 
@@ -120,7 +119,7 @@ class Stern(FedAvg):
 def test_an_error_in_an_actor_is_the_runs_error(cluster, clients):
     engine = RayCluster(method="sequential", actors=2)
     with pytest.raises(RunError, match="not today"):
-        federation(Stern()).simulate(clients, engine=engine)
+        federation(FedAvg(local=Stern())).simulate(clients, engine=engine)
 
 
 def test_more_actors_than_there_is_room_for_are_refused(cluster, clients):
@@ -158,7 +157,7 @@ def test_actors_that_share_a_gpu_make_the_same_bytes(cluster, clients, monkeypat
     # Ray has been told of a GPU that is not there; what it hands out are shares.
     expected = federation().simulate(clients, engine=LOCAL)
     hired = []
-    monkeypatch.setattr(_Actors, "_hire", _counted(_Actors._hire, hired))
+    monkeypatch.setattr(_Actors, "_start_actor", _counted(_Actors._start_actor, hired))
     engine = RayCluster(method="stacked(block=3)", actors=2, gpus=0.5)
     found = federation().simulate(clients, engine=engine)
     assert len(hired) == 2

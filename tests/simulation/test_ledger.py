@@ -33,9 +33,20 @@ class Ledger(Observer):
         self.rounds.append(list(end.participants))
 
 
-def figures(numbers):
-    """17 digits and in one width, which leaves room for a sign and three digits of exponent."""
-    return {name: f"{value:+.16e}".rjust(24) for name, value in numbers.items()}
+def under(folder, arrays):
+    return {f"{folder}/{name}": array for name, array in arrays.items()}
+
+
+def size_of(update):
+    """Bytes of an update as the library writes it.
+
+    Names stand in the sizes. Weight and metrics have 17 digits and one width, which leaves room for
+    a sign and three digits of exponent.
+    """
+    arrays = under("vectors", update.vectors) | under("statistics", update.statistics)
+    numbers = {"weight": update.weight} | under("metric", update.metrics)
+    about = {name: f"{value:+.16e}".rjust(24) for name, value in numbers.items()}
+    return len(library.save(arrays, about))
 
 
 @pytest.mark.parametrize(
@@ -58,12 +69,10 @@ def test_the_ledger_counts_the_bytes_of_the_library(blobs, federation, algorithm
     parts = [part for round in ledger.rounds for part in round]
     assert len(parts) == 6 * 4
     passed = passed[-len(parts) :]  # one of zeros went before, by which devices plan
-    received = {name: np.zeros(9, np.float32) for name in names}
+    received = under("algorithm", {name: np.zeros(9, np.float32) for name in names})
     for part, update in zip(parts, passed, strict=True):
         assert part.down == len(library.save(received))
-        # The names stand in the sizes: what travels is weight and metrics beside the arrays.
-        about = figures({"weight": update.weight, **update.metrics})
-        assert part.up == len(library.save({**update.vectors, **update.statistics}, about))
+        assert part.up == size_of(update)
     for record, round in zip(run.history, ledger.rounds, strict=True):
         assert record.bytes_down == sum(part.down for part in round)
         assert record.bytes_up == sum(part.up for part in round)
@@ -85,18 +94,16 @@ def test_statistics_are_counted_too():
         schedule=schedules.Synchronous(rounds=1),
         pipeline=Seen(passed) >> Mean(),
     ).simulate(clients, observers=[ledger], engine=Sequential(workers=1))
-    model = {
-        "params": np.zeros(6 + 3 + 3 + 3, np.float32),
-        "buffers": np.zeros(6, np.float32),
-        "counters": np.zeros(1, np.int64),
-    }
+    statistics = {"buffers": np.zeros(6, np.float32), "counters": np.zeros(1, np.int64)}
+    params = {"params": np.zeros(6 + 3 + 3 + 3, np.float32)}
+    model = under("algorithm", params) | under("statistics", statistics)
     for part, update in zip(ledger.rounds[0], passed[-2:], strict=True):
-        sent = {**model, "delta": model["params"]}
-        del sent["params"]
-        about = figures({"weight": update.weight, **update.metrics})
-        # The library lays wide numbers first: offsets of other digits, in headers of whole words.
+        # Arrays in another order: offsets of other digits, in headers of whole words.
         assert abs(part.down - len(library.save(model))) <= 8
-        assert abs(part.up - len(library.save(sent, about))) <= 8
+        assert abs(part.up - size_of(update)) <= 8
+        assert {name: v.dtype for name, v in update.statistics.items()} == {
+            name: v.dtype for name, v in statistics.items()
+        }
 
 
 def test_a_larger_model_costs_four_bytes_a_parameter():

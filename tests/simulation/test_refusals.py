@@ -36,10 +36,13 @@ def test_bad_calls_get_a_sentence(blobs, federation, tmp_path):
 
 def test_wild_metrics_do_not_end_a_run(blobs, federation):
     class Wild(algorithms.FedAvg):
-        def finish(self, client, local, got, mine):
-            update, mine = super().finish(client, local, got, mine)
-            return replace(update, metrics={"wild": 1e300, "nan": float("nan"), "fine": 2.0}), mine
+        metrics = dict.fromkeys(("wild", "nan", "fine"), (-np.inf, np.inf))
+
+        def report(self, local, **vectors):
+            wild = {"wild": 1e300, "nan": float("nan"), "fine": 2.0}
+            return replace(super().report(local, **vectors), metrics=wild)
 
     run = replace(federation, algorithm=Wild()).simulate(blobs)
-    assert run.history[0].measurements["fine"] == 2.0
-    assert "wild" not in run.history[0].measurements
+    assert [record.accepted for record in run.history] == [4] * 6
+    assert [record.measurements["fine"] for record in run.history] == [2.0] * 6
+    assert not {"wild", "nan"} & {name for record in run.history for name in record.measurements}

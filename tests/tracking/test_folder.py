@@ -192,7 +192,9 @@ def test_what_a_folder_holds(blobs, federation, tmp_path):
     assert {p.name for p in (tmp_path / "r" / "figures").iterdir()} >= {"accuracy.png", "loss.png"}
     assert read_status(tmp_path / "r") == "finished"
     config = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert config["plan"]["algorithm"]["kind"] == "atoll.algorithms.scaffold.Scaffold"
+    assert config["plan"]["algorithm"]["kind"] == "atoll.algorithms.fedavg.FedAvg"
+    local = config["plan"]["algorithm"]["local"]
+    assert local == {"kind": "atoll.algorithms.scaffold.ControlVariates", "option": "II"}
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
     for name, lr in (("quick", 1.0), ("slow", 0.3)):
         federation = Federation(
             learner=NumpyLearner(layers=(64, 10), lr=0.1, batch_size=16),
-            algorithm=algorithms.FedAvg(server_lr=lr),
+            algorithm=algorithms.FedAvg(server=algorithms.server.SGD(lr)),
             schedule=schedules.Synchronous(rounds=12, cohort=6, minimum=2, deadline=60.0),
             evaluation=Evaluation(clients_every=4, spread=("accuracy", "loss")),
         )

@@ -115,7 +115,7 @@ def test_runs_are_compared(browser, runs, page_of):
         page.check("#others input")
         page.wait_for_selector("#differences tbody tr")
         text = page.inner_text("#differences")
-        assert "algorithm.server_lr" in text and "0.3" in text
+        assert "algorithm.server.lr" in text and "0.3" in text
         assert "learner.lr" not in text
         data = page.evaluate("charts.get('learning-chart').plot.data.at(-1)")
         assert data == [r.metrics["accuracy"] for r in read_run(runs / "slow").history]

@@ -17,7 +17,7 @@ from atoll.aggregation.sums import ExactScalar, FixedSum, rounded, to_units
 from atoll.core.random import Key
 from atoll.core.updates import Aggregate, Sender, Update
 from atoll.core.vectors import Vectors, part, prefixed
-from atoll.errors import ConfigurationError, RunError
+from atoll.errors import ConfigurationError
 
 logger = logging.getLogger("atoll")
 
@@ -30,7 +30,8 @@ class Mean(Reducer):
     """sum(weight * vector) / sum(weight), in O(model) memory and int64 fixed point.
 
     A vector that not everyone sent is divided by the weight of those who did. Float32 vectors stay
-    float32; float64 and integer ones give their mean in float64, exactly rounded. Statistics are
+    float32; float64 and integer ones give their mean and their sum in float64, to 2^-40 of a unit
+    for each update. A round without an update gives zeros of weight 0. Statistics are
     averaged with the same weights; counters stay integers (rounded half to even). Measurements: the
     mean over clients of every metric they report, and `float_fallback`, the vectors that were too
     large for fixed point and were summed in float64 instead.
@@ -57,6 +58,9 @@ class Mean(Reducer):
 
     def takes(self, schema: Schema) -> Schema:
         return self.sends(schema)
+
+    def fewest(self) -> int:
+        return 0
 
     def open(self, schema: Schema) -> Accumulator:
         return _RunningMean(schema)
@@ -176,8 +180,6 @@ class _RunningMean(Accumulator):
 
     def close(self, population: int, state: Vectors, key: Key) -> Aggregate:
         weight = self.weight.value()
-        if self.count < 1 or not weight > 0:
-            raise RunError("there is nothing to average: no update was accepted")
         inexact = [name for name, total in self.sums.items() if not total.exact]
         for name in inexact:
             logger.warning(
@@ -190,24 +192,31 @@ class _RunningMean(Accumulator):
             for name, (value, count) in sorted(self.metrics.items())
         }
         behind = {name: weight - less.value() for name, less in self.less.items()}
+        specs = self._schema.vectors
+        exact = {
+            name: total.value().reshape(specs[name].shape)
+            for name, total in self.sums.items()
+            if specs[name].dtype != "float32"
+        }
         return Aggregate(
             {
                 name: _mean(total, behind.get(name, weight), self._schema.vectors[name])
                 for name, total in self.sums.items()
             },
-            {name: total.quotient(weight) for name, total in self.statistics.items()}
+            {name: total.quotient(weight or math.inf) for name, total in self.statistics.items()}
             | self._mean_counters(),
             weight=weight,
             count=self.count,
             population=population,
             measurements={**measurements, "float_fallback": float(len(inexact))},
             weights=behind,
+            sums=exact,
         )
 
     def _mean_counters(self) -> Vectors:
         if self.counters is None:
             return {}
-        units = self.weight.units
+        units = self.weight.units or 1
         means = [_round_division(int(total), units) for total in self.counters]
         return {"counters": np.array(means, np.int64)}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +13,12 @@ from numpy.typing import NDArray
 from atoll.aggregation.schema import Schema, Spec
 from atoll.aggregation.stage import Reducer, Setting, Stage
 from atoll.core.random import Key
-from atoll.core.updates import Update
+from atoll.core.updates import Aggregate, Bounds, Update
 from atoll.core.vectors import Tree, Vectors, flatten, nest
 from atoll.errors import ConfigurationError, LayoutError
+
+#: How one part of a message is brought back by its stage.
+Back = Callable[[Stage, Update, Schema], Update]
 
 
 class PerLayer(Stage):
@@ -79,27 +84,48 @@ class _PerLayer(Stage):
     def lossy(self) -> bool:  # type: ignore[override]
         return any(stage.lossy for _, stage in self.parts)
 
+    @property
+    def hides_metrics(self) -> bool:  # type: ignore[override]
+        return any(stage.hides_metrics for _, stage in self.parts)
+
     def _each(self, schema: Schema) -> Iterator[tuple[str, NDArray[np.int64], Stage, Schema]]:
+        for number, at, stage in self._there():
+            yield number, at, stage, _cut(schema, self.names, len(at))
+
+    def _there(self) -> Iterator[tuple[str, NDArray[np.int64], Stage]]:
+        """The parts that have any entries, by number."""
         for number, (at, stage) in enumerate(self.parts):
             if len(at):
-                yield str(number), at, stage, _cut(schema, self.names, len(at))
+                yield str(number), at, stage
 
     def sends(self, schema: Schema) -> Schema:
         vectors = {n: spec for n, spec in schema.vectors.items() if n not in self.names}
         metrics = dict(schema.metrics)
         for number, _, stage, inner in self._each(schema):
-            sent = stage.sends(inner)
+            sent = inner.sent_as(stage.sends(inner))
             vectors |= {f"{name}.{number}": spec for name, spec in sent.vectors.items()}
-            metrics |= sent.metrics
+            metrics |= {
+                f"{name}.{number}": ends
+                for name, ends in sent.metrics.items()
+                if name not in schema.metrics
+            }
         return replace(schema, vectors=vectors, metrics=metrics)
+
+    def bound(self, bounds: Bounds, state: Vectors) -> Bounds:
+        """All parts of a vector together, if each of them is bounded."""
+        squares, tree = 0.0, nest(state)
+        for number, _, stage in self._there():
+            groups = stage.bound({}, tree.get(number, {}))
+            whole = [norm for names, norm in groups.items() if set(self.names) <= set(names)]
+            squares += min(whole, default=math.inf) ** 2
+        return {} if math.isinf(squares) else {self.names: math.sqrt(squares)}
 
     def init(self, schema: Schema) -> Vectors:
         return flatten({n: stage.init(inner) for n, _, stage, inner in self._each(schema)})
 
     def broadcast(self, state: Vectors) -> Vectors:
         tree = nest(state)
-        told = {str(n): s.broadcast(tree.get(str(n), {})) for n, (_, s) in enumerate(self.parts)}
-        return flatten(told)
+        return flatten({n: stage.broadcast(tree.get(n, {})) for n, _, stage in self._there()})
 
     def remember(self, schema: Schema) -> Vectors:
         return flatten({n: stage.remember(inner) for n, _, stage, inner in self._each(schema)})
@@ -108,38 +134,83 @@ class _PerLayer(Stage):
         self, update: Update, told: Vectors, memory: Vectors, key: Key
     ) -> tuple[Update, Vectors]:
         vectors = {n: v for n, v in update.vectors.items() if n not in self.names}
+        shares = {n: s for n, s in update.shares.items() if n not in self.names}
         metrics, kept = dict(update.metrics), Tree()
         tells, remembers = nest(told), nest(memory)
-        for place, (at, stage) in enumerate(self.parts):
-            number = str(place)
-            if not len(at):
-                continue
+        for number, at, stage in self._there():
             own = {n: update.vectors[n][at] for n in self.names if n in update.vectors}
             sent, kept[number] = stage.encode(
                 replace(update, vectors=own),
                 tells.get(number, {}),
                 remembers.get(number, {}),
-                key.fold("part", place),
+                key.fold("part", int(number)),
             )
             vectors |= {f"{name}.{number}": vector for name, vector in sent.vectors.items()}
-            metrics |= sent.metrics
-        return replace(update, vectors=vectors, metrics=metrics), flatten(kept)
+            shares |= {f"{n}.{number}": s for n, s in sent.shares.items() if n in self.names}
+            new = {n: v for n, v in sent.metrics.items() if n not in update.metrics}
+            metrics |= {f"{name}.{number}": value for name, value in new.items()}
+        return replace(update, vectors=vectors, shares=shares, metrics=metrics), flatten(kept)
 
     def decode(self, update: Update, schema: Schema) -> Update:
-        whole = {n: np.empty(schema.vectors[n].shape, schema.vectors[n].dtype) for n in self.names}
-        taken: set[str] = set()
+        return self._joined(update, schema, lambda stage, own, inner: stage.decode(own, inner))
+
+    def _joined(self, update: Update, schema: Schema, back: Back) -> Update:
+        """The parts of a message put together again, each brought back by its own stage."""
+        parts: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
+        taken, shares = set[str](), dict[str, float]()
         for number, at, stage, inner in self._each(schema):
-            sent = {name: f"{name}.{number}" for name in stage.sends(inner).vectors}
-            own = {name: update.vectors[long] for name, long in sent.items()}
-            taken |= set(sent.values())
-            part = stage.verify(stage.decode(replace(update, vectors=own), inner), {})
-            for name in self.names:
-                whole[name][at] = part.vectors[name]
-        rest = {name: v for name, v in update.vectors.items() if name not in taken}
-        return replace(update, vectors={**rest, **whole})
+            long = {f"{name}.{number}": name for name in stage.sends(inner).vectors}
+            own = {short: update.vectors[n] for n, short in long.items() if n in update.vectors}
+            mine = {short: update.shares[n] for n, short in long.items() if n in update.shares}
+            taken |= set(long)
+            shares |= {name: share for name, share in mine.items() if name in self.names}
+            found = back(stage, replace(update, vectors=own, shares=mine), inner)
+            for name, vector in found.vectors.items():
+                parts.setdefault(name, []).append((at, vector))
+        vectors = {n: v for n, v in update.vectors.items() if n not in taken}
+        shares |= {n: s for n, s in update.shares.items() if n not in taken}
+        for name, pieces in parts.items():
+            spec = schema.vectors[name]
+            vectors[name] = np.empty(spec.shape, spec.dtype)
+            for at, piece in pieces:
+                vectors[name][at] = piece
+        return replace(update, vectors=vectors, shares=shares)
+
+    def verify(self, update: Update, told: Vectors) -> Update:
+        vectors, tells = dict(update.vectors), nest(told)
+        there = [name for name in self.names if name in vectors]
+        for number, at, stage in self._there():
+            own = replace(update, vectors={name: update.vectors[name][at] for name in there})
+            found = stage.verify(own, tells.get(number, {}))
+            for name in there:
+                if found.vectors[name] is not own.vectors[name]:
+                    vectors[name] = vectors[name].copy()
+                    vectors[name][at] = found.vectors[name]
+        return replace(update, vectors=vectors)
+
+    def release(self, aggregate: Aggregate, state: Vectors, key: Key) -> tuple[Aggregate, Vectors]:
+        tree, kept = nest(state), Tree()
+        vectors, measurements = dict(aggregate.vectors), dict(aggregate.measurements)
+        for number, at, stage in self._there():
+            own = replace(
+                aggregate,
+                vectors={name: vectors[name][at] for name in self.names if name in vectors},
+            )
+            found, kept[number] = stage.release(
+                own, tree.get(number, {}), key.fold("part", int(number))
+            )
+            for name, piece in found.vectors.items():
+                vectors[name] = vectors[name].copy()
+                vectors[name][at] = piece
+            new = {n: v for n, v in found.measurements.items() if n not in measurements}
+            measurements |= {f"{name}.{number}": value for name, value in new.items()}
+        return replace(aggregate, vectors=vectors, measurements=measurements), flatten(kept)
 
 
 def _cut(schema: Schema, names: tuple[str, ...] | list[str], size: int) -> Schema:
     """The schema of one part: these vectors, so long, and no statistics."""
-    vectors = {name: Spec((size,), schema.vectors[name].dtype) for name in names}
+    vectors = {
+        name: Spec((size,), schema.vectors[name].dtype, schema.vectors[name].optional)
+        for name in names
+    }
     return replace(schema, vectors=vectors, statistics={})

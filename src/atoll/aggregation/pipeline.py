@@ -24,7 +24,7 @@ from atoll.aggregation.validate import validate
 from atoll.core.random import Key
 from atoll.core.updates import Aggregate, Bounds, Sender, Update
 from atoll.core.vectors import Layout, Tree, Vectors
-from atoll.errors import ConfigurationError, UpdateRefused
+from atoll.errors import CannotClose, ConfigurationError, UpdateRefused
 
 
 def bind(
@@ -53,7 +53,7 @@ def bind(
         about = Setting(tuple(bound), stages[place + 1 :], here, bounds, shared, sampling)
         bound.append(stage.bind(about))
         if place <= end:
-            schemas.append(bound[-1].sends(schemas[-1]))
+            schemas.append(schemas[-1].sent_as(bound[-1].sends(schemas[-1])))
             bounds = dict(bound[-1].bound(bounds, bound[-1].init(here)))
     if any(stage.hides_metrics for stage in bound):
         schemas = [replace(each, metrics={}) for each in schemas]
@@ -85,7 +85,7 @@ class BoundPipeline:
     @cached_property
     def gathers(self) -> Schema:
         """What the reducer's accumulator is given."""
-        taken = self.reducer.takes(self.schemas[self.end])
+        taken = self.reducer.takes(self.schemas[0])
         return replace(taken, metrics=self.message.metrics)
 
     @cached_property
@@ -165,7 +165,14 @@ class BoundPipeline:
     ) -> Conversation:
         """The reducer's round, question by question."""
         own = Talk(tuple(members), population, _of(state, self.end), key.fold("reduce"))
-        aggregate = yield from self.reducer.talk(self.gathers, own)
+        try:
+            aggregate = yield from self.reducer.talk(self.gathers, own)
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            # What clients sent must not be able to end a run.
+            text = str(error).partition("\n")[0] or type(error).__name__
+            raise CannotClose(f"{self.reducer!r} could not be closed: {text}") from error
         return replace(aggregate, bounds=self.bounds(state))
 
     def close(self, sums: Accumulator, population: int, state: Tree, key: Key) -> Aggregate:

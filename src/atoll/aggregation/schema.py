@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,16 @@ class Schema:
             if name in sizes
         }
         return Schema(specs(shapes), statistics, **more)  # type: ignore[arg-type]
+
+    def sent_as(self, message: Schema) -> Schema:
+        """What becomes of this schema, where what may be left out stays so under its name."""
+        kept = {
+            name: replace(spec, optional=spec.optional or self.vectors[name].optional)
+            if name in self.vectors
+            else spec
+            for name, spec in message.vectors.items()
+        }
+        return replace(message, vectors=kept)
 
     @property
     def weighted(self) -> bool:

@@ -137,6 +137,11 @@ class Algorithm(ABC):
         raise NotImplementedError(f"{type(self).__name__} asks {name!r} and has no answer to it")
 
     @property
+    def personal(self) -> bool:
+        """Whether clients use other models than the one that is published."""
+        return type(self).own is not Algorithm.own
+
+    @property
     def several(self) -> bool:
         """Whether it asks more than the one question."""
         return type(self).talk is not Algorithm.talk

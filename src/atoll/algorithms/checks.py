@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from numbers import Number
 
 from atoll.errors import ConfigurationError
+
+
+def plain_numbers(settings: object) -> None:
+    """Make NumPy's numbers among a frozen dataclass's settings Python's own.
+
+    A NumPy number is wider than float32 where Python's is not, and would change every byte.
+    """
+    for field in fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        if isinstance(value, Number) and hasattr(value, "item"):
+            object.__setattr__(settings, field.name, value.item())
 
 
 def positive(name: str, value: float) -> None:

@@ -163,7 +163,9 @@ class Client:
             )
             for c, holder in enumerate(self.holders)
         ]
-        return self._column(losses)
+        if not self.stacked:
+            return losses[0]
+        return self.learner.asarray(np.array(losses, np.float32)[:, None])
 
     def outputs(self, params: Array, on: Examples) -> Array:
         """What the model at shared parameters says of examples: [n, ...], or [C, n, ...]."""

@@ -16,11 +16,13 @@ from atoll.algorithms.client import Client
 from atoll.algorithms.local import LocalRule, Plain
 from atoll.algorithms.server import SGD, ServerOptimizer
 from atoll.core.updates import Aggregate, Update
-from atoll.core.vectors import Array, Layout, Vectors
+from atoll.core.vectors import Array, Layout, Vectors, part, prefixed
 from atoll.errors import ConfigurationError
 from atoll.learners.base import Ability, Learner, LocalResult
 
 WEIGHTINGS = ("examples", "uniform", "work")
+#: Whose a vector of the server's state is.
+SERVER, LOCAL = "server.", "local."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +76,22 @@ class FedAvg(Algorithm):
         return self.weighting != "uniform"
 
     def reports(self, shared: Layout) -> Mapping[str, Shape]:
-        return {"delta": shared.size, **self.local.reports(shared)}
+        more = self.local.reports(shared)
+        if "delta" in more:
+            raise ConfigurationError(
+                f"{self.local!r} declares a 'delta' of its own; the change is reported anyway"
+            )
+        return {"delta": shared.size, **more}
 
     def init(self, start: Start) -> Vectors:
-        parts = [{"params": start.params}, self.server.init(start.params)]
-        parts.append(self.local.init(start.params))
-        names = [name for part in parts for name in part]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigurationError(
-                    f"{self.local!r} and {self.server!r} both keep {name!r} at the server"
-                )
-        return {name: vector for part in parts for name, vector in part.items()}
+        return {
+            "params": start.params,
+            **prefixed(SERVER, self.server.init(start.params)),
+            **prefixed(LOCAL, self.local.init(start.params)),
+        }
 
     def broadcast(self, state: Vectors) -> Vectors:
-        rule = self.local.init(state["params"][:0])
-        return {"params": state["params"], **{name: state[name] for name in rule}}
+        return {"params": state["params"], **part(LOCAL, state)}
 
     def remember(self, got: Vectors, shared: Layout) -> Vectors:
         return self.local.remember(got, shared)
@@ -100,6 +102,15 @@ class FedAvg(Algorithm):
         local, vectors, kept = self.local.work(client, got, mine)
         return self.report(local, **vectors), kept
 
+    def own(self, client: Client, got: dict[str, Array], mine: dict[str, Array]) -> Array:
+        return self.local.own(client, got, mine)
+
+    @property
+    def personal(self) -> bool:
+        if type(self).own is not FedAvg.own:
+            return True
+        return type(self.local).own is not LocalRule.own
+
     def report(self, local: LocalResult, **vectors: Array) -> Update:
         """An update of these vectors, weighted and measured as this algorithm says."""
         weight = {"examples": local.examples, "uniform": 1, "work": local.seen}[self.weighting]
@@ -107,9 +118,9 @@ class FedAvg(Algorithm):
         return Update(vectors, weight=weight, metrics=metrics)
 
     def step(self, state: Vectors, mean: Aggregate, server: Client) -> Vectors:
-        memory = {name: state[name] for name in self.server.init(state["params"][:0])}
-        params, memory = self.server.step(state["params"], mean["delta"], memory)
-        return {"params": params, **memory, **self.local.step(state, mean)}
+        params, memory = self.server.step(state["params"], mean["delta"], part(SERVER, state))
+        kept = self.local.step({"params": state["params"], **part(LOCAL, state)}, mean)
+        return {"params": params, **prefixed(SERVER, memory), **prefixed(LOCAL, kept)}
 
     def check(self, learner: Learner) -> None:
         super().check(learner)

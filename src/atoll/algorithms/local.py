@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from atoll.aggregation.schema import Shape
-from atoll.algorithms.checks import at_least_zero
+from atoll.algorithms.checks import at_least_zero, plain_numbers
 from atoll.algorithms.client import Client
 from atoll.core.updates import Aggregate
 from atoll.core.vectors import Array, Layout, Vectors
@@ -25,6 +25,9 @@ class LocalRule:
 
     needs: ClassVar[frozenset[Ability]] = frozenset()
     passes: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
 
     def reports(self, shared: Layout) -> Mapping[str, Shape]:
         """Arrays that are reported beside the change."""
@@ -64,6 +67,10 @@ class LocalRule:
         """What is reported beside the change, and the new memory."""
         return {}, mine
 
+    def own(self, client: Client, got: dict[str, Array], mine: dict[str, Array]) -> Array:
+        """The shared parameters [P] that this client itself would use, and is judged by."""
+        return got["params"]
+
     def step(self, state: Vectors, mean: Aggregate) -> Vectors:
         """The next values of what `init` began."""
         return {}
@@ -90,6 +97,7 @@ class Proximal(LocalRule):
     needs: ClassVar[frozenset[Ability]] = frozenset({"gradient"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_zero("mu", self.mu)
 
     def correction(self, got: dict[str, Array], mine: dict[str, Array]) -> Affine:

@@ -33,6 +33,7 @@ class ControlVariates(LocalRule):
     needs: ClassVar[frozenset[Ability]] = frozenset({"gradient"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.option not in ("I", "II"):
             raise ConfigurationError(f"option must be 'I' or 'II', not {self.option!r}")
 

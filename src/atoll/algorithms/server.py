@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atoll.algorithms.checks import below_one, positive
+from atoll.algorithms.checks import below_one, plain_numbers, positive
 from atoll.core.vectors import Vector, Vectors
 
 
@@ -25,6 +25,7 @@ class ServerOptimizer(ABC):
     lr: float
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         positive("lr", self.lr)
 
     def init(self, params: Vector) -> Vectors:

@@ -23,7 +23,7 @@ from atoll.core.vectors import STATISTICS, Tree, Vectors, describe_names, nest
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
 from atoll.errors import ConfigurationError, RunError, UpdateRefused
-from atoll.learners.base import At, Correction, LocalResult, Objective, stacking
+from atoll.learners.base import At, Correction, Learner, LocalResult, Objective, stacking
 from atoll.rounds.driver import discounted
 from atoll.rounds.messages import message_size
 from atoll.rounds.plan import Plan
@@ -110,7 +110,8 @@ def together(
         rows = _rows(plan, update, stack, opened, tasks, None)
         faults = validate_rows(rows.vectors, rows.statistics, rows.weights, plan.stages.gathers)
     passed = [c for c, fault in enumerate(faults) if not fault]
-    sums.add_rows(rows.chosen(passed))
+    if passed:
+        sums.add_rows(rows.chosen(passed))
     # No size depends on a value, so all are as large.
     size = message_size(rows.update(0))
     return [TaskResult(f, size, s) for f, s in zip(faults, states, strict=True)]
@@ -173,7 +174,7 @@ def _rows(
     if (discounts != 1).any():
         factors = learner.asarray(discounts)
         update = replace(update, vectors={n: factors * v for n, v in update.vectors.items()})
-    weights = _numbers(update.weight, clients)
+    weights = _numbers(update.weight, clients, plan.learner)
     folds = None if sums is None or not sums.takes_folds else _folds(plan, update, weights)
     vectors: Vectors
     if folds is None:
@@ -227,7 +228,7 @@ def _each(
 ) -> list[TaskResult]:
     """The updates of a stack one after the other, through the stages of the pipeline."""
     learner, clients = plan.learner, len(tasks)
-    shares = {name: _numbers(value, clients) for name, value in update.shares.items()}
+    shares = {name: _numbers(value, clients, plan.learner) for name, value in update.shares.items()}
     never = {name for name, column in shares.items() if not any(column)}
     check_names(update, plan, never)
     vectors = {
@@ -236,7 +237,10 @@ def _each(
         if name not in never
     }
     statistics = _statistics(plan, stack, received, clients)
-    weights, columns = _numbers(update.weight, clients), _columns(plan, update, clients)
+    weights, columns = (
+        _numbers(update.weight, clients, plan.learner),
+        _columns(plan, update, clients),
+    )
     results = []
     for c, task in enumerate(tasks):
         held = {name: column[c] for name, column in shares.items()}
@@ -286,13 +290,16 @@ def _columns(plan: Plan, update: Update, clients: int) -> dict[str, list[float]]
     """Each client's own metrics, as far as they may leave it."""
     known = plan.stages.gathers.metrics
     return {
-        name: _numbers(value, clients) for name, value in update.metrics.items() if name in known
+        name: _numbers(value, clients, plan.learner)
+        for name, value in update.metrics.items()
+        if name in known
     }
 
 
-def _numbers(value: Any, clients: int) -> list[float]:
+def _numbers(value: Any, clients: int, learner: Learner) -> list[float]:
     """One Python number for each client."""
-    array = np.asarray(value, np.float64).reshape(-1)
+    plain = value if isinstance(value, int | float | np.ndarray) else learner.asnumpy(value)
+    array = np.asarray(plain, np.float64).reshape(-1)
     if len(array) not in (1, clients):
         raise RunError(f"the algorithm gives {len(array)} weights or metrics for {clients} clients")
     numbers: list[float] = np.broadcast_to(array, clients).tolist()

@@ -111,7 +111,8 @@ def objection(plan: Plan, data: FederatedData, received: Tree, tasks: Sequence[C
         share = min(1.0, CHECKED_STEPS / planned) * task.assignment.fraction
         assignment = replace(task.assignment, fraction=share)
         memory = _disturbed(task.state.get("algorithm", {}), size, place + 1)
-        few.append(task._replace(assignment=assignment, state={**task.state, "algorithm": memory}))
+        own = {"algorithm": memory, "private": task.state.get("private", {})}
+        few.append(task._replace(assignment=assignment, state=own))
     # What is zero at first would hide how a rule treats it.
     others = {name: v for name, v in opened.algorithm.items() if name != "params"}
     tree = {
@@ -162,7 +163,7 @@ def _disturbed(vectors: Vectors, params: Vector, place: int) -> Vectors:
     rng = np.random.default_rng(place)
     scale = np.float32(0.5 * float(np.abs(params).mean()) + 1e-2)
     return {
-        name: vector + scale * rng.standard_normal(vector.shape, dtype=np.float32)
+        name: np.asarray(vector + scale * rng.standard_normal(vector.shape, dtype=np.float32))
         if vector.dtype == np.float32
         else vector
         for name, vector in vectors.items()

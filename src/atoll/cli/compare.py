@@ -10,7 +10,7 @@ from typing import Any
 from atoll.cli.files import find_run
 from atoll.cli.tables import figure, print_table
 from atoll.errors import ConfigurationError, MissingPackage
-from atoll.learners.metrics import HIGHER_IS_BETTER, main_metric
+from atoll.learners.metrics import main_metric, more_is_better
 from atoll.tracking.loggers import flat
 from atoll.tracking.reading import read_run
 from atoll.tracking.record import Run, human_bytes, human_seconds
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     rows = []
     for name, each in runs.items():
         rounds, values = each.series(metric)
-        best = max(values) if metric in HIGHER_IS_BETTER else min(values)
+        best = max(values) if more_is_better(metric) else min(values)
         rows.append(
             (
                 name,

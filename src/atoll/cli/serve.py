@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from atoll.cli.files import read_data, read_plan
 from atoll.cli.logs import log_to
 from atoll.cli.overrides import override
-from atoll.core.vectors import Vectors
-from atoll.data.federated import FederatedData
-from atoll.federation import Federation
-from atoll.rounds.evaluate import evaluate_pooled
+from atoll.federation import evaluation_on
 from atoll.service.serve import Listening, serve
 from atoll.service.settings import Service
 from atoll.service.storage.folder import StateFolder
@@ -32,15 +27,6 @@ def run(options: argparse.Namespace) -> int:
     listening = Listening(
         host=options.host, port=options.port, blobs=options.blobs, linger=options.linger
     )
-    evaluate = None if options.test is None else _on(federation, read_data(options.test))
+    evaluate = None if options.test is None else evaluation_on(federation, read_data(options.test))
     serve(federation, folder, service, listening, evaluate)
     return 0
-
-
-def _on(federation: Federation, data: FederatedData) -> Callable[[Vectors], Mapping[str, float]]:
-    tested = data if len(data.test_part) else replace(data, test_part=data.all_train())
-
-    def evaluate(model: Vectors) -> Mapping[str, float]:
-        return evaluate_pooled(federation.learner, model, tested)
-
-    return evaluate

@@ -39,8 +39,9 @@ class Aggregate:
     """What the pipeline made of a round's updates; `aggregate["delta"]` reads a vector.
 
     `count` updates of total `weight` came from a population of `population` clients; `weights` has
-    the weight behind those vectors that not every update counted fully for. `bounds` is how far
-    one update can have moved it, where stages see to that.
+    the weight behind those vectors that not every update counted fully for, and `sums` the sums of
+    those that are not float32, where they are known exactly. `bounds` is how far one update can
+    have moved it, where stages see to that.
     """
 
     vectors: Vectors
@@ -51,6 +52,7 @@ class Aggregate:
     measurements: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     bounds: Bounds = field(default_factory=dict)
+    sums: Vectors = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self.vectors[name]
@@ -62,9 +64,11 @@ class Aggregate:
 
     def share(self, name: str) -> float:
         """The part of the weight that stands behind a vector: 0 if nobody sent it."""
-        return self.weights.get(name, self.weight) / self.weight
+        return self.weights.get(name, self.weight) / self.weight if self.weight else 0.0
 
     def sum(self, name: str) -> NDArray[Any]:
-        """The weighted sum of a vector, rather than its mean; float64."""
+        """The weighted sum of a vector, rather than its mean: float64."""
+        if name in self.sums:
+            return self.sums[name]
         total: NDArray[Any] = self.vectors[name].astype(float) * self.weights.get(name, self.weight)
         return total

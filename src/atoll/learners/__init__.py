@@ -7,10 +7,13 @@ from atoll.learners import rates
 from atoll.learners.base import (
     Affine,
     Assignment,
+    At,
     Correction,
     GradientLearner,
     Learner,
     LocalResult,
+    Objective,
+    Stacking,
 )
 from atoll.learners.numpy import NumpyLearner
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Affine",
     "Assignment",
+    "At",
     "Correction",
     "GradientLearner",
     "HuggingFaceLearner",
@@ -32,7 +36,9 @@ __all__ = [
     "Learner",
     "LocalResult",
     "NumpyLearner",
+    "Objective",
     "SklearnLearner",
+    "Stacking",
     "TorchLearner",
     "rates",
 ]

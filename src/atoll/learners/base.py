@@ -278,7 +278,7 @@ class Stacking:
 
     def stacks(self, examples: Examples) -> str:
         """Why `train_cohort` cannot be used on data like these; empty if it can."""
-        return "the learner trains one client at a time"
+        return f"{type(self).__name__} trains one client at a time"
 
     def train_cohort(
         self,
@@ -308,7 +308,7 @@ class Stacking:
 
     def explain(self, examples: Examples) -> tuple[tuple[str, str, str], ...]:
         """(layer, kind, how it is run) of each part of the model, for people."""
-        return (("", "", "whole, one client at a time"),)
+        return (("", type(self).__name__, "whole, one client at a time"),)
 
     def use_threads(self, count: int) -> int:
         """Let one operation use so many threads, in the calling thread; returns what it was."""
@@ -324,7 +324,20 @@ class Stacking:
 
 def stacking(learner: Learner) -> Stacking:
     """What engines may ask of a learner, also of one that knows nothing of engines."""
-    return learner if isinstance(learner, Stacking) else Stacking()
+    return learner if isinstance(learner, Stacking) else _Plain(learner)
+
+
+class _Plain(Stacking):
+    """What engines may ask of a learner that knows nothing of them."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._name = type(learner).__name__
+
+    def stacks(self, examples: Examples) -> str:
+        return f"{self._name} trains one client at a time"
+
+    def explain(self, examples: Examples) -> tuple[tuple[str, str, str], ...]:
+        return (("", self._name, "whole, one client at a time"),)
 
 
 def model_at(model: Vectors, place: int) -> Vectors:

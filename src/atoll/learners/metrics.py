@@ -100,8 +100,16 @@ def figures(sums: Sums, task: Task) -> dict[str, float]:
 
 
 def main_metric(metrics: Container[str]) -> str:
-    """The metric to show first."""
-    return "accuracy" if "accuracy" in metrics else "loss"
+    """The metric to show first; clients' own, where there is no one model that has metrics."""
+    for name in ("accuracy", "loss", "accuracy_client_mean", "loss_client_mean"):
+        if name in metrics:
+            return name
+    return "loss"
+
+
+def more_is_better(metric: str) -> bool:
+    """Whether more of a metric is better, also of its spread over clients."""
+    return metric.split("_client_", maxsplit=1)[0] in HIGHER_IS_BETTER
 
 
 def spread(values: Sequence[float], metric: str) -> dict[str, float]:

@@ -75,7 +75,7 @@ class Driver:
     def hear(self, senders: Sequence[Sender]) -> Ask | None:
         """Everyone has answered who will: the next question, or None where there is an aggregate.
 
-        Raises `RunError` if nothing can be made of the answers.
+        Raises `CannotClose` if the reducer can make nothing of these answers.
         """
         assert self._talk is not None, "no round is open"
         heard = Heard(self.ask.into, tuple(senders))
@@ -83,9 +83,6 @@ class Driver:
             self._ask = self._talk.send(heard)
         except StopIteration as stop:
             self._ask, self._aggregate = None, stop.value
-        except Exception as error:
-            text = str(error).partition("\n")[0] or type(error).__name__
-            raise RunError(f"{self.plan.stages.reducer!r} could not be closed: {text}") from error
         return self._ask
 
     def step(

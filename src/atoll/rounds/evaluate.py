@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.algorithms.algorithm import Algorithm
 from atoll.core.vectors import Vectors
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
@@ -85,8 +84,7 @@ def own_model(plan: Plan, received: Received, task: ClientTask, examples: Exampl
 
 def has_own_models(plan: Plan) -> bool:
     """Whether clients are judged by other models than the one that is published."""
-    plain = type(plan.algorithm).own is Algorithm.own and plan.split.trivial
-    return not plain
+    return plan.algorithm.personal or not plan.split.trivial
 
 
 def evaluate_own(

@@ -22,8 +22,8 @@ def _written(name: str, value: float) -> str:
         return format(float(value), NUMBER)
     except (TypeError, ValueError, OverflowError):
         raise RunError(
-            f"an update's {name!r} is {type(value).__name__}, not a number: weights and metrics "
-            "are floats"
+            f"an update's {name.rpartition('/')[2]!r} is {type(value).__name__}, not a number: "
+            "weights and metrics are floats"
         ) from None
 
 

@@ -96,6 +96,9 @@ class Server:
             except StopIteration as stop:
                 aggregate: Aggregate = stop.value
                 return aggregate
+            except Exception as error:
+                name = type(error).__name__
+                raise RunError(f"{self.plan.algorithm!r} failed: {name}: {error}") from error
             if isinstance(question, Ask):
                 heard = yield replace(question, owner="algorithm")
                 members, answer = heard.senders, heard

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from atoll.errors import ConfigurationError
-from atoll.learners.metrics import HIGHER_IS_BETTER, main_metric
+from atoll.learners.metrics import main_metric, more_is_better
 
 
 class Round(Protocol):
@@ -120,7 +120,7 @@ def stop_reason(rules: Sequence[StopRule], history: Sequence[Round]) -> str:
 
 def better_high(metric: str, higher: bool | None = None) -> bool:
     """Whether more of a metric is better."""
-    return metric in HIGHER_IS_BETTER if higher is None else higher
+    return more_is_better(metric) if higher is None else higher
 
 
 def _value(record: Round, metric: str) -> float | None:

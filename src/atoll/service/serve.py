@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +47,17 @@ def serve(
     service: Service,
     listening: Listening,
     evaluate: Callable[[Vectors], Mapping[str, float]] | None = None,
+    *,
+    initial: Vectors | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
-    """Serve until the rounds are done, until `atoll stop`, or until SIGTERM or Ctrl-C."""
+    """Serve until the rounds are done, until `atoll stop`, or until SIGTERM or Ctrl-C.
+
+    `initial` is the whole model to start from; `stop`, set in another thread, ends it too.
+    """
     require("uvicorn", "atoll[serve]", "a federation's server")
     renew_server(folder.path)
-    process = _Process(plan, folder, service, listening, evaluate)
+    process = _Process(plan, folder, service, listening, evaluate, initial, stop)
     with asyncio.Runner(loop_factory=_loop()) as runner:
         runner.run(process.run())
 
@@ -76,7 +83,10 @@ class _Process:
         service: Service,
         listening: Listening,
         evaluate: Callable[[Vectors], Mapping[str, float]] | None,
+        initial: Vectors | None,
+        stop: threading.Event | None,
     ) -> None:
+        self.initial, self.stop = initial, stop
         self.plan, self.folder, self.service = plan, folder, service
         self.listening, self.evaluate = listening, evaluate
         self.store = Store(folder.database)
@@ -98,8 +108,9 @@ class _Process:
         # Signals are ours: long polls must be let go before connections are closed.
         server.capture_signals = contextlib.nullcontext  # type: ignore
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.leaving.set)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.leaving.set)
         listening = asyncio.create_task(server.serve())
         try:
             await self._lead(listening)
@@ -132,6 +143,7 @@ class _Process:
             self.plan, self.service, self.store,
             blobs_at(self.listening.blobs or str(self.folder.path / "blobs")),
             self.folder.path / "incoming", evaluate=self.evaluate, history=self.folder.path / "run",
+            initial=self.initial,
         )  # fmt: skip
         with self.store.change() as change:
             change.set("blobs", self.listening.blobs)
@@ -197,7 +209,7 @@ class _Process:
             )
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.leaving.wait(), seconds)
-        return self.leaving.is_set()
+        return self.leaving.is_set() or (self.stop is not None and self.stop.is_set())
 
 
 def _loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -128,6 +128,10 @@ class Attacked(Algorithm):
         return self.inner.metrics
 
     @property
+    def personal(self) -> bool:
+        return self.inner.personal
+
+    @property
     def several(self) -> bool:
         return self.inner.several
 

@@ -16,7 +16,14 @@ from atoll.core import safetensors
 from atoll.core.random import Key
 from atoll.core.vectors import Tree, Vector, Vectors, flatten, nest
 from atoll.data.federated import FederatedData
-from atoll.errors import AtollError, ConfigurationError, DataError, RunError, UpdateRefused
+from atoll.errors import (
+    AtollError,
+    CannotClose,
+    ConfigurationError,
+    DataError,
+    RunError,
+    UpdateRefused,
+)
 from atoll.learners.base import stacking
 from atoll.rounds.client_states import ClientStates
 from atoll.rounds.coordinator import Coordinator, Invitation, Phase, Verdict
@@ -125,6 +132,8 @@ class Simulator:
         self.backend: Backend
         self.states = ClientStates()
         self.clock = 0.0
+        #: What clients learned in the round that is being evaluated, and is not yet kept.
+        self._learned_now: dict[int, Tree] = {}
         self._sizes = data.sizes()
         self._resources = devices.resources(data.names, self.key)
         self.timing = Timing(plan, data.names, self._sizes, devices, self.key)
@@ -193,8 +202,7 @@ class Simulator:
         self.run.model = self.driver.server.model()
         self.run.engine, self.run.engine_notes = str(self.backend.engine), self.backend.notes
         stepped = time.perf_counter()
-        for member, state in gathered.learned.items():
-            self.states[member] = round, flatten(state)
+        self._learned_now = gathered.learned
         record = self._record(round, gathered, measurements, {})
         record = replace(record, metrics=self._evaluate(round, last=False))
         self.run.stopped = stop_reason(self.plan.stop, [*self.run.history, record])
@@ -209,6 +217,9 @@ class Simulator:
         self.run.seconds += seconds
         # Together, so that whatever stops the run finds all of a round or nothing of it.
         self.run.history.append(record)
+        for member, state in gathered.learned.items():
+            self.states[member] = round, flatten(state)
+        self._learned_now = {}
         self._closed = self._snapshot()
         end = RoundEnd(record, gathered.participants, self._closed, seconds, phases)
         for observer in self.observers:
@@ -291,7 +302,7 @@ class Simulator:
                 coordinator.worked()
             try:
                 ask = driver.hear([senders[id] for id in coordinator.heard])
-            except RunError as error:
+            except CannotClose as error:
                 coordinator.abandon(str(error))
                 return attempt
             if ask is not None:
@@ -421,12 +432,16 @@ class Simulator:
 
     def _task(self, invitation: Invitation, blank: Tree, discount: float = 1.0) -> ClientTask:
         member = invitation.member
-        state = nest(self.states[member][1]) if member in self.states else blank
+        state = self._state(member, blank)
         row = (
             member, invitation.client, invitation.round, invitation.turn, invitation.fraction,
             discount,
         )  # fmt: skip
         return ClientTask.read(row, self.key, state)
+
+    def _state(self, member: int, blank: Tree) -> Tree:
+        """What a client keeps, or what it begins from."""
+        return nest(self.states[member][1]) if member in self.states else blank
 
     def _too_late(self, arrival: Arrival, load: Load) -> tuple[str, int]:
         """A client whose answer no longer counts; its upload is cut off where it is."""
@@ -464,7 +479,8 @@ class Simulator:
     def _figures(self, round: int, last: bool) -> dict[str, float]:
         evaluation = self.plan.evaluation
         metrics: dict[str, float] = {}
-        if last or round % evaluation.every == 0:
+        # A model whose parts stay with its clients is theirs to judge.
+        if self.plan.split.trivial and (last or round % evaluation.every == 0):
             metrics = evaluate_pooled(self.plan.learner, self.run.model, self.data)
         interval = evaluation.clients_every
         if interval is not None and (last or round % interval == 0):
@@ -483,7 +499,7 @@ class Simulator:
         key = self.key.fold("own", round)
 
         def task_of(member: int) -> ClientTask:
-            state = nest(self.states[member][1]) if member in self.states else blank
+            state = self._learned_now.get(member) or self._state(member, blank)
             row = (member, self.data.names[member], round, round, 1.0, 1.0)
             return ClientTask.read(row, key, state)
 

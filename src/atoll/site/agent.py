@@ -93,6 +93,7 @@ class Site:
         resources: what else to say, e.g. {"charging": "yes", "unmetered": "yes", "speed": "12"}
             (local steps a second), for schedules that select by it.
         report: is told, in words, how it goes.
+        leaving: set, from another thread, to leave at the next chance.
     """
 
     folder: Path
@@ -102,7 +103,7 @@ class Site:
     declare: bool = True
     resources: dict[str, str] = field(default_factory=dict)
     report: Callable[[str], None] = logger.info
-    _stop: threading.Event = field(default_factory=threading.Event)
+    leaving: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         for name in ("memory", "kept", "outbox"):
@@ -118,7 +119,7 @@ class Site:
 
     def stop(self) -> None:
         """Ask the agent to leave at the next chance; what is unfinished stays in its folder."""
-        self._stop.set()
+        self.leaving.set()
 
     def join(self, url: str, token: Token | None, system_authorities: bool = False) -> None:
         """Become a site of the federation, or take up being one."""
@@ -164,7 +165,7 @@ class Site:
         beat = threading.Thread(target=self._heartbeat, daemon=True, name="atoll-heartbeat")
         beat.start()
         try:
-            while not self._stop.is_set():
+            while not self.leaving.is_set():
                 self._send_outbox()
                 order = self.link.check_in(self._greeting(), WAIT)
                 if order.kind == "train":
@@ -184,7 +185,7 @@ class Site:
         except Stopped:
             pass
         finally:
-            self._stop.set()
+            self.leaving.set()
             self.link.close()
         self.report("stopped; start again to go on")
         return None
@@ -366,7 +367,7 @@ class Site:
         known = json.loads((self.folder / "site.json").read_text(encoding="utf-8"))
         key = make_key(self.folder / "key.pem")
         link = self._link(self.link.url, self.folder / "ca.pem", key, known["site"])
-        while not self._stop.wait(self._beat):
+        while not self.leaving.wait(self._beat):
             busy = self._busy
             if busy is None:
                 continue
@@ -420,7 +421,7 @@ class Site:
                 pause = min(2 * pause, 60.0)
 
     def _sleep(self, seconds: float) -> None:
-        if self._stop.wait(seconds):
+        if self.leaving.wait(seconds):
             raise Stopped("the agent was asked to stop")
 
     def _lock(self) -> None:

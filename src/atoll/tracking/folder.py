@@ -35,7 +35,7 @@ import numpy as np
 from atoll.core import files
 from atoll.core.vectors import Vectors
 from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
-from atoll.learners.metrics import HIGHER_IS_BETTER, main_metric
+from atoll.learners.metrics import main_metric, more_is_better
 from atoll.rounds.client_states import ClientStates
 from atoll.rounds.describe import digest
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
@@ -355,7 +355,7 @@ class RunFolder(Observer):
         value = record.metrics.get(metric)
         if value is None or math.isnan(value) or not run.model:
             return False
-        score = value if metric in HIGHER_IS_BETTER else -value
+        score = value if more_is_better(metric) else -value
         better = self._best is None or score > self._best
         if better:
             self._best = score

@@ -56,7 +56,7 @@ def write_report(folder: Path, path: Path) -> Path:
         _again(run, folder),
     ]
     title = f"{folder.resolve().name}: {run.data.get('name', 'a run')}"
-    style = resources.files("atoll.tracking").joinpath("report.css").read_text(encoding="utf-8")
+    style = resources.files("atoll.view").joinpath("report.css").read_text(encoding="utf-8")
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

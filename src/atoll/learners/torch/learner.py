@@ -33,7 +33,7 @@ from atoll.learners.checks import check_loss, check_outputs
 from atoll.learners.evaluation import mean_over, pieces, sums_of_outputs, sums_of_parts
 from atoll.learners.metrics import Sums
 from atoll.learners.torch.losses import LOSSES, Loss
-from atoll.learners.torch.resident import Resident, ResidentDescent, draws_from, redrawn
+from atoll.learners.torch.resident import PROCESS, Resident, ResidentDescent, draws_from, redrawn
 from atoll.learners.torch.stacking.aims import as_tensor, numbers
 from atoll.learners.torch.stacking.checking import checked
 from atoll.learners.torch.stacking.cohort import (
@@ -173,7 +173,8 @@ class TorchLearner(GradientLearner):
     def lowering(self, examples: Examples) -> Lowering:
         """How the module is run, found out once, on a few of these examples."""
         if "_lowering" not in self.__dict__:
-            self.__dict__["_lowering"] = self._lower(examples)
+            with PROCESS:
+                self.__dict__.setdefault("_lowering", self._lower(examples))
         return self.__dict__["_lowering"]  # type: ignore[no-any-return]
 
     def _lower(self, examples: Examples) -> Lowering:
@@ -347,9 +348,9 @@ class TorchLearner(GradientLearner):
     @contextmanager
     def descend(self, model: Vectors, examples: Examples, key: Key) -> Iterator[ResidentDescent]:
         resident = self._resident
-        resident.load(model)
-        resident.module.train()
         with draws_from(key):
+            resident.load(model)
+            resident.module.train()
             yield ResidentDescent(resident, self._loss, self.optimizer, examples)
 
     def norm(self, vector: Tensor) -> float:
@@ -410,7 +411,6 @@ class TorchLearner(GradientLearner):
         self, model: Vectors, examples: Examples
     ) -> Iterator[Callable[[NDArray[Any]], Tensor]]:
         """A function from inputs to the outputs of this model, as in evaluation."""
-        run = self._run(model, examples)
 
         def outputs_of(x: NDArray[Any]) -> Tensor:
             # A copy: the first layer of some modules writes into its inputs.
@@ -419,6 +419,7 @@ class TorchLearner(GradientLearner):
             return outputs.unsqueeze(0) if outputs.ndim == 0 else outputs
 
         with torch.no_grad(), draws_from(Key(0)):
+            run = self._run(model, examples)
             yield outputs_of
 
     def _run(self, model: Vectors, examples: Examples) -> Callable[[Tensor], Tensor]:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -211,17 +212,23 @@ class ResidentDescent:
         return self.params.clone(), self._resident.statistics()
 
 
+#: torch has one generator for the whole process, and its tracer changes how every module is called:
+#: one thread at a time may use either, or the modules themselves.
+PROCESS = RLock()
+
+
 @contextmanager
 def draws_from(key: Key) -> Iterator[None]:
     """Let dropout and initialisers draw from `key`; the caller's own stream is untouched."""
-    # Not `torch.manual_seed`: it formats a stack trace for CUDA on every call, a millisecond each.
-    before = draws()
-    for generator in _generators():
-        generator.manual_seed(key.integer())
-    try:
-        yield
-    finally:
-        draw_again(before)
+    with PROCESS:
+        # Not `torch.manual_seed`: it formats a stack trace for CUDA on every call, a millisecond.
+        before = draws()
+        for generator in _generators():
+            generator.manual_seed(key.integer())
+        try:
+            yield
+        finally:
+            draw_again(before)
 
 
 def draws() -> list[Tensor]:

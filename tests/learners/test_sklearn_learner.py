@@ -69,7 +69,7 @@ def test_regressors():
 def test_black_boxes_are_refused_where_gradients_are_needed():
     learner = SklearnLearner(SGDClassifier(), features=2, classes=2)
     for algorithm in (algorithms.FedProx(mu=0.1), algorithms.Scaffold(), algorithms.FedSGD(lr=1.0)):
-        with pytest.raises(ConfigurationError, match="can only fit"):
+        with pytest.raises(ConfigurationError, match="SklearnLearner cannot do that"):
             Federation(
                 learner=learner, algorithm=algorithm, schedule=schedules.Synchronous(rounds=1)
             )

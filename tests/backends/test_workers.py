@@ -18,7 +18,8 @@ from torch import nn
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
-from atoll.algorithms import FedAvg
+from atoll.algorithms import FedAvg, LocalRule
+from atoll.algorithms.scaffold import ControlVariates
 from atoll.backends.allocator import keep_freed_memory
 from atoll.backends.choice import engine_of
 from atoll.backends.dispatch import LOSSES
@@ -168,51 +169,47 @@ def children():
     return path.read_text().split() if path.exists() else []
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stern(FedAvg):
+class Stern(LocalRule):
     def finish(self, client, local, got, mine):
         raise RunError("not today")
 
 
 def test_an_error_in_a_worker_is_the_runs_error(clients):
     before = children()
-    plan = federation(algorithm=Stern())
+    plan = federation(algorithm=FedAvg(local=Stern()))
     for engine in (Sequential(workers=2), Sequential(workers=2, processes=True)):
         with pytest.raises(RunError, match="not today"):
             plan.simulate(clients, engine=engine)
     assert children() == before
 
 
-@dataclass(frozen=True, kw_only=True)
-class Normed(FedAvg):
+class Normed(LocalRule):
     """Divides by a norm over everything: right for one client, wrong for a stack."""
 
     def finish(self, client, local, got, mine):
         delta = local.params - got["params"]
-        return self.report(local, delta=delta / (1 + (delta * delta).sum())), mine
+        return {"delta": delta / (1 + (delta * delta).sum())}, mine
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deciding(FedAvg):
+class Deciding(LocalRule):
     def finish(self, client, local, got, mine):
         weight = 2.0 if local.loss > 0.1 else 1.0
-        return self.report(local, delta=weight * (local.params - got["params"])), mine
+        return {"delta": weight * (local.params - got["params"])}, mine
 
 
-@dataclass(frozen=True, kw_only=True)
 class Counting(FedAvg):
     """Weighs by the length of what holds the examples, which is not a count in a cohort."""
 
-    def finish(self, client, local, got, mine):
-        update, memory = super().finish(client, local, got, mine)
+    def work(self, client, got, mine):
+        update, memory = super().work(client, got, mine)
         return replace(update, weight=len(client.examples)), memory
 
 
 @pytest.mark.parametrize(
     ("algorithm", "why"),
     [
-        (Normed(), "something else for a stack"),
-        (Deciding(), "do not work on a stack"),
+        (FedAvg(local=Normed()), "something else for a stack"),
+        (FedAvg(local=Deciding()), "do not work on a stack"),
         (Counting(), "stack of clients"),
     ],
 )
@@ -236,16 +233,14 @@ def test_learners_without_stacks_step_aside(clients):
 
 
 def test_diverging_clients_are_refused_and_the_others_counted(clients):
-    @dataclass(frozen=True, kw_only=True)
-    class Poisoned(FedAvg):
+    class Poisoned(LocalRule):
         def finish(self, client, local, got, mine):
             broken = np.asarray(local.examples) > 20
             factor = torch.tensor(np.where(broken, np.nan, 1.0), dtype=torch.float32)
-            factor = factor.unsqueeze(-1) if factor.ndim else factor
-            return self.report(local, delta=factor * (local.params - got["params"])), mine
+            return {"delta": factor * (local.params - got["params"])}, mine
 
     plan = federation(
-        algorithm=Poisoned(), schedule=schedules.Synchronous(rounds=2, cohort=20, minimum=1)
+        algorithm=FedAvg(local=Poisoned()), schedule=schedules.Synchronous(rounds=2, cohort=20, minimum=1)
     )
     runs = [plan.simulate(clients, seed=3, engine=engine) for engine in (*ENGINES[:4],)]
     sizes = clients.sizes()
@@ -370,8 +365,7 @@ def test_threads_do_not_share_the_layers_that_hold_weights():
     assert len({model(plan, clients, engine) for engine in engines}) == 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Remembering(algorithms.Scaffold):
+class Remembering(ControlVariates):
     """A norm over all clients' control variates, which are zero at first."""
 
     def correction(self, got, mine):
@@ -380,7 +374,7 @@ class Remembering(algorithms.Scaffold):
 
 
 def test_rules_that_differ_only_once_clients_remember_are_found_out(clients):
-    plan = federation(algorithm=Remembering())
+    plan = federation(algorithm=FedAvg(local=Remembering(), weighting="uniform"))
     run = plan.simulate(clients, engine=Stacked(block=4, workers=1), seed=3)
     assert any("something else for a stack" in note for note in run.engine_notes)
 
@@ -391,15 +385,14 @@ def test_processes_have_one_thread_each(clients):
     assert any("do not survive a fork" in note for note in run.engine_notes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mistaken(FedAvg):
+class Mistaken(LocalRule):
     def finish(self, client, local, got, mine):
         return got["no such vector"]
 
 
 def test_a_mistake_in_a_worker_is_told_once(clients, capfd):
     with pytest.raises(RunError, match="a worker failed: KeyError: 'no such vector'"):
-        federation(algorithm=Mistaken()).simulate(
+        federation(algorithm=FedAvg(local=Mistaken())).simulate(
             clients, engine=Sequential(workers=1, processes=True)
         )
     assert capfd.readouterr().err.count("Traceback") == 1

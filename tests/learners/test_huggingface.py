@@ -161,7 +161,7 @@ def test_texts_become_tokens(minilm):
 def test_lora_on_minilm_learns_from_nine_sources(minilm, monkeypatch):
     from pathlib import Path
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import lora_medquad
 
     with warnings.catch_warnings():

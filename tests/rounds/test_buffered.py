@@ -140,7 +140,9 @@ def test_fedasync_by_an_independent_loop(blobs, slow_and_quick):
     """w <- (1 - a s) w + a s w_client (FedAsync, algorithm 1), a = 0.6."""
     plan = federation(
         fedasync(rounds=20, concurrency=4, staleness=Hinge(10, 1)),
-        algorithm=algorithms.FedProx(mu=0.005, weighting="uniform", server_lr=0.6),
+        algorithm=algorithms.FedProx(
+            mu=0.005, weighting="uniform", server=algorithms.server.SGD(0.6)
+        ),
     )
     run = plan.simulate(blobs, seed=1, devices=slow_and_quick, engine="sequential")
     np.testing.assert_allclose(
@@ -150,7 +152,7 @@ def test_fedasync_by_an_independent_loop(blobs, slow_and_quick):
 
 def by_hand(plan, data, devices, seed):
     """Asynchronous training in float64 with a sorted list of who is at work."""
-    from atoll.rounds.task import assignment_for, run_task
+    from atoll.rounds.task import ClientTask, Received, assignment_for, run_task
     from atoll.simulation.devices import device_key
 
     schedule, key = plan.schedule, Key(seed)
@@ -158,7 +160,7 @@ def by_hand(plan, data, devices, seed):
     w = plan.learner.init(key.fold("init"))["params"].astype(np.float64)
     members = Roster(data.names, data.sizes())
     versions, at_work, now, buffer = {}, [], 0.0, []
-    lr = plan.algorithm.server_lr
+    lr = plan.algorithm.server.lr
     size = 4 * w.size  # latency only: bytes cost nothing here
     assert size
     while True:
@@ -173,8 +175,9 @@ def by_hand(plan, data, devices, seed):
         at_work.sort(key=lambda item: item[0])
         now, i = at_work.pop(0)
         began = versions[i.round - 1]
-        task = assignment_for(key, i.client, i.round, i.turn, 1.0)
-        update, _ = run_task(plan, {"params": began}, {}, data.train(i.member), task)
+        about = assignment_for(key, i.client, i.round, i.turn, 1.0)
+        task = ClientTask(i.member, i.client, about, {}, i.turn)
+        update, _ = run_task(plan, Received({"params": began}), task, data.train(i.member))
         answer = machine.deliver(i.id, i.client, now)
         s = schedule.staleness.discount(answer.staleness)
         delta = update.vectors["delta"].astype(np.float64)
@@ -203,18 +206,17 @@ def same(a, b):
     return a.model["params"].tobytes() == b.model["params"].tobytes()
 
 
-class Sometimes(algorithms.FedAvg):
+class Sometimes(algorithms.LocalRule):
     """Diverges at clients of an odd number of examples."""
 
     def finish(self, client, local, got, mine):
-        update, kept = super().finish(client, local, got, mine)
-        if client.count % 2:
-            update.vectors["delta"] = update.vectors["delta"] * np.nan
-        return update, kept
+        change = local.params - got["params"]
+        return {"delta": change * (np.nan if client.count % 2 else 1)}, mine
 
 
 def test_faulty_updates_are_refused_and_others_take_their_place(blobs, slow_and_quick):
-    plan = federation(Buffered(rounds=4, concurrency=5, buffer=2), algorithm=Sometimes())
+    algorithm = algorithms.FedAvg(local=Sometimes())
+    plan = federation(Buffered(rounds=4, concurrency=5, buffer=2), algorithm=algorithm)
     run = plan.simulate(blobs, devices=slow_and_quick, engine="sequential")
     assert len(run.history) == 4
     assert np.isfinite(run.model["params"]).all()
@@ -222,13 +224,13 @@ def test_faulty_updates_are_refused_and_others_take_their_place(blobs, slow_and_
 
 
 def test_a_run_that_only_diverges_ends_with_a_sentence(blobs):
-    class Never(algorithms.FedAvg):
+    class Never(algorithms.LocalRule):
         def finish(self, client, local, got, mine):
-            update, kept = super().finish(client, local, got, mine)
-            update.vectors["delta"] = update.vectors["delta"] * np.nan
-            return update, kept
+            return {"delta": (local.params - got["params"]) * np.nan}, mine
 
-    plan = federation(Buffered(rounds=4, concurrency=5, buffer=2), algorithm=Never())
+    plan = federation(
+        Buffered(rounds=4, concurrency=5, buffer=2), algorithm=algorithms.FedAvg(local=Never())
+    )
     with pytest.raises(RunError, match="training diverges"):
         plan.simulate(blobs, engine="sequential")
 
@@ -243,7 +245,8 @@ def test_settings_that_cannot_work_are_refused(blobs):
 
 
 def test_every_step_has_its_updates_also_where_some_are_refused(blobs, slow_and_quick):
-    plan = federation(Buffered(rounds=5, concurrency=5, buffer=3), algorithm=Sometimes())
+    algorithm = algorithms.FedAvg(local=Sometimes())
+    plan = federation(Buffered(rounds=5, concurrency=5, buffer=3), algorithm=algorithm)
     run = plan.simulate(blobs, devices=slow_and_quick, engine="sequential")
     assert [r.accepted for r in run.history] == [3] * 5
 

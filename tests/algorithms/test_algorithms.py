@@ -8,7 +8,9 @@ import pytest
 
 from atoll import Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
-from atoll.algorithms import FedAvg
+from atoll.algorithms import FedAvg, LocalRule, Start, server
+from atoll.algorithms.local import Proximal
+from atoll.algorithms.scaffold import ControlVariates
 from atoll.core.random import Key, permutations
 from atoll.core.updates import Aggregate
 from atoll.core.vectors import Layout
@@ -127,6 +129,15 @@ def test_clipping_bounds_what_a_round_can_move():
     assert converge(algorithms.FedAvg(), 1, Clip(0.01) >> Mean()) == pytest.approx(0.005, abs=1e-6)
 
 
+def start(params):
+    """What an algorithm's first state is made from, without a learner."""
+    return Start(params, None, Layout.of({"x": params}), Key(0))
+
+
+def mean_change(delta):
+    return Aggregate({"delta": np.array([delta], np.float32)}, {}, 1.0, 1, 1)
+
+
 # Reddi et al., algorithm 2, written out for one coordinate in float64.
 def reference_fedopt(rule, deltas, lr, beta1, beta2, tau):
     x, m, v = 1.0, 0.0, tau**2
@@ -152,31 +163,32 @@ def reference_fedopt(rule, deltas, lr, beta1, beta2, tau):
 )
 def test_server_optimisers_are_the_papers(rule, algorithm):
     deltas = np.random.default_rng(0).normal(0, 0.5, 12)
-    state = algorithm.init(np.ones(1, np.float32))
+    state = algorithm.init(start(np.ones(1, np.float32)))
     for delta in deltas:
-        aggregate = Aggregate({"delta": np.array([delta], np.float32)}, {}, 1.0, 1, 1)
-        state = algorithm.step(state, aggregate)
+        state = algorithm.step(state, mean_change(delta), None)
         assert all(vector.dtype == np.float32 for vector in state.values())
+    optimizer = algorithm.server
     expected = reference_fedopt(
-        rule, deltas, 0.3, algorithm.beta1, getattr(algorithm, "beta2", 0), 0.01
+        rule, deltas, 0.3, optimizer.beta1, getattr(optimizer, "beta2", 0), 0.01
     )
     assert state["params"][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_fedavgm_is_the_papers():
     algorithm = algorithms.FedAvgM(momentum=0.9, server_lr=0.5)
-    state, x, v = algorithm.init(np.zeros(1, np.float32)), 0.0, 0.0
+    state, x, v = algorithm.init(start(np.zeros(1, np.float32))), 0.0, 0.0
     for delta in (1.0, -0.5, 0.25):
-        state = algorithm.step(
-            state, Aggregate({"delta": np.array([delta], np.float32)}, {}, 1.0, 1, 1)
-        )
+        state = algorithm.step(state, mean_change(delta), None)
         v = 0.9 * v + delta
         x += 0.5 * v
     assert state["params"][0] == pytest.approx(x)
 
 
-def reference_scaffold(clients, learner, rounds, cohort, option):
-    """Karimireddy et al., algorithm 1, on plain arrays with hand-written loops and gradients."""
+def reference_scaffold(clients, learner, rounds, cohort, option, step=lambda x, d: x + d):
+    """Karimireddy et al., algorithm 1, on plain arrays with hand-written loops and gradients.
+
+    `step` is what the server makes of the mean change.
+    """
     key = Key(0)
     x = learner.init(key.fold("init"))["params"].astype(np.float64)
     c, own = np.zeros_like(x), np.zeros((len(clients), len(x)))
@@ -207,7 +219,7 @@ def reference_scaffold(clients, learner, rounds, cohort, option):
             deltas.append(y - x)
             changes.append(new - own[i])
             own[i] = new
-        x = x + np.mean(deltas, axis=0)
+        x = step(x, np.mean(deltas, axis=0))
         c = c + cohort / len(clients) * np.mean(changes, axis=0)
     return x
 
@@ -231,6 +243,40 @@ def test_scaffold_is_the_papers_algorithm_under_sampling(blobs, option):
     np.testing.assert_allclose(result.model["params"], expected, rtol=1e-4, atol=1e-5)
 
 
+class AdamByHand:
+    """Reddi et al., algorithm 2 with line 11, in float64."""
+
+    def __init__(self, lr, beta1, beta2, tau):
+        self.lr, self.beta1, self.beta2, self.tau = lr, beta1, beta2, tau
+        self.m, self.v = 0.0, tau**2
+
+    def __call__(self, x, delta):
+        self.m = self.beta1 * self.m + (1 - self.beta1) * delta
+        self.v = self.beta2 * self.v + (1 - self.beta2) * delta**2
+        return x + self.lr * self.m / (np.sqrt(self.v) + self.tau)
+
+
+@pytest.mark.parametrize("option", ["I", "II"])
+def test_control_variates_under_adam_are_both(blobs, option):
+    """Scaffold's clients and control, with FedAdam's step: each part as in its own paper."""
+    learner = NumpyLearner(layers=(2, 3), lr=0.1, batch_size=10)
+    numbers = {"lr": 0.05, "beta1": 0.9, "beta2": 0.99, "tau": 0.01}
+    plan = Federation(
+        learner=learner,
+        algorithm=FedAvg(
+            local=ControlVariates(option), server=server.Adam(**numbers), weighting="uniform"
+        ),
+        schedule=schedules.Synchronous(rounds=8, cohort=3),
+    )
+    found = plan.simulate(blobs, seed=0).model["params"]
+    expected = reference_scaffold(blobs, learner, 8, 3, option, AdamByHand(**numbers))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    # Neither half is left out: the other compositions end elsewhere.
+    for other in (algorithms.Scaffold(option=option), FedAvg(server=server.Adam(**numbers))):
+        ends = Federation(learner=learner, algorithm=other, schedule=plan.schedule).simulate(blobs)
+        assert np.abs(ends.model["params"] - expected).max() > 1e-2
+
+
 def test_control_variates_stay_the_mean_of_the_clients():
     # Invariant of the paper: c = mean of all c_i, whoever took part.
     from atoll.simulation import Devices, Sequential, Simulator
@@ -251,43 +297,57 @@ def test_control_variates_stay_the_mean_of_the_clients():
         devices=Devices(), engine=Sequential(), observers=[],
     )  # fmt: skip
     simulator.go()
-    total = sum(memory["algorithm/control"] for _, memory in simulator.memories.values())
-    assert 4 <= len(simulator.memories) <= 9
-    np.testing.assert_allclose(simulator.server.state["control"], total / 9, atol=1e-6)
+    total = sum(kept["algorithm/control"] for _, kept in simulator.states.values())
+    assert 4 <= len(simulator.states) <= 9
+    control = simulator.driver.server.state["control"]
+    assert np.abs(control).max() > 1e-3
+    np.testing.assert_allclose(control, total / 9, atol=1e-6)
 
 
-@pytest.mark.parametrize("algorithm", [algorithms.FedProx(mu=0.3), algorithms.Scaffold()])
-def test_rules_serve_one_client_and_a_stacked_cohort_alike(algorithm):
+@pytest.mark.parametrize("rule", [Proximal(mu=0.3), ControlVariates()])
+def test_rules_serve_one_client_and_a_stacked_cohort_alike(rule):
     rng = np.random.default_rng(0)
     cohort, size = 4, 6
     got = {name: rng.normal(size=size).astype(np.float32) for name in ("params", "control")}
     controls, gradients, params = rng.normal(size=(3, cohort, size)).astype(np.float32)
-    stacked = algorithm.correction(got, {"control": controls})(gradients.copy(), params)
-    local = LocalResult(params, 5, np.full((cohort, 1), 0.5, np.float32), 10, 10, 0.0)
-    update, memory = algorithm.finish(None, local, got, {"control": controls})
+    stacked = rule.correction(got, {"control": controls})(gradients.copy(), params)
+    tens = np.full((cohort, 1), 10)
+    local = LocalResult(
+        params, tens / 2, np.full((cohort, 1), 0.5, np.float32), tens, tens, np.zeros((cohort, 1))
+    )
+    vectors, memory = rule.finish(None, local, got, {"control": controls})
     for row in range(cohort):
         mine = {"control": controls[row]}
-        alone = algorithm.correction(got, mine)(gradients[row].copy(), params[row])
+        alone = rule.correction(got, mine)(gradients[row].copy(), params[row])
         np.testing.assert_allclose(stacked[row], alone, rtol=1e-6)
-        one, kept = algorithm.finish(None, LocalResult(params[row], 5, 0.5, 10, 10, 0.0), got, mine)
-        for name, vector in one.vectors.items():
-            np.testing.assert_allclose(update.vectors[name][row], vector, rtol=1e-6)
-        if kept:
-            np.testing.assert_allclose(memory["control"][row], kept["control"], rtol=1e-6)
+        one, kept = rule.finish(None, LocalResult(params[row], 5, 0.5, 10, 10, 0.0), got, mine)
+        assert one.keys() == vectors.keys()
+        for name, vector in one.items():
+            np.testing.assert_allclose(vectors[name][row], vector, rtol=1e-6)
+        np.testing.assert_allclose(memory["control"][row], kept["control"], rtol=1e-6)
+
+
+@dataclass(frozen=True)
+class WeightDecayed(LocalRule):
+    decay: float
+    needs = frozenset({"gradient"})
+
+    def correction(self, got, mine):
+        return Affine(scale=self.decay)
 
 
 def test_a_new_algorithm_is_one_class():
-    @dataclass(frozen=True, kw_only=True)
-    class WeightDecayed(FedAvg):
-        decay: float
-
-        def correction(self, got, mine):
-            return Affine(scale=self.decay)
-
     # LocalResult points shrink towards zero: c_i = a b / (a + decay).
     shrink = (1 - LR * (A + 1.0)) ** STEPS
     expected = ((1 - shrink) * A * B / (A + 1)).sum() / (1 - shrink).sum()
-    assert converge(WeightDecayed(decay=1.0)) == pytest.approx(expected, abs=1e-5)
+    assert converge(FedAvg(local=WeightDecayed(1.0))) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_rule_that_would_never_be_called_is_refused():
+    """What belongs into a local rule is written into the algorithm: found when it is defined."""
+    for name in ("correction", "finish", "objective"):
+        with pytest.raises(ConfigurationError, match=f"Mine.{name} would never be called"):
+            type("Mine", (FedAvg,), {name: lambda self, *given: None})
 
 
 def test_weighting_by_work_counts_partial_work():
@@ -297,13 +357,16 @@ def test_weighting_by_work_counts_partial_work():
         for w in ("examples", "uniform", "work")
     ]
     assert weights == [20, 1, 30]
+    assert [algorithms.FedAvg(weighting=w).weighted for w in ("examples", "uniform", "work")] == [
+        True, False, True
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: algorithms.FedAvg(weighting="size"), "weighting must be"),
-        (lambda: algorithms.FedAvg(server_lr=0), "server_lr must be positive"),
+        (lambda: algorithms.FedAvg(server=server.SGD(0)), "lr must be positive"),
         (lambda: algorithms.FedAdam(beta2=1.0), "beta2 must be"),
         (lambda: algorithms.FedAvgM(momentum=1.0), "momentum must be"),
         (
@@ -332,17 +395,20 @@ def test_bad_settings_get_a_sentence(make, message):
 def test_examples_stay_where_they_are():
     """The update of a client holds nothing but what its algorithm reports."""
     from atoll.learners.base import Assignment
-    from atoll.rounds.task import first_state, run_task
+    from atoll.rounds.task import ClientTask, Received, first_state, run_task
 
     federation = Federation(
         learner=NumpyLearner(layers=(2, 3)),
         algorithm=algorithms.FedAvg(),
         schedule=schedules.Synchronous(rounds=1),
     )
-    received = federation.learner.init(Key(0))
+    received = Received({"params": federation.learner.init(Key(0))["params"]})
     held = Examples(np.ones((4, 2), np.float32), np.zeros(4, np.int64))
-    update, memory = run_task(
-        federation, received, first_state(federation, received), held, Assignment(1, Key(1))
-    )
+    state = first_state(federation, received, {})
+    task = ClientTask(0, "a", Assignment(1, Key(1)), state)
+    update, kept = run_task(federation, received, task, held)
     assert set(update.vectors) == {"delta"}
-    assert memory == {}
+    assert update.vectors["delta"].shape == (9,)
+    assert set(update.metrics) == {"train_loss", "steps", "seen"}
+    assert update.statistics == {} and update.weight == 4
+    assert state == {} and kept == {}
