@@ -66,7 +66,7 @@ def engine_of(device: str, block: int, processes: int) -> Engine:
     if processes == 1:
         return Stacked(block=block, workers=1)
     gpus = 1 / processes if device.startswith("cuda") else 0.0
-    return RayCluster(method=f"stacked(block={block})", actors=processes, gpus=gpus)
+    return RayCluster(method=Stacked(block=block), actors=processes, gpus=gpus)
 
 
 def measure(

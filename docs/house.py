@@ -9,23 +9,36 @@ from pathlib import Path
 
 FLOORS = [
     [("errors", "sentences for people")],
-    [("keys", "keyed random generators"), ("vectors", "Layout: names ↔ one vector")],
-    [("updates", "what travels"), ("wire", "arrays ↔ bytes"), ("pictures", "one style of figure")],
-    [("display", "HTML that notebooks and reports show")],
-    [("data", "who holds what"), ("aggregation", "the pipeline: stages, exact sums")],
-    [("learners", "local training and evaluation")],
-    [("algorithms", "one file per algorithm")],
-    [("rounds", "plan, selection, coordinator: no clock, no I/O")],
-    [("tracking", "run folders, progress, plots, loggers")],
-    [("page", "the live page, over run folders or a server")],
     [
-        ("simulation", "virtual clock, devices, engines, crews"),
-        ("service", "server, site agent, store, identity"),
+        ("core", "vectors, updates, keyed draws, bytes, files"),
+        ("view/figure", "one style of figure"),
+    ],
+    [
+        ("view/html", "what notebooks and reports show"),
+        ("view/population", "who holds what, drawn"),
+    ],
+    [("data", "who holds what"), ("aggregation", "stages, exact sums, conversations")],
+    [("learners", "local training and evaluation")],
+    [
+        ("algorithms", "local rules, server optimisers, compositions"),
+        ("view/plots", "curves of runs"),
+    ],
+    [("rounds", "plan, schedules, coordinator, driver: no clock, no I/O")],
+    [("tracking", "records, run folders, progress, loggers")],
+    [("view", "reports and the live page")],
+    [
+        ("backends", "stacks, threads, processes, Ray"),
+        ("protocol", "messages, identities, certificates"),
+    ],
+    [
+        ("simulation", "virtual clock, devices, attackers"),
+        ("service", "loop, HTTP, storage"),
+        ("site", "the agent beside the data"),
     ],
     [("federation", "Federation and its verbs")],
     [("flower", "Flower apps, unmodified, as our runs")],
     [
-        ("cli", "atoll simulate | show | compare | serve | join | status ..."),
+        ("cli", "atoll simulate | show | serve | join | status ..."),
         ("testing", "checks for learners"),
     ],
 ]

@@ -93,6 +93,50 @@ def test_imports_go_down(path):
                 assert FLOOR[other] < FLOOR[own], f"{own} imports {name}"
 
 
+def module_of(path: Path) -> str:
+    parts = ("atoll", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that can be reached from each other (Tarjan, 1972)."""
+    number, least, stack, found = {}, {}, [], []
+
+    def visit(module):
+        number[module] = least[module] = len(number)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in number:
+                visit(other)
+            if other in stack:
+                least[module] = min(least[module], least[other])
+        if least[module] == number[module]:
+            at = stack.index(module)
+            group = stack[at:]
+            del stack[at:]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in graph:
+        if module not in number:
+            visit(module)
+    return found
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
+    assert circles(graph) == [["b", "c"]]
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {module_of(path): path for path in FILES if path.name != "__init__.py"}
+    graph = {}
+    for module, path in modules.items():
+        named = {name if name in modules else name.rpartition(".")[0] for name in imports(path)}
+        graph[module] = (named & modules.keys()) - {module}
+    assert circles(graph) == []
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_frameworks_stay_in_their_files(framework):
     allowed = FRAMEWORKS[framework]

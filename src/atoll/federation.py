@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atoll.backends.backend import Engine
-from atoll.backends.choice import engine_of
+from atoll.backends.parsing import engine_of
 from atoll.core.files import write_json
 from atoll.core.vectors import Vectors
 from atoll.data.federated import FederatedData

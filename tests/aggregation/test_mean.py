@@ -3,7 +3,6 @@
 from fractions import Fraction
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -11,7 +10,6 @@ from hypothesis.extra import numpy as hnp
 from atoll.aggregation import Mean, Rows, Schema, Spec
 from atoll.core.random import Key
 from atoll.core.updates import Update
-from atoll.errors import RunError
 
 SIZE = 3
 SCHEMA = Schema.of({"delta": SIZE})

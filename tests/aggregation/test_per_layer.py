@@ -191,7 +191,9 @@ def test_a_stage_that_hides_figures_hides_them_by_layer_too():
 
 
 def test_a_vector_that_is_left_out_may_be_cut():
-    pipeline = bound(PerLayer(("body.*", Rounding(0.5))) >> Mean(), control=Spec((23,), optional=True))
+    pipeline = bound(
+        PerLayer(("body.*", Rounding(0.5))) >> Mean(), control=Spec((23,), optional=True)
+    )
     update = Update({"delta": delta()}, shares={"control": 0.0})
     found, _, _ = there_and_back(pipeline, update)
     assert set(found.vectors) == {"delta"} and found.shares == {"control": 0.0}

@@ -92,7 +92,9 @@ def test_servers_verify_by_what_clients_were_told():
     assert stage.heard == [3.0]
 
 
-@pytest.mark.parametrize("pipeline", [Hiding() >> Clip(1.0) >> Mean(), Clip(1.0) >> Mean() >> Hiding()])
+@pytest.mark.parametrize(
+    "pipeline", [Hiding() >> Clip(1.0) >> Mean(), Clip(1.0) >> Mean() >> Hiding()]
+)
 def test_no_figure_leaves_a_client_beside_a_stage_that_hides_them(pipeline):
     metrics = {"train_loss": (0.0, 9.0)}
     hidden = bound(pipeline, Schema.of({"delta": 3}, metrics=metrics))

@@ -299,7 +299,7 @@ def test_control_variates_stay_the_mean_of_the_clients():
     simulator.go()
     total = sum(kept["algorithm/control"] for _, kept in simulator.states.values())
     assert 4 <= len(simulator.states) <= 9
-    control = simulator.driver.server.state["control"]
+    control = simulator.driver.server.state["local.control"]
     assert np.abs(control).max() > 1e-3
     np.testing.assert_allclose(control, total / 9, atol=1e-6)
 

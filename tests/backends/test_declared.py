@@ -16,7 +16,8 @@ from atoll.algorithms.local import Plain
 from atoll.core.updates import Update
 from atoll.errors import AtollError, ConfigurationError, RunError
 from atoll.learners import NumpyLearner, TorchLearner
-from atoll.simulation import Sequential, Stacked
+from atoll.simulation import Devices, Sequential, Simulator, Stacked
+from atoll.tracking import Run
 
 ENGINES = [
     Sequential(workers=1),
@@ -165,17 +166,30 @@ class Keeping(LocalRule):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "sentence"),
-    [
-        (FedAvg(local=Keeping("first"), server=server.Adam()), "both keep 'first'"),
-        (FedAvg(local=Keeping("velocity"), server=server.Momentum()), "both keep 'velocity'"),
-        (FedAvg(local=Keeping("params")), "both keep 'params'"),
-        (FedAvg(local=Keeping("a/b")), "without '/'"),
-    ],
+    ("name", "optimizer"),
+    [("first", server.Adam()), ("second", server.Adam()), ("velocity", server.Momentum())],
 )
-def test_names_that_two_would_keep_are_refused_before_anyone_works(clients, algorithm, sentence):
-    with pytest.raises(ConfigurationError, match=sentence):
-        federation(algorithm).rounds(clients)
+def test_a_rule_and_a_server_may_keep_the_same_name(clients, name, optimizer):
+    """Each has its own: the optimiser takes its own steps, and the rule counts its own rounds."""
+    plan = federation(FedAvg(local=Keeping(name), server=optimizer))
+    simulator = Simulator(
+        plan, clients, Run(plan.describe(), {}, 0, 3),
+        devices=Devices(), engine=ENGINES[0], observers=[],
+    )  # fmt: skip
+    found = simulator.go().model["params"]
+    plain = federation(FedAvg(server=optimizer)).simulate(clients, engine=ENGINES[0])
+    assert found.tobytes() == plain.model["params"].tobytes()
+    assert set(simulator.driver.server.state[f"local.{name}"]) == {3}
+
+
+def test_a_rule_cannot_keep_the_models_own_name(clients):
+    with pytest.raises(ConfigurationError, match="params"):
+        federation(FedAvg(local=Keeping("params"))).rounds(clients)
+
+
+def test_names_at_the_server_can_be_kept(clients):
+    with pytest.raises(ConfigurationError, match="without '/'"):
+        federation(FedAvg(local=Keeping("a/b"))).rounds(clients)
 
 
 @dataclass(frozen=True)

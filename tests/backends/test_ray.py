@@ -21,7 +21,7 @@ from atoll.algorithms import FedAvg, LocalRule
 from atoll.backends.ray import _Actors, _fitting
 from atoll.errors import ConfigurationError, RunError
 from atoll.learners import TorchLearner
-from atoll.simulation import RayCluster, Stacked
+from atoll.simulation import RayCluster, Sequential, Stacked
 
 # Ray leaves sockets and subprocesses to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -59,7 +59,7 @@ def federation(algorithm=None, rounds=3):
 
 
 LOCAL = Stacked(block=3, workers=1, threads=1)
-REMOTE = RayCluster(method="stacked(block=3)", actors=2)
+REMOTE = RayCluster(method=Stacked(block=3), actors=2)
 
 
 def test_two_actors_make_the_bytes_of_one_process(cluster, clients):
@@ -117,14 +117,14 @@ class Stern(LocalRule):
 
 
 def test_an_error_in_an_actor_is_the_runs_error(cluster, clients):
-    engine = RayCluster(method="sequential", actors=2)
+    engine = RayCluster(method=Sequential(), actors=2)
     with pytest.raises(RunError, match="not today"):
         federation(FedAvg(local=Stern())).simulate(clients, engine=engine)
 
 
 def test_more_actors_than_there_is_room_for_are_refused(cluster, clients):
     with pytest.raises(ConfigurationError, match="room for 2 actors of 1 cores"):
-        federation().simulate(clients, engine=RayCluster(method="sequential", actors=5))
+        federation().simulate(clients, engine=RayCluster(method=Sequential(), actors=5))
     with pytest.raises(ConfigurationError, match="room for 1 actors of 1 cores and 0.6 GPUs"):
         federation().simulate(clients, engine=RayCluster(actors=2, gpus=0.6))
 
@@ -158,7 +158,7 @@ def test_actors_that_share_a_gpu_make_the_same_bytes(cluster, clients, monkeypat
     expected = federation().simulate(clients, engine=LOCAL)
     hired = []
     monkeypatch.setattr(_Actors, "_start_actor", _counted(_Actors._start_actor, hired))
-    engine = RayCluster(method="stacked(block=3)", actors=2, gpus=0.5)
+    engine = RayCluster(method=Stacked(block=3), actors=2, gpus=0.5)
     found = federation().simulate(clients, engine=engine)
     assert len(hired) == 2
     assert found.model["params"].tobytes() == expected.model["params"].tobytes()
@@ -204,7 +204,7 @@ import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
 import ray
 from test_ray import LOCAL, federation, RayCluster, population
 held = population()
-engine = RayCluster(method="stacked(block=3)", actors=2, address="127.0.0.1:6399")
+engine = RayCluster(method=Stacked(block=3), actors=2, address="127.0.0.1:6399")
 runs = [federation().simulate(held, seed=3, engine=each) for each in (LOCAL, engine)]
 assert runs[0].model["params"].tobytes() == runs[1].model["params"].tobytes()
 """

@@ -21,8 +21,8 @@ from atoll.aggregation import Clip, Mean
 from atoll.algorithms import FedAvg, LocalRule
 from atoll.algorithms.scaffold import ControlVariates
 from atoll.backends.allocator import keep_freed_memory
-from atoll.backends.choice import engine_of
 from atoll.backends.dispatch import LOSSES
+from atoll.backends.parsing import engine_of
 from atoll.errors import CheckpointError, ConfigurationError, RunError
 from atoll.learners import Affine, NumpyLearner, TorchLearner
 from atoll.rounds.client_states import ClientStates
@@ -240,7 +240,8 @@ def test_diverging_clients_are_refused_and_the_others_counted(clients):
             return {"delta": factor * (local.params - got["params"])}, mine
 
     plan = federation(
-        algorithm=FedAvg(local=Poisoned()), schedule=schedules.Synchronous(rounds=2, cohort=20, minimum=1)
+        algorithm=FedAvg(local=Poisoned()),
+        schedule=schedules.Synchronous(rounds=2, cohort=20, minimum=1),
     )
     runs = [plan.simulate(clients, seed=3, engine=engine) for engine in (*ENGINES[:4],)]
     sizes = clients.sizes()

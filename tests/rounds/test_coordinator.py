@@ -205,9 +205,7 @@ class History(RuleBasedStateMachine):
             self.machine.worked()
             self.worked = self.answered
         answered = dict.fromkeys(sorted(self.answered))
-        whom = (
-            data.draw(st.lists(st.sampled_from(list(answered)), unique=True)) if answered else []
-        )
+        whom = data.draw(st.lists(st.sampled_from(list(answered)), unique=True)) if answered else []
         fewest = data.draw(st.integers(0, len(whom)))
         self.machine.ask(fewest, whom, self.now)
         self.step += 1

@@ -101,12 +101,14 @@ def test_only_rules_can_stop_a_plan(federation):
 def test_a_run_ends_when_its_bytes_are_spent(blobs, federation):
     """Four clients get 9 floats a round and send them back: sizes by the safetensors library."""
     down = len(library.save({"algorithm/params": np.zeros(9, np.float32)}))
-    about = {name: " " * 24 for name in ("weight", "metric/train_loss", "metric/steps", "metric/seen")}
+    names = ("weight", "metric/train_loss", "metric/steps", "metric/seen")
+    about = dict.fromkeys(names, " " * 24)
     up = len(library.save({"vectors/delta": np.zeros(9, np.float32)}, about))
     whole = federation.simulate(blobs)
     for rounds in (1, 3, 6):
-        for spent, last in ((4 * rounds * (up + down), rounds), (4 * rounds * (up + down) + 1, rounds + 1)):
-            run = replace(federation, stop=(Bytes(spent),)).simulate(blobs)
+        for more, last in ((0, rounds), (1, rounds + 1)):
+            rule = Bytes(4 * rounds * (up + down) + more)
+            run = replace(federation, stop=(rule,)).simulate(blobs)
             assert len(run.history) == min(last, 6)
             assert bool(run.stopped) == (last <= 6)
             # The rounds that there are, are those of the run that was not stopped.

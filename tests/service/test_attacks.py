@@ -39,7 +39,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 from test_chaos import postgresql
 
 from atoll.aggregation.stage import Schema
-from atoll.aggregation.validate import admit
+from atoll.aggregation.validate import validate
 from atoll.cli import main
 from atoll.cli.files import read_plan
 from atoll.core import safetensors
@@ -131,6 +131,11 @@ def doomed(tmp_path, real):
 
 def delta(plan, fill=0.25):
     return {"delta": np.full(plan.learner.layout.zeros()["params"].shape, fill, np.float32)}
+
+
+def flat(plan):
+    """The same, under the names by which arrays travel."""
+    return {f"vectors/{name}": vector for name, vector in delta(plan).items()}
 
 
 @contextmanager
@@ -621,8 +626,12 @@ def bad_updates(plan):
     def entry(dtype="F32", shape=(size,), offsets=(0, 4 * size)):
         return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
+    def bare(arrays, about=(("weight", "1.0"),)):
+        return b"".join(bytes(p) for p in safetensors.encode(arrays, dict(about)))
+
     def raw(vectors, **about):
-        return b"".join(bytes(p) for p in safetensors.encode(vectors, {"weight": "1.0", **about}))
+        arrays = {f"vectors/{name}": vector for name, vector in vectors.items()}
+        return bare(arrays, {"weight": "1.0", **about})
 
     return {
         "nan": (packed({"delta": filled(np.nan)}), "NaN"),
@@ -637,13 +646,22 @@ def bad_updates(plan):
         "one more": (raw({"delta": good, "extra": good}), "asked for"),
         "path as name": (raw({"../../x": good}), "asked for"),
         "newline as name": (raw({"a\nb\x1b[2J": good}), "not printable"),
-        "no weight": (b"".join(map(bytes, safetensors.encode({"delta": good}))), "weight"),
+        "of nobody": (bare({"delta": good}), "neither vectors nor statistics"),
+        "statistics": (bare({"vectors/delta": good, "statistics/buffers": good}), "asked for"),
+        "no weight": (bare({"vectors/delta": good}, ()), "weight"),
         "weight nan": (raw({"delta": good}, weight="nan"), "weight"),
         "weight zero": (raw({"delta": good}, weight="0"), "weight"),
         "weight negative": (raw({"delta": good}, weight="-1"), "weight"),
         "weight huge": (raw({"delta": good}, weight="1e300"), "weight"),
         "weight words": (raw({"delta": good}, weight="lots"), "weight"),
-        "many metrics": (raw({"delta": good}, **{f"m{n}": "0" for n in range(65)}), "metrics"),
+        "many metrics": (
+            raw({"delta": good}, **{f"metric/m{n}": "0" for n in range(65)}), "metrics"
+        ),
+        "metric of nobody": (raw({"delta": good}, loss="0"), "neither metrics nor shares"),
+        "metric out of range": (raw({"delta": good}, **{"metric/steps": "-1"}), "not from 0"),
+        "metric words": (raw({"delta": good}, **{"metric/steps": "lots"}), "not a number"),
+        "half a share": (raw({"delta": good}, **{"share/delta": "0.5"}), "may not be left out"),
+        "no share": (raw({}, **{"share/delta": "0"}), "may not be left out"),
         "garbage": (random.Random(0).randbytes(1000), "message"),
         "one byte": (b"\0", "message"),
         "cut off": (packed({"delta": good})[:-100], "cut off"),
@@ -699,9 +717,9 @@ def test_an_update_that_is_none_is_refused_at_the_door(arena, mallory, victim):
 def test_the_door_refuses_every_update_that_is_none(arena):
     for name, (data, word) in bad_updates(arena.plan).items():
         with pytest.raises(UpdateRefused) as refusal:
-            admit(unpack(data), arena.plan.schema)
+            validate(unpack(data), arena.plan.schema)
         assert word in str(refusal.value), name
-    admit(unpack(packed(delta(arena.plan))), arena.plan.schema)
+    validate(unpack(packed(delta(arena.plan))), arena.plan.schema)
 
 
 # Names and paths.
@@ -1121,8 +1139,8 @@ METRICS = {"surrogate": "\ud800", "line": "a\nround 9 closed", "escape": "\x1b[2
 @pytest.mark.parametrize("name", METRICS.values(), ids=METRICS)
 def test_no_metric_name_breaks_what_others_see(tmp_path, arena, name, capsys, caplog):
     """Refused at the door or shown as what it is: never a 500, nor a word to a terminal."""
-    about = {name: "0.5", "weight": "1.0"}
-    data = b"".join(bytes(piece) for piece in safetensors.encode(delta(arena.plan), about))
+    about = {f"metric/{name}": "0.5", "weight": "1.0"}
+    data = b"".join(bytes(piece) for piece in safetensors.encode(flat(arena.plan), about))
     with closing(Inner(tmp_path, arena.plan)) as inner, caplog.at_level("INFO", "atoll.service"):
         pair = inner.insider("eve").open(), inner.insider("bob").open()
         statuses = {who.upload(who.assignment()["assignment"], data).status for who in pair}
@@ -1159,8 +1177,8 @@ def test_nul_is_not_fatal_on_postgresql(tmp_path, arena, what):
             data = packed({"delta\0": np.zeros(1, np.float32)})
             assert eve.upload(order["assignment"], data).status == 422
         elif what == "metric":
-            about = {"a\0b": "0.5", "weight": "1.0"}
-            data = b"".join(bytes(piece) for piece in safetensors.encode(delta(inner.plan), about))
+            about = {"metric/a\0b": "0.5", "weight": "1.0"}
+            data = b"".join(bytes(piece) for piece in safetensors.encode(flat(inner.plan), about))
             assert eve.upload(order["assignment"], data).status in (200, 422)
         else:
             sealed = eve.headers("HEAD", sealed_target("/v1/uploads/a%00b"))
@@ -1320,7 +1338,7 @@ def test_any_bytes_are_a_message_or_a_message_error(data):
     assert messages.read(kind, messages.write(found)) == found
 
 
-SCHEMA = Schema({"delta": 5}, {})
+SCHEMA = Schema.of({"delta": 5}, metrics={"train_loss": (0.0, 9.0)})
 SMALL = packed({"delta": np.arange(5, dtype=np.float32)}, 2.0, train_loss=0.5)
 
 
@@ -1339,7 +1357,7 @@ def test_any_bytes_are_an_update_or_are_refused(data):
                         | st.dictionaries(
                             st.sampled_from(
                                 [
-                                    "delta",
+                                    "vectors/delta",
                                     "__metadata__",
                                     "dtype",
                                     "shape",
@@ -1356,7 +1374,7 @@ def test_any_bytes_are_an_update_or_are_refused(data):
         ).encode()
         body = len(text).to_bytes(8, "little") + text + data.draw(st.binary(max_size=40))
     with suppress(UpdateRefused):
-        admit(unpack(body), SCHEMA)
+        validate(unpack(body), SCHEMA)
 
 
 # The log, and the end.

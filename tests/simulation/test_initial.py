@@ -103,4 +103,3 @@ def test_it_is_kept_with_the_run(two, tmp_path):
 def test_what_is_no_model_of_this_kind_is_refused(two, initial):
     with pytest.raises(AtollError):
         line().simulate(two, initial=initial)
-

@@ -46,9 +46,13 @@ def test_a_loop_left_early_leaves_a_folder_to_go_on_from(blobs, plan, tmp_path, 
 
 def test_a_loop_that_fails_leaves_one_too(blobs, plan, tmp_path):
     whole = plan.simulate(blobs, engine="sequential")
-    with pytest.raises(ZeroDivisionError):
+
+    def fail_in_round_2():
         for record in plan.rounds(blobs, engine="sequential", folder=tmp_path / "run"):
             1 / (record.round - 2)
+
+    with pytest.raises(ZeroDivisionError):
+        fail_in_round_2()
     gc.collect()
     rest = plan.rounds(blobs, folder=tmp_path / "run", resume=True)
     assert [r.round for r in rest] == [3, 4, 5, 6]

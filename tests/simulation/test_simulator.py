@@ -9,6 +9,7 @@ from tapped import Tapped
 from atoll import Evaluation, Federation, algorithms, data, schedules
 from atoll.aggregation import Clip, Mean
 from atoll.algorithms import FedAvg, LocalRule
+from atoll.core.random import Key
 from atoll.errors import ConfigurationError, DataError, RunError
 from atoll.learners import NumpyLearner
 from atoll.simulation import (
@@ -302,7 +303,7 @@ def test_memory_is_kept_only_for_updates_that_counted(blobs):
     )
     simulator.go()
     total = sum(kept["algorithm/control"] for _, kept in simulator.states.values())
-    control = simulator.driver.server.state["control"]
+    control = simulator.driver.server.state["local.control"]
     assert np.abs(control).max() > 1e-3
     np.testing.assert_allclose(control, total / 8, atol=1e-6)
 
@@ -403,3 +404,41 @@ def test_nothing_is_logged_in_a_quiet_run(blobs, federation, caplog):
     with caplog.at_level(logging.DEBUG, logger="atoll"):
         federation.simulate(blobs)
     assert caplog.text == ""
+
+
+def test_an_empty_poisson_round_is_a_round_that_changes_nothing(blobs, federation):
+    """Drawing again instead would make another sampling of it, which privacy is accounted for."""
+    schedule = schedules.Synchronous(rounds=60, cohort=1, selection=schedules.Poisson())
+    plan = replace(
+        federation, schedule=schedule, evaluation=Evaluation(every=100, clients_every=None)
+    )
+    rounds = plan.rounds(blobs, seed=0)
+    before = federation.learner.init(Key(0).fold("init"))["params"]
+    for record in rounds:
+        after = rounds.run.model["params"]
+        assert (after.tobytes() == before.tobytes()) == (record.accepted == 0)
+        assert record.attempts == 1
+        assert np.isfinite(after).all()
+        before = after.copy()
+    sizes = [record.accepted for record in rounds.run.history]
+    # Binomial(8, 1/8): nobody with chance 0.344, five standard deviations of 60 draws.
+    assert abs(sizes.count(0) / 60 - (7 / 8) ** 8) < 5 * np.sqrt(0.344 * 0.656 / 60)
+    assert rounds.run.refusals == []
+
+
+def test_a_poisson_round_whose_clients_are_all_lost_is_one_too(blobs, federation):
+    schedule = schedules.Synchronous(rounds=3, cohort=4, selection=schedules.Poisson())
+    run, rounds = outcome(
+        replace(federation, schedule=schedule), blobs, devices=RandomDevices(dropout=1.0)
+    )
+    assert [record.accepted for record in run.history] == [0, 0, 0]
+    assert {p.outcome for parts in rounds for p in parts} <= {"lost"}
+
+
+def test_a_poisson_round_with_a_minimum_is_drawn_anew(blobs, federation):
+    schedule = schedules.Synchronous(
+        rounds=20, cohort=1, minimum=1, attempts=100, selection=schedules.Poisson()
+    )
+    run, _ = outcome(replace(federation, schedule=schedule), blobs)
+    assert min(record.accepted for record in run.history) == 1
+    assert sum(record.attempts for record in run.history) > 20

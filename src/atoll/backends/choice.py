@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
+from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from atoll.aggregation.stage import Accumulator
-from atoll.backends.backend import Backend, Engine, Method, Result, cores
+from atoll.backends.backend import Backend, Engine, Result, cores
 from atoll.backends.local import LocalEngine
 from atoll.backends.work import expected_work
 from atoll.core.random import Key
 from atoll.core.vectors import Tree
 from atoll.data.federated import FederatedData
-from atoll.errors import ConfigurationError
 from atoll.learners.base import stacking
 from atoll.rounds.plan import Plan
 from atoll.rounds.task import ClientTask
@@ -27,29 +25,49 @@ STACK_LIMIT = 128
 ACTIVATION_BYTES = 32 << 20
 #: Local steps of a short and a longer measurement, and seconds after which no further one is begun.
 TRIAL_STEPS, BUDGET = (2, 6), 1.0
-FORM = re.compile(r"(sequential|stacked)\((.*)\)")
 
 
-def Sequential(  # noqa: N802
-    *, workers: int | None = None, processes: bool = False, threads: int | None = None
-) -> Engine:
+class Described(Engine):
+    """An engine of this machine whose open questions are answered by rule, from the plan."""
+
+    @abstractmethod
+    def resolve(self, plan: Plan, data: FederatedData, threads: int | None = None) -> LocalEngine:
+        """The engine with every number set; `threads` within an operation, if they are given."""
+
+    def open(self, plan: Plan, data: FederatedData, key: Key) -> Backend:
+        return self.resolve(plan, data).open(plan, data, key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequential(Described):
     """One client after the other, `workers` of them at the same time (None: one per core).
 
     Args:
-        processes: let workers be processes that share memory, rather than threads.
+        processes: let workers be processes that share memory, rather than threads: for learners
+            that keep their model in one place, which threads cannot share.
         threads: threads within one operation; None is one, or as many as there are cores where
             one worker has them to itself.
     """
-    return AutoConfig("sequential", 1, workers, processes, threads)
+
+    workers: int | None = None
+    processes: bool = False
+    threads: int | None = None
+
+    def resolve(self, plan: Plan, data: FederatedData, threads: int | None = None) -> LocalEngine:
+        apart = self.processes or stacking(plan.learner).threads_safely(data.train(0))
+        workers = self.workers
+        if workers is None:
+            workers = min(cores(), plan.schedule.needed(len(data))) if apart else 1
+        # Many threads in small operations only get in each other's way.
+        threads = threads or self.threads or 1
+        return LocalEngine(
+            method="sequential", block=1, workers=workers, processes=self.processes,
+            threads=threads,
+        )  # fmt: skip
 
 
-def Stacked(  # noqa: N802
-    *,
-    block: int | None = None,
-    workers: int | None = None,
-    processes: bool = False,
-    threads: int | None = None,
-) -> Engine:
+@dataclass(frozen=True, kw_only=True)
+class Stacked(Described):
     """Blocks of clients at once: one batched product where there would be many small ones.
 
     Args:
@@ -57,48 +75,34 @@ def Stacked(  # noqa: N802
         workers: blocks at the same time; None is one, whose operations use every core.
         processes, threads: as for `Sequential`.
     """
-    return AutoConfig("stacked", block, workers, processes, threads)
 
-
-@dataclass(frozen=True)
-class AutoConfig(Engine):
-    """An engine whose open questions are answered by rule, from the plan and this machine."""
-
-    method: Method | None = None
     block: int | None = None
     workers: int | None = None
     processes: bool = False
     threads: int | None = None
 
-    def resolve(self, plan: Plan, data: FederatedData) -> LocalEngine:
-        """The engine with every number set."""
-        examples = data.train(0)
-        method = self.method or (
-            "stacked" if stacking(plan.learner).prefers_stacks(examples) else "sequential"
-        )
+    def resolve(self, plan: Plan, data: FederatedData, threads: int | None = None) -> LocalEngine:
         cohort = plan.schedule.needed(len(data))
-        block, workers, threads = 1, self.workers, self.threads
-        if method == "stacked":
-            if self.block is None:
-                block = -(-cohort // -(-cohort // fitting(plan, data)))  # evenly
-            else:
-                block = self.block
-            if workers is None:
-                workers = min(cores(), -(-cohort // block)) if self.processes else 1
-        else:
-            # Many threads in small operations only get in each other's way.
-            apart = self.processes or stacking(plan.learner).threads_safely(examples)
-            if workers is None:
-                workers = min(cores(), cohort) if apart else 1
-            threads = 1 if threads is None else threads
-        if threads is None:
-            threads = cores() if workers == 1 else 1
+        block = self.block
+        if block is None:
+            block = -(-cohort // -(-cohort // fitting(plan, data)))  # evenly
+        workers = self.workers
+        if workers is None:
+            workers = min(cores(), -(-cohort // block)) if self.processes else 1
+        threads = threads or self.threads or (cores() if workers == 1 else 1)
         return LocalEngine(
-            method=method, block=block, workers=workers, processes=self.processes, threads=threads
-        )
+            method="stacked", block=block, workers=workers, processes=self.processes,
+            threads=threads,
+        )  # fmt: skip
 
-    def open(self, plan: Plan, data: FederatedData, key: Key) -> Backend:
-        return self.resolve(plan, data).open(plan, data, key)
+
+@dataclass(frozen=True)
+class ByRule(Described):
+    """Stacks where the learner prefers them, else one client after the other."""
+
+    def resolve(self, plan: Plan, data: FederatedData, threads: int | None = None) -> LocalEngine:
+        stacks = stacking(plan.learner).prefers_stacks(data.train(0))
+        return (Stacked() if stacks else Sequential()).resolve(plan, data, threads)
 
 
 @dataclass(frozen=True)
@@ -113,27 +117,27 @@ class Auto(Engine):
 
 
 class _Measuring(Backend):
-    """Chooses when it sees the first tasks, and is the chosen crew from then on."""
+    """Chooses when it sees the first tasks, and is the chosen backend from then on."""
 
     def __init__(self, plan: Plan, data: FederatedData, key: Key) -> None:
         self._plan, self._data, self._key = plan, data, key
-        self._crew: Backend | None = None
+        self._backend: Backend | None = None
         self.engine: Engine = Auto()
         self.notes: list[str] = []
 
     def run(
         self, received: Tree, tasks: Sequence[ClientTask], sums: Accumulator
     ) -> Generator[list[Result]]:
-        if self._crew is None:
+        if self._backend is None:
             fastest, figures = measure(self._plan, self._data, self._key, received, tasks)
-            self._crew = fastest.open(self._plan, self._data, self._key)
-            self.notes += [*figures, *self._crew.notes]
-        yield from self._crew.run(received, tasks, sums)
-        self.engine = self._crew.engine
+            self._backend = fastest.open(self._plan, self._data, self._key)
+            self.notes += [*figures, *self._backend.notes]
+        yield from self._backend.run(received, tasks, sums)
+        self.engine = self._backend.engine
 
     def close(self) -> None:
-        if self._crew is not None:
-            self._crew.close()
+        if self._backend is not None:
+            self._backend.close()
 
 
 def candidates(plan: Plan, data: FederatedData, tasks: int) -> list[LocalEngine]:
@@ -141,7 +145,7 @@ def candidates(plan: Plan, data: FederatedData, tasks: int) -> list[LocalEngine]
     learner, examples = plan.learner, data.train(0)
     workers = min(cores(), tasks) if stacking(learner).threads_safely(examples) else 1
     plain = LocalEngine(method="sequential", block=1, workers=workers, processes=False, threads=1)
-    found = [AutoConfig().resolve(plan, data), plain]
+    found = [ByRule().resolve(plan, data), plain]
     if cores() > 1:
         found.append(replace(plain, workers=1, threads=cores()))
     if not stacking(learner).stacks(examples):
@@ -186,7 +190,7 @@ def measure(
         if best is None or each < best[0]:
             best = (each, engine)
     if best is None:
-        return AutoConfig("sequential", 1, 1).resolve(plan, data), figures
+        return Sequential(workers=1).resolve(plan, data), figures
     return best[1], figures
 
 
@@ -201,11 +205,11 @@ def _seconds_per_step(
     """Seconds for each step of these tasks: from short ones, what whole ones would take."""
     whole = sum(expected_work(plan, data, task) for task in tasks)
     work, times = [], []
-    with engine.open(plan, data, key) as crew:
+    with engine.open(plan, data, key) as backend:
         for limit in (1, *TRIAL_STEPS):  # the first is to warm up
             short = [_short(plan, data, task, limit) for task in tasks]
             started = time.perf_counter()
-            for _ in crew.run(received, short, plan.stages.open()):
+            for _ in backend.run(received, short, plan.stages.open()):
                 pass
             times.append(time.perf_counter() - started)
             work.append(sum(expected_work(plan, data, task) for task in short))
@@ -218,42 +222,3 @@ def _short(plan: Plan, data: FederatedData, task: ClientTask, steps: int) -> Cli
     planned = plan.learner.planned_steps(data.size(task.member))
     share = min(1.0, steps / planned) * task.assignment.fraction
     return task._replace(assignment=replace(task.assignment, fraction=share))
-
-
-def engine_of(given: Engine | str | None) -> Engine:
-    """An engine from what people may write: None, "auto", "sequential", "stacked(block=8)", ..."""
-    if isinstance(given, Engine):
-        return given
-    if given is None:
-        return AutoConfig()
-    text = given.strip() if isinstance(given, str) else ""
-    names: dict[str, Engine] = {"auto": Auto(), "sequential": Sequential(), "stacked": Stacked()}
-    if text in names:
-        return names[text]
-    match = FORM.fullmatch(text)
-    if match:
-        return _parsed(match[1], match[2])  # type: ignore[arg-type]
-    raise ConfigurationError(
-        f"engine {given!r} is not known; use 'auto', 'sequential', 'stacked', or one with its "
-        "numbers, such as 'stacked(block=10, workers=2, threads=1)'"
-    )
-
-
-def _parsed(method: Literal["sequential", "stacked"], inside: str) -> Engine:
-    numbers: dict[str, int] = {}
-    for item in filter(None, (item.strip() for item in inside.split(","))):
-        name, _, value = item.partition("=")
-        if name not in ("block", "workers", "processes", "threads") or not value.isdecimal():
-            raise ConfigurationError(
-                f"{item!r} says nothing about an engine; it has block, workers or processes, and "
-                "threads, each a whole number"
-            )
-        numbers[name] = int(value)
-    processes = numbers.pop("processes", None)
-    return AutoConfig(
-        method,
-        numbers.get("block", 1 if method == "sequential" else None),
-        numbers.get("workers") if processes is None else processes,
-        processes is not None,
-        numbers.get("threads"),
-    )

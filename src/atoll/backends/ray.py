@@ -19,7 +19,7 @@ from typing import Any
 
 from atoll.aggregation.stage import Accumulator, stages_of
 from atoll.backends.backend import Arrangement, Backend, Engine, Method, Result, step_aside
-from atoll.backends.choice import AutoConfig, engine_of
+from atoll.backends.choice import ByRule, Described
 from atoll.backends.dispatch import WorkerPool, dispatch
 from atoll.backends.work import Workers, run_block
 from atoll.core.random import Key
@@ -33,11 +33,11 @@ from atoll.rounds.task import ClientTask, TaskResult
 
 @dataclass(frozen=True, kw_only=True)
 class RayCluster(Engine):
-    """Turns on a Ray cluster. The bytes are those of the same method and block in one process.
+    """Tasks on a Ray cluster. The bytes are those of the same method and block in one process.
 
     Args:
-        method: "sequential", "stacked(block=10)" or another local engine that says what a worker
-            does with a block; its own numbers of workers and threads do not count.
+        method: `Sequential()` or `Stacked(block=10)`, what a worker does with a block; its own
+            numbers of workers and threads do not count. None chooses by rule.
         actors: how many; None is as many as there is room for.
         address: of a cluster that is there already ("auto", "ray://host:10001"); None starts one
             in this process, or uses the one that the process has joined.
@@ -45,7 +45,7 @@ class RayCluster(Engine):
             with a part of a GPU (0.25, say) several of them share it.
     """
 
-    method: Engine | str | None = None
+    method: Engine | None = None
     actors: int | None = None
     address: str | None = None
     cores: int = 1
@@ -53,11 +53,12 @@ class RayCluster(Engine):
 
     def open(self, plan: Plan, data: FederatedData, key: Key) -> Backend:
         ray = require("ray", "ray>=2.30", "RayCluster")
-        method = engine_of(self.method)
-        if isinstance(method, AutoConfig):
-            method = replace(method, threads=self.cores).resolve(plan, data)
+        given = self.method or ByRule()
+        method = given.resolve(plan, data, self.cores) if isinstance(given, Described) else given
         if not isinstance(method, Arrangement):
-            raise RunError(f"a cluster's method must be sequential or stacked, not {method!r}")
+            raise ConfigurationError(
+                f"a cluster's method must be Sequential() or Stacked(), not {given!r}"
+            )
         method = replace(method, workers=1, processes=False, threads=self.cores)
         method, notes = step_aside(method, plan, data)
         return _Actors(ray, self, method, plan, data, key, notes)
