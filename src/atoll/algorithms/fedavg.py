@@ -84,10 +84,13 @@ class FedAvg(Algorithm):
         return {"delta": shared.size, **more}
 
     def init(self, start: Start) -> Vectors:
+        kept = self.local.init(start.params)
+        if "params" in kept:
+            raise ConfigurationError(f"{self.local!r} keeps 'params', which are the model's own")
         return {
             "params": start.params,
             **prefixed(SERVER, self.server.init(start.params)),
-            **prefixed(LOCAL, self.local.init(start.params)),
+            **prefixed(LOCAL, kept),
         }
 
     def broadcast(self, state: Vectors) -> Vectors:
