@@ -23,7 +23,7 @@ class LayoutError(AtollError):
 
 
 class UpdateRefused(AtollError):
-    """An update that was refused at the door; the run goes on without it."""
+    """An update that was refused on arrival; the run goes on without it."""
 
 
 class CheckpointError(AtollError):

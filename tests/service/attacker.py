@@ -266,7 +266,7 @@ class Inner(Target):
             folder.use_database(database)
         self.folder, self.service = folder, Service(**service)
         self.app = App(folder.authority, "inner", (folder.path / "metrics.token").read_text())
-        self.conductor: FederationLoop | None = None
+        self.loop: FederationLoop | None = None
         self._ready, self._stop = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         with socket.socket() as probe:
@@ -283,8 +283,8 @@ class Inner(Target):
     @property
     def failed(self) -> BaseException | None:
         """Why the server would have ended, if it would have."""
-        assert self.conductor is not None
-        return self.conductor.failed
+        assert self.loop is not None
+        return self.loop.failed
 
     def close(self) -> None:
         super().close()
@@ -305,12 +305,12 @@ class Inner(Target):
 
         store = Store(self.folder.database)
         assert store.lead()
-        self.conductor = conductor = FederationLoop(
+        self.loop = loop = FederationLoop(
             self._plan, self.service, store, blobs_at(str(self.folder.path / "blobs")),
             self.folder.path / "incoming",
         )  # fmt: skip
-        await conductor.start()
-        self.app.conductor = conductor
+        await loop.start()
+        self.app.loop = loop
         config = http_config(self.app, "127.0.0.1", self._port, timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
@@ -319,14 +319,14 @@ class Inner(Target):
             if server.started:
                 self._ready.set()
             store.lead()
-            if conductor.failed is None:
-                conductor.tick()
+            if loop.failed is None:
+                loop.tick()
             await asyncio.sleep(0.05)
         self.app.closing.set()
-        conductor.notify()
+        loop.notify()
         server.should_exit = True
         await serving
-        await conductor.close()
+        await loop.close()
         store.close()
 
 

@@ -394,9 +394,9 @@ def test_an_old_session_stays_closed_when_its_name_is_given_anew(arena, admin):
 def test_an_admin_may_stop(tmp_path, arena):
     with closing(Inner(tmp_path, arena.plan)) as inner:
         assert inner.insider("site").ask("POST", "/v1/stop").status == 403
-        assert not inner.conductor.stopping
+        assert not inner.loop.stopping
         assert inner.insider("root", "admin").ask("POST", "/v1/stop").status == 204
-        assert inner.conductor.stopping
+        assert inner.loop.stopping
 
 
 # Other sites' work.
@@ -1146,7 +1146,7 @@ def test_no_metric_name_breaks_what_others_see(tmp_path, arena, name, capsys, ca
         statuses = {who.upload(who.assignment()["assignment"], data).status for who in pair}
         assert statuses <= {200, 410, 422}
         end = time.monotonic() + 5
-        while statuses == {200} and inner.conductor.version["version"] == 0:
+        while statuses == {200} and inner.loop.version["version"] == 0:
             assert time.monotonic() < end and inner.failed is None
             time.sleep(0.05)
         assert inner.failed is None
@@ -1267,14 +1267,14 @@ def meaningful(inner, who, case):
             case.body.update(who.greeting())
         elif case.path in ("/v1/challenge", "/v1/session"):
             case.body["site"] = who.name
-        row = inner.conductor.open.get(who.name)
+        row = inner.loop.open.get(who.name)
         if case.path == "/v1/uploads" and row:
             case.body["assignment"] = row["id"]
     if case.path == "/v1/checkin":
         case.query = {"wait": "0"}
     if "digest" in (case.path_parameters or {}):
-        case.path_parameters["digest"] = inner.conductor.version["broadcast"]
-    row = inner.conductor.open.get(who.name)
+        case.path_parameters["digest"] = inner.loop.version["broadcast"]
+    row = inner.loop.open.get(who.name)
     if "upload" in (case.path_parameters or {}) and row:
         offered = who.offer(row["id"], 1000, "00" * 32)
         if offered.status == 201:

@@ -117,7 +117,7 @@ class Algorithm(ABC):
     ) -> Vectors | tuple[Vectors, Mapping[str, float]]:
         """The server's next state from the aggregate of a round, and measurements if it has any.
 
-        `server` is a desk like a client's whose examples are the plan's public ones.
+        `server` is what a client is, but its examples are the plan's public ones.
         """
 
     def talk(self, state: Vectors, talk: Talk) -> Questions:

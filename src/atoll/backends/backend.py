@@ -1,7 +1,7 @@
 """Engines: how the tasks of a cohort are run. The algorithm never knows which one it is.
 
-An engine is a description; opened over a plan and its data it becomes a crew, which takes tasks in
-blocks. What is in a block never depends on how many workers there are, and sums are exact, so
+An engine is a description; opened over a plan and its data it becomes a backend, which takes tasks
+in blocks. What is in a block never depends on how many workers there are, and sums are exact, so
 the number of workers, the order in which they finish and their deaths change no byte.
 """
 
@@ -59,7 +59,7 @@ class Engine(ABC):
 
     @abstractmethod
     def open(self, plan: Plan, data: FederatedData, key: Key) -> Backend:
-        """A crew for a run of this plan over these data with this seed."""
+        """A backend for a run of this plan over these data with this seed."""
 
 
 @dataclass(frozen=True, kw_only=True)

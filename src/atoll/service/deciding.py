@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 
 
 class Deciding:
-    """One decision of a conductor, which is `failed` if it cannot be kept."""
+    """One decision of the federation loop, which is `failed` if it cannot be kept."""
 
-    def __init__(self, conductor: FederationLoop) -> None:
-        self._conductor = conductor
-        self._change = conductor.store.change()
+    def __init__(self, loop: FederationLoop) -> None:
+        self._loop = loop
+        self._change = loop.store.change()
 
     def __enter__(self) -> Change:
-        if self._conductor.failed is not None:
-            raise RunError(f"this process is ending: {self._conductor.failed}")
+        if self._loop.failed is not None:
+            raise RunError(f"this process is ending: {self._loop.failed}")
         try:
             return self._change.__enter__()
         except BaseException as error:
-            self._conductor.failed = error
+            self._loop.failed = error
             raise
 
     def __exit__(self, *error: Any) -> None:
         try:
             self._change.__exit__(*error)
         except BaseException as reason:
-            self._conductor.failed = reason
+            self._loop.failed = reason
             raise
         if error[1] is not None:
-            self._conductor.failed = error[1]
+            self._loop.failed = error[1]

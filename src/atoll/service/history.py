@@ -6,64 +6,32 @@ anew from the database when a server starts, and grows by a line with each round
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import sqlalchemy as sa
 
 from atoll.core import files
 from atoll.core.vectors import Vectors
+from atoll.errors import CheckpointError
 from atoll.rounds.describe import describe, digest
 from atoll.rounds.plan import Plan
+from atoll.rounds.stopping import stop_reason
 from atoll.service.storage.database import Row, Store
 from atoll.service.storage.tables import answers, assignments, rounds
-from atoll.tracking.folder import LINES, environment
-from atoll.tracking.record import Participant, Record
+from atoll.tracking.folder import environment
+from atoll.tracking.reading import hold
+from atoll.tracking.record import Closed, Participant, Record
+from atoll.tracking.tail import LINES
 
 OUTCOMES = {
     "accepted": "accepted", "refused": "malformed", "lost": "lost", "spared": "no longer needed",
     "open": "no longer needed",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Closed:
-    """One closed round as it is kept."""
-
-    record: Record
-    participants: Sequence[Participant]
-    seconds: float
-    phases: Mapping[str, float]
-
-    def json(self) -> dict[str, Any]:
-        """Ready for JSON, for `read`."""
-        parts = [[p.client, p.outcome, p.down, p.up] for p in self.participants]
-        rest = {"participants": parts, "seconds": self.seconds, "phases": dict(self.phases)}
-        return {**self.record.json(), **rest}
-
-    @staticmethod
-    def read(plain: Mapping[str, Any]) -> Closed:
-        """A closed round from what `json` gave."""
-        plain = dict(plain)
-        parts = [Participant(*each) for each in plain.pop("participants")]
-        seconds, phases = plain.pop("seconds"), plain.pop("phases")
-        return Closed(Record.read(plain), parts, seconds, phases)
-
-    def lines(self) -> dict[str, dict[str, Any]]:
-        """What the run folder's files say of it."""
-        round, plain = self.record.round, self.json()
-        return {
-            "rounds.jsonl": self.record.json(),
-            "ledger.jsonl": {"round": round, "participants": plain["participants"]},
-            "timings.jsonl": {
-                "round": round, "seconds": plain["seconds"], "phases": plain["phases"],
-            },
-        }  # fmt: skip
 
 
 class History:
@@ -78,8 +46,12 @@ class History:
 
     def __init__(self, plan: Plan, seed: int, store: Store, folder: Path | None) -> None:
         self._plan, self._seed, self._store, self._folder = plan, seed, store, folder
+        #: Why updates were refused, sites lost and attempts abandoned so far, each with its round.
+        self.refusals: list[tuple[int, str]] = []
         self._closed: list[Closed] = []
         self._begun = 0.0
+        self._kept = 0
+        self._held: TextIO | None = None
 
     @property
     def records(self) -> list[Record]:
@@ -98,21 +70,31 @@ class History:
         query = sa.select(rounds.c.record).where(rounds.c.state == "closed")
         rows = self._store.rows(query.order_by(rounds.c.round))
         self._closed = [Closed.read(json.loads(row["record"])) for row in rows]
+        self.refusals = self._refusals()
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        config = self._config()
-        files.write_json(self._folder / "config.json", config)
-        files.write_json(self._folder / "environment.json", environment())
+        # A process that has lost the lease may still have the folder: the database is the truth.
+        with contextlib.suppress(CheckpointError):
+            self._held = hold(self._folder)
+        files.write_json(self._folder / "config.json", self._config())
+        # What it was called with may hold the database's password.
+        about = {name: value for name, value in environment().items() if name != "arguments"}
+        files.write_json(self._folder / "environment.json", about)
+        (self._folder / "model.safetensors").unlink(missing_ok=True)
         lines: dict[str, list[Any]] = {name: [] for name in LINES}
         for closed in self._closed:
             for name, line in closed.lines().items():
                 lines[name].append(line)
-        lines["refusals.jsonl"] = self._refusals(0)
+        lines["refusals.jsonl"] = self._untold()
         for name, each in lines.items():
             text = "".join(_line(line) for line in each)
             files.write_atomically(self._folder / name, [text.encode()])
         self._status("running")
+
+    def note(self, id: str, reason: str) -> None:
+        """Something went wrong with an assignment or (by its number) a round."""
+        self.refusals.append((int(id.partition(".")[0]), reason))
 
     def made(
         self,
@@ -145,9 +127,7 @@ class History:
             max(0.0, now - self._begun),
         )
         shown = {"clients": max(0.0, seconds - sum(phases.values())), **phases}
-        closed = Closed(
-            record, parts, round_to(seconds), {n: round_to(s) for n, s in shown.items()}
-        )
+        closed = Closed(record, parts, seconds, shown)
         self._closed = [each for each in self._closed if each.record.round < round]
         self._closed.append(closed)
         return closed
@@ -156,20 +136,22 @@ class History:
         """Add a round to the folder's files."""
         if self._folder is None:
             return
-        for name, line in self._closed[-1].lines().items():
-            with (self._folder / name).open("a", encoding="utf-8") as file:
-                file.write(_line(line))
-        with (self._folder / "refusals.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(_line(line) for line in self._refusals(round))
+        lines = {name: [line] for name, line in self._closed[-1].lines().items()}
+        self._append({"refusals.jsonl": self._untold(), **lines})
 
-    def close(self, *, done: bool, model: Vectors | None = None) -> None:
-        """The server leaves; with the model, if there will be no more rounds."""
+    def close(self, *, failed: bool, model: Vectors | None = None) -> None:
+        """The server leaves; with the model, if there will be no more rounds for now."""
         if self._folder is None:
             return
-        if done and model:
+        self._append({"refusals.jsonl": self._untold()})
+        if model:
             about = {"identity": self._config()["identity"]}
             files.save(self._folder / "model.safetensors", "model", about, model)
-        self._status("finished" if done else "interrupted")
+        done = len(self._closed) >= self._plan.schedule.rounds
+        done = done or bool(stop_reason(self._plan.stop, self.records))
+        self._status("failed" if failed else "finished" if done else "interrupted")
+        if self._held is not None:
+            self._held.close()
 
     def _participants(self, round: int, down: int) -> tuple[list[Participant], int, int]:
         """Who took part in a round, how many were invited last, and how many were accepted."""
@@ -198,24 +180,29 @@ class History:
         invited = sum(int(row["id"].split(".")[1]) == last or not lockstep for row in rows)
         return parts, invited, accepted
 
-    def _refusals(self, round: int) -> list[dict[str, Any]]:
-        """Why updates were refused and attempts abandoned, of one round or (0) of all."""
+    def _refusals(self) -> list[tuple[int, str]]:
+        """Why updates were refused, sites lost and attempts abandoned, as the database has it."""
         bad = assignments.c.state.in_(("refused", "lost"))
         gone = sa.select(assignments.c.round, assignments.c.site, assignments.c.reason).where(bad)
         over = sa.select(rounds.c.round, rounds.c.reason).where(rounds.c.state == "abandoned")
-        if round:
-            gone = gone.where(assignments.c.round == round)
-            over = over.where(rounds.c.round == round)
         found = [
-            {"round": row["round"], "reason": f"{row['site']}: {row['reason']}"}
-            for row in self._store.rows(gone)
+            (row["round"], f"{row['site']}: {row['reason']}") for row in self._store.rows(gone)
         ]
         found += [
-            {"round": row["round"], "reason": f"abandoned: {row['reason']}"}
-            for row in self._store.rows(over)
+            (row["round"], f"abandoned: {row['reason']}") for row in self._store.rows(over)
         ]
-        last = len(self._closed)
-        return sorted((f for f in found if f["round"] <= last), key=lambda line: line["round"])
+        return sorted(found, key=lambda each: each[0])
+
+    def _untold(self) -> list[dict[str, Any]]:
+        """The lines of those refusals that the folder does not have yet."""
+        new, self._kept = self.refusals[self._kept :], len(self.refusals)
+        return [{"round": round, "reason": reason} for round, reason in new]
+
+    def _append(self, lines: Mapping[str, Sequence[Any]]) -> None:
+        assert self._folder is not None
+        for name, each in lines.items():
+            with (self._folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(_line(line) for line in each)
 
     def _config(self) -> dict[str, Any]:
         plan = describe(self._plan)
@@ -232,11 +219,6 @@ class History:
     def _status(self, status: str) -> None:
         assert self._folder is not None
         files.write_json(self._folder / "status.json", {"status": status, "time": time.time()})
-
-
-def round_to(seconds: float) -> float:
-    """Seconds to the microsecond, as timings are kept."""
-    return math.floor(seconds * 1e6 + 0.5) / 1e6
 
 
 def _place(row: Row) -> tuple[int, ...]:

@@ -107,24 +107,23 @@ class _Process:
         server = uvicorn.Server(config)
         # Signals are ours: long polls must be let go before connections are closed.
         server.capture_signals = contextlib.nullcontext  # type: ignore
-        loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, self.leaving.set)
+                asyncio.get_running_loop().add_signal_handler(number, self.leaving.set)
         listening = asyncio.create_task(server.serve())
         try:
             await self._lead(listening)
         finally:
             self.app.closing.set()
-            if self.app.conductor is not None:
-                self.app.conductor.notify()
+            if self.app.loop is not None:
+                self.app.loop.notify()
             server.should_exit = True
             with contextlib.suppress(SystemExit):
                 await listening
             self.store.close()
 
     async def _lead(self, listening: asyncio.Task[None]) -> None:
-        """Wait for the lease, then conduct until there is a reason to leave."""
+        """Wait for the lease, then lead until there is a reason to leave."""
         waiting = False
         if self.store.lead():
             # To serve again is to go on after a stop; to take over is not.
@@ -139,7 +138,7 @@ class _Process:
                 waiting = True
             if await self._paused(1.0, listening):
                 return
-        conductor = FederationLoop(
+        loop = FederationLoop(
             self.plan, self.service, self.store,
             blobs_at(self.listening.blobs or str(self.folder.path / "blobs")),
             self.folder.path / "incoming", evaluate=self.evaluate, history=self.folder.path / "run",
@@ -148,14 +147,14 @@ class _Process:
         with self.store.change() as change:
             change.set("blobs", self.listening.blobs)
             change.set("port", self.listening.port)
-        renewing = asyncio.create_task(self._keep_lease(conductor))
+        renewing = asyncio.create_task(self._keep_lease(loop))
         try:
-            await conductor.start()
-            await self._conducted(conductor, listening)
+            await loop.start()
+            await self._led(loop, listening)
         finally:
             renewing.cancel()
 
-    async def _keep_lease(self, conductor: FederationLoop) -> None:
+    async def _keep_lease(self, loop: FederationLoop) -> None:
         """Renew the lease all the while, also when a start or a step takes long."""
         while True:
             await asyncio.sleep(self.store.lease_seconds / 4)
@@ -163,38 +162,37 @@ class _Process:
                 if not self.store.lead():
                     raise NotLeading("another process took over the federation")
             except Exception as error:
-                conductor.failed = error
+                loop.failed = error
                 return
 
-    async def _conducted(self, conductor: FederationLoop, listening: asyncio.Task[None]) -> None:
-        self.app.conductor = conductor
+    async def _led(self, loop: FederationLoop, listening: asyncio.Task[None]) -> None:
+        self.app.loop = loop
         logger.info(
-            "leading %s at round %d of %d", self.folder.project, conductor.coordinator.round,
+            "leading %s at round %d of %d", self.folder.project, loop.coordinator.round,
             self.plan.schedule.rounds,
         )  # fmt: skip
         try:
-            await self._conduct(conductor, listening)
+            await self._run_rounds(loop, listening)
         finally:
             with contextlib.suppress(AtollError):
-                await conductor.close()
+                await loop.close()
                 self.store.resign()
 
-    async def _conduct(self, conductor: FederationLoop, listening: asyncio.Task[None]) -> None:
+    async def _run_rounds(self, loop: FederationLoop, listening: asyncio.Task[None]) -> None:
         ends: float | None = None
-        loop = asyncio.get_running_loop()
         while True:
-            now = loop.time()
-            if conductor.failed is None:
-                conductor.tick()
-            if conductor.failed is not None:
-                raise RunError(f"the server stopped: {conductor.failed}") from conductor.failed
-            if conductor.done:
+            now = asyncio.get_running_loop().time()
+            if loop.failed is None:
+                loop.tick()
+            if loop.failed is not None:
+                raise RunError(f"the server stopped: {loop.failed}") from loop.failed
+            if loop.done:
                 ends = now + self.listening.linger if ends is None else ends
-                if now >= ends or not set(conductor.members.names) - conductor.members.told:
+                if now >= ends or not set(loop.members.names) - loop.members.told:
                     break
             if await self._paused(TICK, listening):
                 break
-        if conductor.coordinator.phase is Phase.FAILED:
+        if loop.coordinator.phase is Phase.FAILED:
             raise RunError(
                 "the federation was given up: a round was abandoned too often; `atoll rounds` "
                 "says why. To try again: atoll serve ... --set schedule.attempts=MORE"

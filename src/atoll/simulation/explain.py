@@ -46,8 +46,8 @@ class Explanation:
 def explain(plan: Plan, data: FederatedData, engine: Engine, seed: int) -> Explanation:
     """How this engine would run this plan over these data."""
     plan.learner.check(data)
-    with engine.open(plan, data, Key(seed)) as crew:
-        found, notes = crew.engine, tuple(crew.notes)
+    with engine.open(plan, data, Key(seed)) as backend:
+        found, notes = backend.engine, tuple(backend.notes)
     rows = stacking(plan.learner).explain(data.train(0))
     if not isinstance(found, Arrangement):
         notes = (*notes, "chosen by measuring, when the first clients are at work")

@@ -1,4 +1,4 @@
-"""The application: HTTP in, decisions of the conductor out.
+"""The application: HTTP in, decisions of the federation loop out.
 
 Who asks is settled before a body is read, and a body is never held whole: JSON is short, tensors go
 to a file as they come. Every refusal has a status, a sentence and a count.

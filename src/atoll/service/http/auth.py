@@ -1,4 +1,4 @@
-"""The desk: what all endpoints share; who asks, and refusals that are counted and audited."""
+"""What all endpoints share: who asks, and refusals that are counted and audited."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Endpoints:
 
     def __init__(self, authority: bytes, project: str, metrics_token: str) -> None:
         #: What decides; None while another process leads.
-        self.conductor: FederationLoop | None = None
+        self.loop: FederationLoop | None = None
         self.authority, self.project = authority, project
         self.metrics_token = metrics_token
         self.sessions = Sessions(time.monotonic)
@@ -58,7 +58,7 @@ class Endpoints:
 
         `body` is the body itself, or what stands for a body that is yet to come.
         """
-        conductor = self.leading()
+        loop = self.leading()
         session = self.sessions.find(request.headers.get("atoll-session", ""))
         if session is None:
             raise Refused(401, "there is no such session, or it has ended: open one")
@@ -74,7 +74,7 @@ class Endpoints:
             raise Refused(401, "the seal does not fit the request", audited="seal")
         if not session.take(int(counter)):
             raise Refused(409, "this request was made before", audited="replay")
-        row = conductor.store.site(session.site)
+        row = loop.store.site(session.site)
         # A name may have been given to another key since.
         if row is None or row["status"] != "active" or row["key"] != session.public:
             raise Refused(403, f"{session.site} was revoked", audited="revoked")
@@ -87,9 +87,9 @@ class Endpoints:
         return session
 
     def leading(self) -> FederationLoop:
-        if self.conductor is None or self.conductor.failed is not None:
+        if self.loop is None or self.loop.failed is not None:
             raise Refused(503, "this process does not lead the federation now", headers=soon())
-        return self.conductor
+        return self.loop
 
     def counted(
         self, endpoint: Callable[[Request], Awaitable[Response]], path: str
@@ -134,8 +134,8 @@ class Endpoints:
         session = self.sessions.find(request.headers.get("atoll-session", ""))
         actor = session.site if session else (request.client.host if request.client else "unknown")
         logger.warning("%s was refused (%s): %s", actor, refusal.audited, refusal.detail)
-        if self.conductor is not None and self.pace.may_audit():
-            with contextlib.suppress(NotLeading), self.conductor.store.change() as change:
+        if self.loop is not None and self.pace.may_audit():
+            with contextlib.suppress(NotLeading), self.loop.store.change() as change:
                 change.audit(
                     actor, "refused", what=refusal.audited, status=refusal.status_code,
                     reason=refusal.detail[:200],

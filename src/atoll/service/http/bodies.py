@@ -82,13 +82,13 @@ async def gathered(request: Request, most: int) -> AsyncIterator[bytes]:
 
 
 async def pieces(
-    conductor: FederationLoop, site: str, digest: str, start: int, stop: int
+    loop: FederationLoop, site: str, digest: str, start: int, stop: int
 ) -> AsyncIterator[bytes]:
     """A blob's bytes from `start` to `stop`; a site that receives them is there."""
-    source = conductor.models.blobs.read(digest, start, stop)
+    source = loop.models.blobs.read(digest, start, stop)
     while piece := await asyncio.to_thread(next, source, b""):
-        if site in conductor.members.seen:
-            conductor.members.saw(site)
+        if site in loop.members.seen:
+            loop.members.saw(site)
         yield piece
 
 

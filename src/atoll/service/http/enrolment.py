@@ -27,19 +27,19 @@ from atoll.service.storage.tables import sites, tokens
 class EnrolmentApi:
     """How a key becomes a site, and a site gets a session."""
 
-    def __init__(self, desk: Endpoints) -> None:
-        self.desk = desk
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.endpoints = endpoints
 
     async def ca(self, request: Request) -> Response:
-        return Response(self.desk.authority, media_type="application/x-pem-file")
+        return Response(self.endpoints.authority, media_type="application/x-pem-file")
 
     async def enrol(self, request: Request) -> Response:
         message = messages.read(messages.Enrol, await short_body(request))
-        conductor, digest = self.desk.leading(), token_digest(message.secret)
-        now = conductor.clock()
+        loop, digest = self.endpoints.leading(), token_digest(message.secret)
+        now = loop.clock()
         if not verified(message.key, message.signature, ENROL + bytes.fromhex(message.secret)):
             raise Refused(401, "the signature is not the key's", audited="enrolment")
-        with conductor.store.change() as change:
+        with loop.store.change() as change:
             taken = change.run(
                 tokens.update()
                 .where(tokens.c.digest == digest, tokens.c.used.is_(None), tokens.c.expires > now)
@@ -58,7 +58,9 @@ class EnrolmentApi:
                 )
                 if known is not None and known["key"] == message.key:
                     # The same site, whose answer was lost on its way.
-                    return answered(messages.Enrolled(row["name"], row["role"], self.desk.project))
+                    return answered(
+                        messages.Enrolled(row["name"], row["role"], self.endpoints.project)
+                    )
             if not taken:
                 reason = (
                     "there is no such token" if row is None
@@ -88,28 +90,30 @@ class EnrolmentApi:
                 )
             )  # fmt: skip
             change.audit(row["name"], "enrolled", role=row["role"], key=message.key)
-        conductor.members.saw(row["name"])
-        return answered(messages.Enrolled(row["name"], row["role"], self.desk.project))
+        loop.members.saw(row["name"])
+        return answered(messages.Enrolled(row["name"], row["role"], self.endpoints.project))
 
     async def challenge(self, request: Request) -> Response:
         message = messages.read(messages.Challenge, await short_body(request))
-        self.desk.leading()
-        nonce = self.desk.sessions.challenge(message.site)
+        self.endpoints.leading()
+        nonce = self.endpoints.sessions.challenge(message.site)
         return answered(messages.Challenge(message.site, nonce))
 
     async def session(self, request: Request) -> Response:
         message = messages.read(messages.OpenSession, await short_body(request))
-        conductor = self.desk.leading()
-        row = conductor.store.site(message.site)
+        loop = self.endpoints.leading()
+        row = loop.store.site(message.site)
         signed = row is not None and verified(
             row["key"], message.signature, OPEN + bytes.fromhex(message.nonce)
         )
         # Only what was signed uses a challenge up.
-        if row is None or not (signed and self.desk.sessions.answered(message.site, message.nonce)):
+        if row is None or not (
+            signed and self.endpoints.sessions.answered(message.site, message.nonce)
+        ):
             raise Refused(401, "this is not a site's answer to its challenge", audited="session")
         if row["status"] != "active":
             raise Refused(403, f"{message.site} was revoked", audited="session")
-        session = self.desk.sessions.open(message.site, row["role"], row["key"])
+        session = self.endpoints.sessions.open(message.site, row["role"], row["key"])
         return answered(
             messages.SessionOpened(
                 session.id, session.key.hex(), session.expires - time.monotonic()

@@ -25,13 +25,13 @@ def cookie_of(store: Store) -> str:
 class LoginApi:
     """The endpoints of logging in and out, and the check of everyone who looks."""
 
-    def __init__(self, desk: Endpoints) -> None:
-        self.desk = desk
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.endpoints = endpoints
 
     async def ticket(self, request: Request) -> Response:
         """An analyst's or admin's ticket."""
-        session = await self.desk.who(request, "analyst", await short_body(request))
-        with self.desk.leading().store.change() as change:
+        session = await self.endpoints.who(request, "analyst", await short_body(request))
+        with self.endpoints.leading().store.change() as change:
             secret = operations.ticket(change, session.site, session.public)
         return JSONResponse({"ticket": secret})
 
@@ -41,7 +41,7 @@ class LoginApi:
             # Which another site's form cannot send.
             raise Refused(415, "a ticket comes as JSON")
         ticket = messages.read(messages.Login, await short_body(request)).ticket
-        store = self.desk.leading().store
+        store = self.endpoints.leading().store
         # Whoever has nothing to bring must not make the database write.
         if visits.find(store, "ticket", ticket) is None:
             raise Refused(401, TOO_OLD, audited="login")
@@ -60,7 +60,7 @@ class LoginApi:
 
     async def logout(self, request: Request) -> Response:
         """End a visit."""
-        store = self.desk.leading().store
+        store = self.endpoints.leading().store
         name = cookie_of(store)
         secret = request.cookies.get(name, "")
         # Whoever has nothing to end must not make the database write.
@@ -73,6 +73,6 @@ class LoginApi:
 
     async def admit(self, request: Request) -> None:
         """Raise unless the cookie is a visitor's who is still welcome."""
-        store = self.desk.leading().store
+        store = self.endpoints.leading().store
         if not visits.welcome(store, request.cookies.get(cookie_of(store), "")):
             raise Refused(401, "log in first: run atoll page FOLDER")

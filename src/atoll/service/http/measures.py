@@ -47,12 +47,12 @@ class Measures:
         """Bytes of models went."""
         self._sent.inc(count)
 
-    def exposition(self, conductor: FederationLoop | None, sessions: int, parked: int) -> bytes:
+    def exposition(self, loop: FederationLoop | None, sessions: int, parked: int) -> bytes:
         """Everything in Prometheus' text format."""
-        if conductor is not None:
-            self._round.set(conductor.version["version"])
-            self._sites.set(len(conductor.members.names))
-            self._at_work.set(len(conductor.open))
+        if loop is not None:
+            self._round.set(loop.version["version"])
+            self._sites.set(len(loop.members.names))
+            self._at_work.set(len(loop.open))
         self._sessions.set(sessions)
         self._parked.set(parked)
         return generate_latest(self.registry)

@@ -53,21 +53,21 @@ STATUS = {
 class SiteApi:
     """A site's round, seen from the server."""
 
-    def __init__(self, desk: Endpoints) -> None:
-        self.desk = desk
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.endpoints = endpoints
         self._uploading: set[str] = set()
 
     async def checkin(self, request: Request) -> Response:
         body = await short_body(request)
-        site = (await self.desk.who(request, "site", body)).site
+        site = (await self.endpoints.who(request, "site", body)).site
         message = messages.read(messages.CheckIn, body)
-        conductor = self.desk.leading()
+        loop = self.endpoints.leading()
         for what, theirs, ours in (
-            ("plan", message.plan, conductor.plan_digest),
-            ("layout", message.layout, conductor.layout_digest),
+            ("plan", message.plan, loop.plan_digest),
+            ("layout", message.layout, loop.layout_digest),
         ):
             if theirs != ours:
-                self.desk.measures.refused("mismatch")
+                self.endpoints.measures.refused("mismatch")
                 problem = messages.Problem(
                     f"the {what} of {site}'s copy of the federation is another than the server's: "
                     "compare the two files",
@@ -75,31 +75,31 @@ class SiteApi:
                 )
                 return Response(messages.write(problem), 409, media_type="application/json")
         about = json.dumps(message.about, sort_keys=True)
-        conductor.members.saw(site, message.examples, about)
+        loop.members.saw(site, message.examples, about)
         if message.busy is not None:
-            row = conductor.open.get(site)
+            row = loop.open.get(site)
             on = row is not None and row["id"] == message.busy
             return answered(messages.Order("go on" if on else "drop"))
         wait = min(seconds(request.query_params.get("wait", "0")), LONGEST_WAIT)
-        return answered(await self._order(conductor, site, wait, message.farewell))
+        return answered(await self._order(loop, site, wait, message.farewell))
 
     async def _order(
-        self, conductor: FederationLoop, site: str, wait: float, farewell: bool
+        self, loop: FederationLoop, site: str, wait: float, farewell: bool
     ) -> messages.Order:
         """What a site is to do, once there is something or after `wait` seconds."""
         until = time.monotonic() + wait
-        rounds_ = conductor.plan.schedule.rounds
-        beat = min(HEARTBEAT, conductor.service.lease / 3)
+        rounds_ = loop.plan.schedule.rounds
+        beat = min(HEARTBEAT, loop.service.lease / 3)
         while True:
-            conductor.members.saw(site)
-            news = conductor.changed
-            row = conductor.open.get(site)
-            version = conductor.version
-            if row is not None and not conductor.stopping:
+            loop.members.saw(site)
+            news = loop.changed
+            row = loop.open.get(site)
+            version = loop.version
+            if row is not None and not loop.stopping:
                 began = version
                 if row["version"] != version["version"]:
-                    began = conductor.store.version(row["version"]) or version
-                question, models = conductor.question, conductor.models
+                    began = loop.store.version(row["version"]) or version
+                question, models = loop.question, loop.models
                 told = question.told if question else ""
                 mail = question.mail.get(site, "") if question else ""
                 return messages.Order(
@@ -109,10 +109,10 @@ class SiteApi:
                     rounds=rounds_,
                     turn=row["turn"],
                     fraction=row["fraction"],
-                    seed=conductor.service.seed,
+                    seed=loop.service.seed,
                     model=began["broadcast"],
-                    size=conductor.models.size(began["broadcast"]),
-                    memory=conductor.memory_of(site),
+                    size=loop.models.size(began["broadcast"]),
+                    memory=loop.memory_of(site),
                     exchange=question.step if question else 0,
                     question=question.name if question else "update",
                     owner="algorithm" if question and question.owner == "algorithm" else "reducer",
@@ -123,43 +123,43 @@ class SiteApi:
                     mail_size=models.size(mail) if mail else 0,
                     wait=(beat, beat),
                 )
-            if conductor.done:
+            if loop.done:
                 if farewell:
-                    conductor.members.told.add(site)
+                    loop.members.told.add(site)
                 return messages.Order(
                     "stop",
                     round=version["version"],
                     rounds=rounds_,
                     model=version["model"],
-                    size=conductor.models.size(version["model"]),
-                    memory=conductor.memory_of(site),
-                    reason=_why(conductor),
+                    size=loop.models.size(version["model"]),
+                    memory=loop.memory_of(site),
+                    reason=_why(loop),
                 )
             left = until - time.monotonic()
-            if left <= 0 or self.desk.parked >= PARKED or self.desk.closing.is_set():
-                self.desk.pace.arrived(conductor.clock())
-                window = self.desk.pace.window(wait > 0 and left <= 0)
+            if left <= 0 or self.endpoints.parked >= PARKED or self.endpoints.closing.is_set():
+                self.endpoints.pace.arrived(loop.clock())
+                window = self.endpoints.pace.window(wait > 0 and left <= 0)
                 return messages.Order("wait", round=version["version"], rounds=rounds_, wait=window)
-            self.desk.parked += 1
-            conductor.members.parked.add(site)
+            self.endpoints.parked += 1
+            loop.members.parked.add(site)
             try:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), left)
             finally:
-                self.desk.parked -= 1
-                conductor.members.parked.discard(site)
+                self.endpoints.parked -= 1
+                loop.members.parked.discard(site)
 
     async def blob(self, request: Request) -> Response:
-        site = (await self.desk.who(request, None, b"")).site
-        conductor, digest = self.desk.leading(), request.path_params["digest"]
+        site = (await self.endpoints.who(request, None, b"")).site
+        loop, digest = self.endpoints.leading(), request.path_params["digest"]
         if not DIGEST.fullmatch(digest):
             raise Refused(404, "a blob is named by its SHA-256")
-        question = conductor.question
+        question = loop.question
         own = question is not None and question.may_read(site, digest)
-        if not own and not conductor.store.rows(versions_named(digest)):
+        if not own and not loop.store.rows(versions_named(digest)):
             raise Refused(404, f"there is no model {digest}")
         try:
-            size = conductor.models.blobs.size(digest)
+            size = loop.models.blobs.size(digest)
         except BlobMissing as error:
             raise Refused(404, str(error)) from None
         start, stop, status = byte_range(request.headers.get("range"), size)
@@ -173,9 +173,9 @@ class SiteApi:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         elif request.headers.get("if-none-match") == f'"{digest}"':
             return Response(status_code=304, headers={"ETag": f'"{digest}"'})
-        self.desk.measures.sent(stop - start)
+        self.endpoints.measures.sent(stop - start)
         return StreamingResponse(
-            pieces(conductor, site, digest, start, stop),
+            pieces(loop, site, digest, start, stop),
             status,
             headers,
             "application/octet-stream",
@@ -183,19 +183,17 @@ class SiteApi:
 
     async def offer(self, request: Request) -> Response:
         body = await short_body(request)
-        site = (await self.desk.who(request, "site", body)).site
+        site = (await self.endpoints.who(request, "site", body)).site
         message = messages.read(messages.Offer, body)
-        conductor = self.desk.leading()
-        if message.size > conductor.largest:
+        loop = self.endpoints.leading()
+        if message.size > loop.largest:
             raise Refused(
                 413,
-                f"an update of this federation has at most {conductor.largest} bytes, not "
+                f"an update of this federation has at most {loop.largest} bytes, not "
                 f"{message.size}",
                 audited="upload",
             )
-        found = conductor.offer(
-            site, message.assignment, message.size, message.sha256, message.exchange
-        )
+        found = loop.offer(site, message.assignment, message.size, message.sha256, message.exchange)
         if isinstance(found, Answer):
             if found.verdict is Verdict.UNKNOWN:
                 raise Refused(403, found.reason, audited="upload")
@@ -204,28 +202,28 @@ class SiteApi:
             status_code=201,
             headers={
                 "Location": f"/v1/uploads/{found['id']}",
-                "Upload-Offset": str(length(conductor.models.part(found["id"]))),
+                "Upload-Offset": str(length(loop.models.part(found["id"]))),
             },
         )
 
     async def offset(self, request: Request) -> Response:
         row = await self._own_upload(request)
-        have = length(self.desk.leading().models.part(row["id"]))
+        have = length(self.endpoints.leading().models.part(row["id"]))
         return Response(headers={"Upload-Offset": str(have), "Upload-Length": str(row["size"])})
 
     async def append(self, request: Request) -> Response:
         row = await self._own_upload(request)
-        conductor = self.desk.leading()
+        loop = self.endpoints.leading()
         if row["id"] in self._uploading:
             raise Refused(423, "another request is writing this upload", headers=soon())
         self._uploading.add(row["id"])
         try:
-            return await self._append(request, conductor, row)
+            return await self._append(request, loop, row)
         finally:
             self._uploading.discard(row["id"])
 
-    async def _append(self, request: Request, conductor: FederationLoop, row: Row) -> Response:
-        path = conductor.models.part(row["id"])
+    async def _append(self, request: Request, loop: FederationLoop, row: Row) -> Response:
+        path = loop.models.part(row["id"])
         at = length(path)
         claimed = request.headers.get("upload-offset", "")
         if claimed != str(at):
@@ -233,18 +231,18 @@ class SiteApi:
                 409, f"the upload stands at {at}, not {claimed or 'nowhere'}: ask with HEAD",
                 headers={"Upload-Offset": str(at)},
             )  # fmt: skip
-        conductor.members.saw(row["site"])
+        loop.members.saw(row["site"])
         try:
             with path.open("ab") as file:
                 async for block in gathered(request, row["size"] - at):
                     await asyncio.to_thread(file.write, block)
                     at += len(block)
-                    conductor.members.saw(row["site"])
+                    loop.members.saw(row["site"])
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
         finally:
-            self.desk.measures.received(at - int(claimed))
-        if conductor.store.upload(row["id"]) is None:
+            self.endpoints.measures.received(at - int(claimed))
+        if loop.store.upload(row["id"]) is None:
             raise Refused(410, "another offer for this assignment has taken its place")
         if at < row["size"]:
             return Response(status_code=204, headers={"Upload-Offset": str(at)})
@@ -255,22 +253,22 @@ class SiteApi:
                 422, f"the bytes have SHA-256 {found}, not {row['digest']} as declared",
                 audited="upload", headers={"Upload-Offset": "0"},
             )  # fmt: skip
-        answer = await conductor.deliver(row)
+        answer = await loop.deliver(row)
         if not answer.accepted:
-            self.desk.measures.refused(str(answer.verdict))
+            self.endpoints.measures.refused(str(answer.verdict))
         return verdict_of(answer)
 
     async def fail(self, request: Request) -> Response:
         body = await short_body(request)
-        site = (await self.desk.who(request, "site", body)).site
+        site = (await self.endpoints.who(request, "site", body)).site
         message = messages.read(messages.Failure, body)
-        conductor, assignment = self.desk.leading(), request.path_params["assignment"]
+        loop, assignment = self.endpoints.leading(), request.path_params["assignment"]
         if not ASSIGNMENT.fullmatch(assignment):
             raise Refused(404, "an assignment is named by three numbers")
-        row = conductor.store.assignment(assignment)
+        row = loop.store.assignment(assignment)
         if row is not None and row["site"] != site:
             raise Refused(403, "this is another site's assignment", audited="upload")
-        owed = conductor.give_up(site, assignment, message.reason)
+        owed = loop.give_up(site, assignment, message.reason)
         if not owed:
             raise Refused(410, f"{site} owes no such update")
         return Response(status_code=204)
@@ -280,9 +278,9 @@ class SiteApi:
         offset = request.headers.get("upload-offset", "")
         coming = request.headers.get("content-length", "")
         body = f"{offset}:{coming}" if request.method == "PATCH" else b""
-        site = (await self.desk.who(request, "site", body)).site
+        site = (await self.endpoints.who(request, "site", body)).site
         id = request.path_params["upload"]
-        row = self.desk.leading().store.upload(id) if UPLOAD.fullmatch(id) else None
+        row = self.endpoints.leading().store.upload(id) if UPLOAD.fullmatch(id) else None
         if row is None:
             raise Refused(410, "there is no such upload; it may have been decided upon: offer it")
         if row["site"] != site:
@@ -295,10 +293,10 @@ def verdict_of(answer: Answer) -> Response:
     return answered(message, STATUS[answer.verdict])
 
 
-def _why(conductor: FederationLoop) -> str:
+def _why(loop: FederationLoop) -> str:
     """Why there is nothing more to do."""
-    if conductor.stopping:
+    if loop.stopping:
         return "the federation was stopped"
-    if conductor.coordinator.phase is Phase.FAILED:
+    if loop.coordinator.phase is Phase.FAILED:
         return "the federation was given up: a round was abandoned too often"
     return "all rounds are done"
