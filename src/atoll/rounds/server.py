@@ -145,7 +145,7 @@ class Server:
         aggregate, self.stages = self.plan.stages.release(
             aggregate, self.stages, public, self._key(round, digest)
         )
-        found = self.plan.algorithm.step(self.state, aggregate, self._desk(round))
+        found = self.plan.algorithm.step(self.state, aggregate, self._public_client(round))
         stepped, measured = found if isinstance(found, tuple) else (found, {})
         self.state = _alike(stepped, self.state)
         self.statistics = {
@@ -185,7 +185,7 @@ class Server:
             return self._public(round)
         return self.secret.fold("release", round, digest)
 
-    def _desk(self, round: int) -> Client:
+    def _public_client(self, round: int) -> Client:
         """The server as a client of the public examples."""
         plan = self.plan
         public = plan.public or Examples(np.zeros((0, 1), np.float32), np.zeros(0, np.int64))
