@@ -205,7 +205,7 @@ def test_the_median_is_the_median():
     rows = []
     for member, name in enumerate(clients.names):
         state = first_state(plain, received, server.blank)
-        task = ClientTask.read([member, name, 1, 1, 1.0, 1.0], Key(1), state)
+        task = ClientTask.read([member, name, 1, 1, 1.0, 1.0, 0], Key(1), state)
         rows.append(run_task(plain, received, task, clients.train(member))[0].vectors["delta"])
     expected = server.state["params"] + np.median(np.stack(rows), axis=0)
     width = (np.max(rows) - np.min(rows)) / 2**12

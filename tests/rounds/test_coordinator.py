@@ -224,7 +224,7 @@ class History(RuleBasedStateMachine):
         self.machine.finish()
         self.over(self.machine.outcome, True)
 
-    @precondition(lambda self: self.machine.phase is Phase.HEARD)
+    @precondition(lambda self: self.machine.phase in (Phase.OPEN, Phase.HEARD))
     @rule()
     def abandon(self):
         self.machine.abandon("nothing can be made of it")
@@ -234,8 +234,10 @@ class History(RuleBasedStateMachine):
     @precondition(lambda self: self.machine.phase is not Phase.HEARD)
     @rule()
     def say_what_follows_too_early(self):
-        for what in (self.machine.finish, lambda: self.machine.abandon("x"),
-                     lambda: self.machine.ask(1, [], self.now)):  # fmt: skip
+        early = [self.machine.finish, lambda: self.machine.ask(1, [], self.now)]
+        if self.machine.phase is not Phase.OPEN:
+            early.append(lambda: self.machine.abandon("x"))
+        for what in early:
             with pytest.raises(RunError, match="while the coordinator is"):
                 what()
 

@@ -1,12 +1,17 @@
 """Descriptions: plain, the same in every process, and different where meanings differ."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pytest
 
+from atoll import algorithms, schedules
+from atoll.aggregation import Clip, Mean
+from atoll.data.examples import Examples
 from atoll.learners import rates
-from atoll.rounds.describe import describe
+from atoll.rounds.describe import describe, plan_digest
 
 
 def test_descriptions_are_plain_and_stable(federation):
@@ -37,3 +42,22 @@ def test_functions_of_one_name_are_told_apart():
         return lambda a: by * a
 
     assert describe(scaled(2)) == describe(scaled(2)) != describe(scaled(3))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"private": ("0.bias",)},
+        {"download": Clip(1.0)},
+        {"public": Examples(np.zeros((3, 2), np.float32), np.zeros(3, np.int64))},
+        {"pipeline": Clip(1.0) >> Mean()},
+        {"algorithm": algorithms.FedAvg(weighting="uniform")},
+    ],
+)
+def test_the_plans_digest_is_of_all_that_clients_must_agree_on(federation, other):
+    assert plan_digest(federation) != plan_digest(replace(federation, **other))
+
+
+def test_the_plans_digest_leaves_the_servers_own_affairs_out(federation):
+    longer = replace(federation, schedule=schedules.Synchronous(rounds=60))
+    assert plan_digest(longer) == plan_digest(federation)

@@ -207,8 +207,9 @@ class Coordinator:
         self._conclude(True, "")
 
     def abandon(self, reason: str) -> None:
-        """Nothing can be made of the answers: the attempt is over."""
-        self._must_be_heard("abandoned")
+        """Nobody can be asked, or nothing made of the answers: the attempt is over."""
+        if self.phase not in (Phase.OPEN, Phase.HEARD):
+            raise RunError(f"nothing can be abandoned while the coordinator is {self.phase}")
         self._conclude(False, reason)
 
     def deliver(

@@ -82,8 +82,9 @@ def digest(plain: Any) -> str:
 
 
 def plan_digest(plan: Plan) -> str:
-    """SHA-256 (hex) of what clients must agree on: learner, algorithm and pipeline."""
-    return digest([describe(part) for part in (plan.learner, plan.algorithm, plan.pipeline)])
+    """SHA-256 (hex) of what clients must agree on; the schedule is the server's own affair."""
+    parts = (plan.learner, plan.algorithm, plan.pipeline, plan.private, plan.download, plan.public)
+    return digest([describe(part) for part in parts])
 
 
 def _code_digest(function: FunctionType) -> str:

@@ -62,9 +62,14 @@ class Driver:
         """What the answers to the open question go into."""
         return self.ask.into
 
-    def begin(self, round: int, members: Sequence[Sender], population: int) -> Ask:
-        """Begin a round's conversation; what an abandoned attempt had gathered is dropped."""
-        self._talk, self._aggregate = self.server.talk(round, members, population), None
+    def begin(
+        self, round: int, members: Sequence[Sender], population: int, attempt: int = 0
+    ) -> Ask:
+        """Begin a round's conversation; what an abandoned attempt had gathered is dropped.
+
+        Raises `CannotClose` if the reducer can ask these members nothing.
+        """
+        self._talk, self._aggregate = self.server.talk(round, members, population, attempt), None
         self._ask = next(self._talk)
         return self._ask
 

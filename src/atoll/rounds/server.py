@@ -37,7 +37,7 @@ class Server:
 
     plan: Plan
     key: Key
-    secret: Key | None = None
+    secret: Key | None = field(default=None, repr=False)
     initial: Vectors | None = None
     state: Vectors = field(init=False)
     statistics: Vectors = field(init=False)
@@ -76,9 +76,16 @@ class Server:
             tree["download"] = downward.encode(whole, key)
         return {name: part for name, part in tree.items() if part}
 
-    def talk(self, round: int, members: Sequence[Sender], population: int) -> Conversation:
-        """A round with these members, question by question; see `conversation`."""
-        key = self._key(round, "") if self.plan.stages.reducer.secret else self._public(round)
+    def talk(
+        self, round: int, members: Sequence[Sender], population: int, attempt: int = 0
+    ) -> Conversation:
+        """A round with these members, question by question; see `conversation`.
+
+        What a secret reducer draws is drawn anew in each attempt, whose members are others.
+        """
+        key = self._public(round)
+        if self.plan.stages.reducer.secret:
+            key = self._key(round, "").fold("attempt", attempt)
         algorithm = self.plan.algorithm
         if not algorithm.several:
             return self.plan.stages.talk(members, population, self.stages, key)

@@ -30,8 +30,8 @@ from atoll.rounds.plan import Plan
 class ClientTask(NamedTuple):
     """One client's task: a member of the population, its state and its assignment.
 
-    `number` is what its draws are keyed by; its update is multiplied by `discount`; `mail` is what
-    the open question tells this client alone.
+    `number` is what its draws are keyed by, and `step` the question of the round that they are for;
+    its update is multiplied by `discount`; `mail` is what the question tells this client alone.
     """
 
     member: int
@@ -41,6 +41,7 @@ class ClientTask(NamedTuple):
     number: int = 0
     discount: float = 1.0
     mail: Vectors = {}  # noqa: RUF012 - never written to
+    step: int = 0
 
     @property
     def sender(self) -> tuple[str, int]:
@@ -51,15 +52,16 @@ class ClientTask(NamedTuple):
         """The task without its arrays, ready for JSON, for `read` elsewhere."""
         about = self.assignment
         return [
-            self.member, self.client, about.round, self.number, about.fraction, self.discount
+            self.member, self.client, about.round, self.number, about.fraction, self.discount,
+            self.step,
         ]  # fmt: skip
 
     @staticmethod
     def read(row: Sequence[Any], key: Key, state: Tree, mail: Vectors | None = None) -> ClientTask:
         """The task that `row` tells, in a run with this key."""
-        member, client, round, number, fraction, discount = row
-        assignment = assignment_for(key, client, round, number, fraction)
-        return ClientTask(member, client, assignment, state, number, discount, mail or {})
+        member, client, round, number, fraction, discount, step = row
+        assignment = assignment_for(key, client, round, number, fraction, step=step)
+        return ClientTask(member, client, assignment, state, number, discount, mail or {}, step)
 
 
 class TaskResult(NamedTuple):
@@ -109,10 +111,24 @@ def with_question(broadcast: Tree, ask: Ask) -> Tree:
 
 
 def assignment_for(
-    seed_key: Key, client: str, round: int, number: int, fraction: float, secret: Key | None = None
+    seed_key: Key,
+    client: str,
+    round: int,
+    number: int,
+    fraction: float,
+    secret: Key | None = None,
+    step: int = 0,
 ) -> Assignment:
-    """The assignment of a client in a round; its draws are those of its task's number."""
-    return Assignment(round, seed_key.fold("work", number, client), fraction, secret)
+    """The assignment of a client in a round; its draws are those of its task's number.
+
+    Questions that follow the first draw numbers of their own: what hides one answer must not hide
+    another.
+    """
+    key = seed_key.fold("work", number, client)
+    if step:
+        key = key.fold("question", step)
+        secret = None if secret is None else secret.fold("question", step)
+    return Assignment(round, key, fraction, secret)
 
 
 def first_state(plan: Plan, received: Received, blank: Vectors) -> Tree:

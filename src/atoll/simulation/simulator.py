@@ -290,8 +290,16 @@ class Simulator:
         for each in invitations:
             attempt.parts[each.id] = Participant(each.client, Verdict.NOT_NEEDED, 0, 0)
         senders = {each.id: (each.client, each.turn) for each in invitations}
-        ask: Ask | None = driver.begin(coordinator.round, [*senders.values()], len(self.data))
-        assert ask is not None
+        if coordinator.phase not in (Phase.OPEN, Phase.HEARD):
+            return attempt
+        ask: Ask | None
+        try:
+            ask = driver.begin(
+                coordinator.round, [*senders.values()], len(self.data), coordinator.attempt
+            )
+        except CannotClose as error:
+            coordinator.abandon(str(error))
+            return attempt
         asked = whom_of(ask, invitations)
         coordinator.need(ask.fewest, [each.id for each in asked])
         while ask is not None:
@@ -435,7 +443,7 @@ class Simulator:
         state = self._state(member, blank)
         row = (
             member, invitation.client, invitation.round, invitation.turn, invitation.fraction,
-            discount,
+            discount, self.driver.coordinator.step,
         )  # fmt: skip
         return ClientTask.read(row, self.key, state)
 
@@ -500,7 +508,7 @@ class Simulator:
 
         def task_of(member: int) -> ClientTask:
             state = self._learned_now.get(member) or self._state(member, blank)
-            row = (member, self.data.names[member], round, round, 1.0, 1.0)
+            row = (member, self.data.names[member], round, round, 1.0, 1.0, 0)
             return ClientTask.read(row, key, state)
 
         return evaluate_own(plan, self.data, received, task_of, names)
