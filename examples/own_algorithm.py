@@ -6,16 +6,17 @@ python examples/own_algorithm.py
 from dataclasses import dataclass
 
 from atoll import Federation, data, schedules
-from atoll.algorithms import FedAvg
+from atoll.algorithms import FedAvg, LocalRule
 from atoll.learners import Affine, NumpyLearner
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightDecayed(FedAvg):
+@dataclass(frozen=True)
+class WeightDecay(LocalRule):
     """Clients descend along gradient + decay * w."""
 
     decay: float
-    needs_gradients = True
+
+    needs = frozenset({"gradient"})
 
     def correction(self, got, mine):
         return Affine(scale=self.decay)
@@ -24,7 +25,7 @@ class WeightDecayed(FedAvg):
 clients = data.load("digits").shards(clients=20, per_client=2, seed=0)
 federation = Federation(
     learner=NumpyLearner(layers=(64, 32, 10), lr=0.1, batch_size=10),
-    algorithm=WeightDecayed(decay=1e-3),
+    algorithm=FedAvg(local=WeightDecay(1e-3)),
     schedule=schedules.Synchronous(rounds=30, cohort=10),
 )
 

@@ -99,7 +99,7 @@ def check_facts(data: Dataset) -> None:
 def check_values(data: Dataset) -> None:
     assert np.isfinite(data.x).all() and np.isfinite(data.y).all()
     assert np.abs(data.x).max() < 100
-    if data.task == "classification":
+    if data.task.labelled:
         assert len(np.unique(data.y)) == data.classes == len(data.class_names)
     if data.test is not None:
         x, y = data.test.all()

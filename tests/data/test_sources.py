@@ -39,8 +39,8 @@ def same(left: Dataset, right: Dataset) -> None:
     np.testing.assert_array_equal(left.x, right.x)
     np.testing.assert_array_equal(left.y, right.y)
     assert (left.x.dtype, left.y.dtype) == (right.x.dtype, right.y.dtype)
-    assert (left.task, left.classes, left.class_names) == (
-        right.task,
+    assert (left.task.name, left.classes, left.class_names) == (
+        right.task.name,
         right.classes,
         right.class_names,
     )
@@ -71,7 +71,7 @@ def same(left: Dataset, right: Dataset) -> None:
 )
 def test_the_task_follows_from_the_targets(y: Any, task: str, classes: int | None) -> None:
     dataset = from_arrays(X, y)
-    assert (dataset.task, dataset.classes) == (task, classes)
+    assert (dataset.task.name, dataset.classes) == (task, classes)
     assert dataset.x.dtype == np.float32
     assert dataset.y.dtype == (np.int64 if task == "classification" else np.float32)
     np.testing.assert_array_equal(dataset.y, np.asarray(y))
@@ -104,7 +104,7 @@ def test_class_names_may_be_given_in_another_order() -> None:
 
 def test_objects_that_are_numbers_are_numbers() -> None:
     assert from_arrays(X, np.array(Y.tolist(), dtype=object)).classes == 3
-    assert from_arrays(X, np.array([1, 2.5, 3, 4, 5, 6], dtype=object)).task == "regression"
+    assert from_arrays(X, np.array([1, 2.5, 3, 4, 5, 6], dtype=object)).task.name == "regression"
 
 
 def test_arrays_are_shared_or_made_writable() -> None:
@@ -194,7 +194,7 @@ TWICE = np.stack([Y, Y], 1)
             "labels 'a', 'b', 'c', 'd', 'e', ... are not among the 1 class names; give all",
         ),
         ({"class_names": "aab"}, "a class name is given twice; every class needs its own"),
-        ({"task": "clustering"}, "task must be one of classification, regression, tokens, not"),
+        ({"task": "clustering"}, "task must be one of classification, regression, tokens, multi"),
         ({"keys": {"site": ["a"]}}, "key 'site' has 1 values for 6 examples"),
         ({"keys": {"site": TWICE}}, r"key 'site' must have shape \[N\], not \(6, 2\)"),
         ({"test": X}, r"arrays, test part: give the test part as a pair \(x, y\)"),
@@ -222,12 +222,12 @@ def test_bunches_of_scikit_learn() -> None:
     assert iris.name == "iris"
     assert iris.describe == "Iris plants dataset"
     assert iris.class_names == ("setosa", "versicolor", "virginica")
-    assert (iris.x.shape, iris.classes, iris.task) == ((150, 4), 3, "classification")
+    assert (iris.x.shape, iris.classes, iris.task.name) == ((150, 4), 3, "classification")
     np.testing.assert_array_equal(iris.x, sets.load_iris().data.astype(np.float32))
     digits = from_sklearn(sets.load_digits())
     assert (digits.x.shape, digits.classes, digits.name) == ((1797, 64), 10, "sklearn")
     diabetes = from_sklearn(sets.load_diabetes(), name="mine")
-    assert (diabetes.task, diabetes.class_names, diabetes.name) == ("regression", (), "mine")
+    assert (diabetes.task.name, diabetes.class_names, diabetes.name) == ("regression", (), "mine")
     assert from_sklearn(sets.load_linnerud()).y.shape == (20, 3)
 
 
@@ -361,7 +361,7 @@ def test_items_of_any_kind_are_looped_over() -> None:
     several = Pairs(*((x, torch.from_numpy(x)) for x in X))
     same(from_torch(several), from_arrays(X, X))
     half = Pairs(*((torch.from_numpy(x).bfloat16(), 0.5) for x in X))
-    assert from_torch(half).task == "regression"
+    assert from_torch(half).task.name == "regression"
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 6), (5, 8, 6, 3)])
@@ -756,7 +756,7 @@ def test_lists_become_blocks(make: Maker, tmp_path: Path) -> None:
     )
     dataset = from_table(source, label="wave", features=["age", "on", "now"])
     assert dataset.x.tolist() == [[1, 1, 0, 0, 1], [2, 0, 0, 1, 2], [3, 1, 1, 2, 3]]
-    assert (dataset.task, dataset.y.shape) == ("regression", (3, 2))
+    assert (dataset.task.name, dataset.y.shape) == ("regression", (3, 2))
     tokens = from_table(source, label="next", features=["now"], task="tokens")
     assert (tokens.classes, tokens.x.dtype) == (5, np.int64)
     assert tokens.x.tolist() == [[0, 1], [1, 2], [2, 3]]
@@ -863,7 +863,7 @@ def test_labels_of_a_table() -> None:
     assert from_table(table, label="whole", features="a", classes=9).classes == 9
     assert from_table(table, label="whole", features="a", class_names="xyz").class_names[2] == "z"
     assert from_table(table, label="whole", features="a", task="regression").classes is None
-    assert from_table(table, label="real", features="a").task == "regression"
+    assert from_table(table, label="real", features="a").task.name == "regression"
     assert from_table(table, label="flag", features="a").y.tolist() == [1, 0, 0]
     assert from_table(table, label="text", features="a", class_names="ba").y.tolist() == [0, 1, 0]
     same(
@@ -1170,7 +1170,7 @@ def test_tables_of_hugging_face() -> None:
     assert given is not None
     assert len(given) == 3
     number = from_huggingface(train, label="y", features=["a"], task="regression")
-    assert (number.task, number.class_names) == ("regression", ())
+    assert (number.task.name, number.class_names) == ("regression", ())
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

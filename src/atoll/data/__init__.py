@@ -15,11 +15,17 @@ from atoll.data.sources import (
     from_torchvision,
 )
 from atoll.data.synthetic import synthetic
+from atoll.data.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, TOKENS, Task
 
 __all__ = [
+    "CLASSIFICATION",
+    "MULTILABEL",
+    "REGRESSION",
+    "TOKENS",
     "Dataset",
     "Examples",
     "FederatedData",
+    "Task",
     "from_arrays",
     "from_clients",
     "from_columns",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from atoll.core.random import Key
 from atoll.data import partition, shift
-from atoll.data.examples import Examples, Rows, Task
+from atoll.data.examples import Examples, Inputs, Rows, Shape, length, picked, shape_of, shape_text
 from atoll.data.federated import FederatedData, assemble
+from atoll.data.tasks import Task, named_input, task_of
 from atoll.errors import DataError
 
 
@@ -21,11 +23,12 @@ class Dataset:
     """Examples of one task before anybody owns them; the methods give them to clients.
 
     `keys` are natural owners: `{"hospital": [N] names}`. `test` is the set's own held-out part,
-    if it has one. `describe` is one sentence for people.
+    if it has one. `describe` is one sentence for people. `x` may be a dict of arrays by name, and
+    `task` the name of one.
     """
 
     name: str
-    x: NDArray[Any]
+    x: Inputs
     y: NDArray[Any]
     task: Task
     classes: int | None = None
@@ -35,44 +38,42 @@ class Dataset:
     describe: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.x) == 0:
+        with said_of(self.name):
+            object.__setattr__(self, "task", task_of(self.task))
+            if self.task.classed and self.classes is None:
+                raise DataError("say how many classes there are (classes=...)")
+        if len(self.y) == 0:
             raise DataError(f"{self.name}: there are no examples")
-        object.__setattr__(self, "x", _clean_inputs(self.x, self.task, self.classes, self.name))
-        object.__setattr__(self, "y", _clean_targets(self.y, self.task, self.classes, self.name))
-        if len(self.x) != len(self.y):
-            raise DataError(f"{self.name}: {len(self.x)} inputs but {len(self.y)} targets")
-        if self.task == "classification" and self.y.ndim != 1:
-            raise DataError(
-                f"{self.name}: labels must be one number per example, not {list(self.y.shape)}"
-            )
+        x, y = _cleaned(self.x, self.y, self.task, self.classes, self.name)
+        object.__setattr__(self, "x", x)
+        object.__setattr__(self, "y", y)
         for key, owners in self.keys.items():
-            if len(owners) != len(self.x):
+            if len(owners) != len(self):
                 raise DataError(
-                    f"{self.name}: key {key!r} has {len(owners)} values for {len(self.x)} examples"
+                    f"{self.name}: key {key!r} has {len(owners)} values for {len(self)} examples"
                 )
         if self.test is not None:
             x, y = self.test.all()
-            x = _clean_inputs(x, self.task, self.classes, f"{self.name}, test part")
-            y = _clean_targets(y, self.task, self.classes, f"{self.name}, test part")
-            if x.shape[1:] != self.x.shape[1:]:
+            x, y = _cleaned(x, y, self.task, self.classes, f"{self.name}, test part")
+            if shape_of(x) != self.shape:
                 raise DataError(
-                    f"{self.name}: test inputs have shape {list(x.shape[1:])}, but training inputs "
-                    f"{list(self.x.shape[1:])}"
+                    f"{self.name}: test inputs have shape {shape_text(shape_of(x))}, but training "
+                    f"inputs {shape_text(self.shape)}"
                 )
             object.__setattr__(self, "test", Examples(x, y))
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.y)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return tuple(self.x.shape[1:])
+    def shape(self) -> Shape:
+        """Shape of one input, or of each by name."""
+        return shape_of(self.x)
 
     def take(self, rows: Rows) -> Dataset:
         """The same set with only these rows of its training part."""
         keys = {key: owners[rows] for key, owners in self.keys.items()}
-        return replace(self, x=self.x[rows], y=self.y[rows], keys=keys)
+        return replace(self, x=picked(self.x, rows), y=self.y[rows], keys=keys)
 
     def iid(self, *, clients: int, test: float = 0.2, seed: int = 0) -> FederatedData:
         """Deal the examples out evenly and at random."""
@@ -147,6 +148,11 @@ class Dataset:
         """
         if noise < 0 or rotations < 1:
             raise DataError("noise must not be negative and rotations must be at least 1")
+        if isinstance(self.x, dict):
+            raise DataError(
+                f"{self.name} has inputs by name ({', '.join(self.x)}); feature_shift changes one "
+                "array of inputs: shift them yourself and use data.from_clients"
+            )
         rng = self._rng("feature shift", seed)
         rows = partition.iid(len(self), clients, rng)
         x = shift.rotate(self.x, rows, rotations) if rotations > 1 else self.x
@@ -171,7 +177,7 @@ class Dataset:
         return assemble(self, [names[i] for i in kept], [rows[i] for i in kept], test, seed)
 
     def _deal(
-        self, rows: partition.Partition, test: float, seed: int, x: NDArray[Any] | None = None
+        self, rows: partition.Partition, test: float, seed: int, x: Inputs | None = None
     ) -> FederatedData:
         return assemble(self, [str(client) for client in range(len(rows))], rows, test, seed, x)
 
@@ -179,55 +185,45 @@ class Dataset:
         return Key(seed).fold("partition", purpose).generator()
 
     def _labels(self) -> NDArray[np.int64]:
-        if self.task != "classification":
+        if not self.task.labelled:
             raise DataError(f"{self.name} is a {self.task} set: it has no labels to skew")
         return self.y
 
 
-def _clean_inputs(x: NDArray[Any], task: Task, classes: int | None, name: str) -> NDArray[Any]:
-    x = np.asarray(x)
-    if task == "tokens":
-        return _clean_labels(x, classes, name, "token")
-    if x.dtype.kind not in "fiub":
-        raise DataError(f"{name}: inputs have dtype {x.dtype}; encode them as numbers first")
-    x = _writeable(np.ascontiguousarray(x, dtype=np.float32))
-    bad = ~np.isfinite(x.reshape(len(x), -1)).all(axis=1)
-    if bad.any():
-        raise DataError(
-            f"{name}: {bad.sum()} of {len(x)} inputs hold NaN or infinity "
-            f"(first at row {int(bad.argmax())}); fill or drop them first"
-        )
-    return x
+@contextmanager
+def said_of(name: str) -> Iterator[None]:
+    """Put the data's name before what is said of them."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
-def _clean_targets(y: NDArray[Any], task: Task, classes: int | None, name: str) -> NDArray[Any]:
-    y = np.asarray(y)
-    if task == "regression":
-        if y.dtype.kind not in "fiub":
-            raise DataError(f"{name}: targets have dtype {y.dtype}; regression needs numbers")
-        y = _writeable(np.ascontiguousarray(y, dtype=np.float32))
-        if not np.isfinite(y).all():
-            raise DataError(f"{name}: the targets hold NaN or infinity; fill or drop them first")
-        return y
-    return _clean_labels(y, classes, name, "label")
+def _cleaned(
+    x: Any, y: Any, task: Task, classes: int | None, name: str
+) -> tuple[Inputs, NDArray[Any]]:
+    """Inputs and targets as learners take them."""
+    with said_of(name):
+        x = _named(x) if isinstance(x, Mapping) else task.inputs(np.asarray(x), classes)
+        y = np.asarray(y)
+        if y.dtype.kind == "O":
+            task.check(x, y)
+        y = task.targets(y, classes)
+        y = y if y.flags.writeable else y.copy()
+        if length(x) != len(y):
+            raise DataError(f"{length(x)} inputs but {len(y)} targets")
+        task.check(x, y)
+    return x, y
 
 
-def _clean_labels(y: NDArray[Any], classes: int | None, name: str, noun: str) -> NDArray[Any]:
-    if classes is None:
-        raise DataError(f"{name}: say how many classes there are (classes=...)")
-    if y.dtype.kind == "f" and not np.isfinite(y).all():
-        raise DataError(f"{name}: the {noun}s hold NaN or infinity; fill or drop them first")
-    if y.dtype.kind not in "iub" and not (y.dtype.kind == "f" and (y == np.floor(y)).all()):
-        raise DataError(f"{name}: {noun}s must be whole numbers, not {y.dtype}")
-    y = _writeable(np.ascontiguousarray(y, dtype=np.int64))
-    if len(y) and (y.min() < 0 or y.max() >= classes):
-        raise DataError(
-            f"{name}: {noun}s go from {y.min()} to {y.max()}, "
-            f"but {classes} classes allow only 0 to {classes - 1}"
-        )
-    return y
-
-
-def _writeable(array: NDArray[Any]) -> NDArray[Any]:
-    """The array, copied if it is read-only, which frameworks warn about when they share it."""
-    return array if array.flags.writeable else array.copy()
+def _named(x: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    if not x or not all(isinstance(name, str) and name for name in x):
+        raise DataError("inputs by name are a dict of text to arrays, with at least one of them")
+    found = {
+        name: named_input(np.asarray(column), f"inputs {name!r}") for name, column in x.items()
+    }
+    lengths = {name: len(column) for name, column in found.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in lengths.items())
+        raise DataError(f"inputs have different numbers of examples: {told}")
+    return found

@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.core.random import Key
-from atoll.data.examples import Examples, Rows, Task
+from atoll.data.examples import (
+    Examples,
+    Inputs,
+    Rows,
+    Shape,
+    columns_of,
+    of_each,
+    shape_of,
+    shape_text,
+)
+from atoll.data.tasks import TASKS, Task, task_of
 from atoll.errors import DataError
 from atoll.view import html as display
 
@@ -26,7 +36,8 @@ class FederatedData:
     """The data of a population: for each client a train and a test part, and a global test part.
 
     Clients are numbered 0 to len - 1 and named by `names`. `test_part` is the set's own held-out
-    part where it has one, and all clients' test parts together otherwise.
+    part where it has one, and all clients' test parts together otherwise. `x` is a dict of columns
+    where inputs have names; `task` may be given by its name.
     """
 
     name: str
@@ -34,13 +45,14 @@ class FederatedData:
     classes: int | None
     class_names: tuple[str, ...]
     names: Sequence[str]
-    x: NDArray[Any]
+    x: Inputs
     y: NDArray[Any]
     train_rows: Sequence[Rows]
     test_rows: Sequence[Rows]
     test_part: Examples
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "task", task_of(self.task))
         if not self.names:
             raise DataError(f"{self.name}: there are no clients")
         if isinstance(self.names, tuple) and len(set(self.names)) != len(self.names):
@@ -57,9 +69,9 @@ class FederatedData:
         return len(self.names)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return tuple(self.x.shape[1:])
+    def shape(self) -> Shape:
+        """Shape of one input, or of each by name."""
+        return shape_of(self.x)
 
     def train(self, client: int) -> Examples:
         """The training part of one client."""
@@ -111,9 +123,14 @@ class FederatedData:
         """The clients that have a test part."""
         return np.flatnonzero(_lengths(self.test_rows))
 
+    @property
+    def labelled(self) -> bool:
+        """Whether every example has one label."""
+        return self.task.labelled
+
     def label_distribution(self) -> NDArray[np.int64]:
         """Training examples of each client and class, [N, classes]."""
-        if self.task != "classification" or self.classes is None:
+        if not self.labelled or self.classes is None:
             raise DataError(f"{self.name} is a {self.task} set: it has no label distribution")
         return np.stack(
             [np.bincount(self.y[rows], minlength=self.classes) for rows in self.train_rows]
@@ -126,8 +143,10 @@ class FederatedData:
             state.update(f"{len(name)} {name} {len(train)} {len(test)} ".encode())
             state.update(np.ascontiguousarray(train).data)
             state.update(np.ascontiguousarray(test).data)
-        for column in (self.x, self.y, *self.test_part.all()):
-            state.update(f"{column.dtype} {column.shape} ".encode())
+        x, y = self.test_part.all()
+        named = [*columns_of(self.x), ("", self.y), *columns_of(x), ("", y)]
+        for name, column in named:
+            state.update(f"{name}{column.dtype} {column.shape} ".encode())
             state.update(np.ascontiguousarray(column).data)
         return state.hexdigest()
 
@@ -136,9 +155,10 @@ class FederatedData:
         sizes = self.sizes()
         return {
             "name": self.name,
-            "task": self.task,
+            "task": self.task.name,
             "classes": self.classes,
-            "input_shape": list(self.shape),
+            **self._told(),
+            "input_shape": of_each(self.x, lambda column: list(column.shape[1:])),
             "clients": len(self),
             "train_examples": int(sizes.sum()),
             "test_examples": len(self.test_part),
@@ -147,16 +167,23 @@ class FederatedData:
             "largest_client": int(sizes.max()),
         }
 
+    def _told(self) -> dict[str, Any]:
+        """Of a task of people's own, its metrics, and of which of them more is better."""
+        if TASKS.get(self.task.name) == self.task:
+            return {}
+        names = self.task.metrics(self.classes)
+        return {"metrics": {name: name in self.task.higher for name in names}}
+
     def __str__(self) -> str:
         s = self.summary()
-        kind = f"{s['task']}, {s['classes']} classes" if s["classes"] else s["task"]
+        kind = f"{s['task']}, {s['classes']} {self.task.noun}" if s["classes"] else s["task"]
         lines = [
-            f"{self.name}: {kind}, inputs {s['input_shape']}",
+            f"{self.name}: {kind}, inputs {shape_text(self.shape)}",
             f"{s['clients']} clients hold {s['train_examples']} training examples "
             f"({s['smallest_client']} to {s['largest_client']}, median {s['median_client']:g}); "
             f"{s['test_examples']} test examples",
         ]
-        if self.task == "classification" and len(self) <= 20 and len(self.y):
+        if self.labelled and len(self) <= 20 and len(self.y):
             counts = self.label_distribution()
             width = max(len(name) for name in self.names)
             lines += [
@@ -169,7 +196,7 @@ class FederatedData:
         """What notebooks show: the figures, and a bar for each client, by label where there are."""
         first, *others = str(self).splitlines()[:2]
         shown = min(len(self), 200)
-        labelled = self.task == "classification" and len(self) <= 2000 and len(self.y)
+        labelled = self.labelled and len(self) <= 2000 and len(self.y)
         stacks = (
             self.label_distribution()[:shown].tolist()
             if labelled
@@ -197,7 +224,7 @@ def assemble(
     partition: Sequence[Rows],
     test: float,
     seed: int,
-    x: NDArray[Any] | None = None,
+    x: Inputs | None = None,
 ) -> FederatedData:
     """Hold out the fraction `test` of each client's rows and put the population together.
 

@@ -14,12 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.core.random import Key
-from atoll.data.examples import Examples, Rows, Task
+from atoll.data.examples import (
+    Examples,
+    Inputs,
+    Rows,
+    as_inputs,
+    columns_of,
+    length,
+    of_each,
+    picked,
+    shape_of,
+    shape_text,
+)
 from atoll.data.federated import FederatedData
+from atoll.data.tasks import Task, named_input, task_of
 from atoll.errors import DataError
 
 #: Makes one client's inputs and targets from its number and its generator.
-Make = Callable[[int, np.random.Generator], tuple[NDArray[Any], NDArray[Any]]]
+Make = Callable[[int, np.random.Generator], tuple[Inputs, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,14 @@ class GeneratedData(FederatedData):
     def train(self, client: int) -> Examples:
         own = client if self.members is None else int(self.members[client])
         x, y = self.make(own, self.key.fold("client", own).generator())
-        if len(x) != self.size(client) or len(y) != len(x) or x.shape[1:] != self.x.shape[1:]:
+        lengths = {len(column) for _, column in (*columns_of(x), ("", y))}
+        if lengths != {self.size(client)} or shape_of(x) != self.shape:
+            made = of_each(x, lambda column: list(column.shape))
             raise DataError(
                 f"{self.name}: client {client} was promised {self.size(client)} inputs of shape "
-                f"{list(self.x.shape[1:])}, but {list(x.shape)} and {len(y)} targets were made"
+                f"{shape_text(self.shape)}, but {made} and {len(y)} targets were made"
             )
-        return Examples(
-            np.ascontiguousarray(x, self.x.dtype), np.ascontiguousarray(y, self.y.dtype)
-        )
+        return Examples(_like(self.x, x), np.ascontiguousarray(y, self.y.dtype))
 
     def test(self, client: int) -> Examples:
         return Examples(self.x, self.y)
@@ -127,8 +139,11 @@ class GeneratedData(FederatedData):
         first, last = (self.train(client) for client in (0, len(self) - 1))
         state = sha256(f"{self.key} {len(self)}".encode())
         state.update(np.ascontiguousarray(self.sizes()).data)
-        for column in (first.x, first.y, last.x, last.y, *self.test_part.all()):
-            state.update(np.ascontiguousarray(column).data)
+        for each in (first, last, self.test_part):
+            x, y = each.all()
+            for name, column in (*columns_of(x), ("", y)):
+                state.update(name.encode())
+                state.update(np.ascontiguousarray(column).data)
         return state.hexdigest()
 
 
@@ -137,9 +152,9 @@ def generated(
     *,
     clients: int,
     examples: int | NDArray[np.int64],
-    task: Task = "classification",
+    task: Task | str = "classification",
     classes: int | None = None,
-    test: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    test: tuple[Any, NDArray[Any]] | None = None,
     seed: int = 0,
     name: str = "generated",
 ) -> FederatedData:
@@ -155,30 +170,47 @@ def generated(
         raise DataError(f"{name}: there are no clients")
     sizes = np.broadcast_to(np.asarray(examples, np.int64), clients)
     x, y = make(0, Key(seed).fold("client", 0).generator())
-    x = np.asarray(x, np.int64 if task == "tokens" else np.float32)
-    y = np.asarray(y, np.float32 if task == "regression" else np.int64)
-    if classes is None and task != "regression":
+    kind = task_of(task)
+    if isinstance(as_inputs(x), dict):
+        x = {each: named_input(np.asarray(column), "inputs") for each, column in x.items()}  # type: ignore[union-attr]
+    else:
+        x = np.asarray(x, kind.input_dtype)
+    y = np.asarray(y, kind.target_dtype)
+    if classes is None and kind.classed:
         raise DataError(f"{name}: say how many classes there are (classes=...)")
-    nothing = (np.empty((0, *x.shape[1:]), x.dtype), np.empty((0, *y.shape[1:]), y.dtype))
-    held_out = nothing if test is None else test
+    nothing = (of_each(x, _none_of), _none_of(y))
+    held_out = nothing if test is None else (as_inputs(test[0]), test[1])
     return GeneratedData(
-        name, task, classes, (), Numbered(clients), *nothing,
+        name, kind, classes, (), Numbered(clients), *nothing,
         Ranges(np.concatenate([[0], np.cumsum(sizes)])),
         Ranges(np.zeros(clients + 1, np.int64)),
-        Examples(np.asarray(held_out[0], x.dtype), np.asarray(held_out[1], y.dtype)),
+        Examples(_like(x, held_out[0]), np.asarray(held_out[1], y.dtype)),
         make=make, key=Key(seed),
     )  # fmt: skip
 
 
+def _none_of(column: NDArray[Any]) -> NDArray[Any]:
+    return np.empty((0, *column.shape[1:]), column.dtype)
+
+
+def _like(columns: Inputs, x: Any) -> Inputs:
+    """Inputs in the types of these columns."""
+    if isinstance(columns, dict):
+        return {
+            name: np.ascontiguousarray(x[name], column.dtype) for name, column in columns.items()
+        }
+    return np.ascontiguousarray(x, columns.dtype)
+
+
 def from_columns(
-    x: NDArray[Any],
+    x: Inputs,
     y: NDArray[Any],
     offsets: NDArray[np.int64],
     *,
-    task: Task = "classification",
+    task: Task | str = "classification",
     classes: int | None = None,
     names: Sequence[str] | None = None,
-    test: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    test: tuple[Any, NDArray[Any]] | None = None,
     name: str = "columns",
 ) -> FederatedData:
     """A population over columns in which each client's rows lie together, memory-mapped or not.
@@ -186,29 +218,36 @@ def from_columns(
     Nothing is copied or looked through: open large files with `np.load(path, mmap_mode="c")`.
 
     Args:
-        x, y: inputs float32 (tokens int64) and targets (int64, or float32 for regression).
+        x, y: inputs float32 (tokens int64; of several by name, each either) and targets (int64 for
+            labels and tokens, float32 for others).
         offsets: client c holds rows offsets[c] to offsets[c + 1], [N + 1].
     """
     offsets = np.asarray(offsets, np.int64)
     clients = len(offsets) - 1
-    if clients < 1 or offsets[0] != 0 or offsets[-1] > len(x) or (np.diff(offsets) < 0).any():
+    if clients < 1 or offsets[0] != 0 or offsets[-1] > length(x) or (np.diff(offsets) < 0).any():
         raise DataError(
-            f"{name}: offsets must go from 0 up to at most {len(x)}, one more than clients"
+            f"{name}: offsets must go from 0 up to at most {length(x)}, one more than clients"
         )
-    wanted = (np.int64 if task == "tokens" else np.float32,
-              np.float32 if task == "regression" else np.int64)  # fmt: skip
-    for column, dtype, noun in zip((x, y), wanted, ("inputs", "targets"), strict=True):
-        if column.dtype != dtype:
+    x, kind = as_inputs(x), task_of(task)
+    inputs: tuple[type[np.generic], ...] = (kind.input_dtype,)
+    if isinstance(x, dict):
+        inputs = (np.float32, np.int64)
+    used: list[tuple[str, NDArray[Any], tuple[type[np.generic], ...]]]
+    used = [(f"inputs {each}".strip(), column, inputs) for each, column in columns_of(x)]
+    used.append(("targets", y, (kind.target_dtype,)))
+    for noun, column, dtypes in used:
+        if column.dtype not in dtypes:
+            told = " or ".join(str(np.dtype(dtype)) for dtype in dtypes)
             raise DataError(
-                f"{name}: {noun} are {column.dtype}; they must be {np.dtype(dtype)}, because they "
+                f"{name}: {noun} are {column.dtype}; they must be {told}, because they "
                 "are used as they lie"
             )
-    if len(x) != len(y):
-        raise DataError(f"{name}: {len(x)} inputs but {len(y)} targets")
-    if classes is None and task != "regression":
+        if len(column) != length(x):
+            raise DataError(f"{name}: {length(x)} inputs but {len(column)} {noun}")
+    if classes is None and kind.classed:
         raise DataError(f"{name}: say how many classes there are (classes=...)")
-    held_out = (x[:0], y[:0]) if test is None else test
+    held_out = (picked(x, slice(0)), y[:0]) if test is None else (as_inputs(test[0]), test[1])
     return FederatedData(
-        name, task, classes, (), Numbered(clients) if names is None else tuple(names), x, y,
+        name, kind, classes, (), Numbered(clients) if names is None else tuple(names), x, y,
         Ranges(offsets), Ranges(np.zeros(clients + 1, np.int64)), Examples(*held_out),
     )  # fmt: skip

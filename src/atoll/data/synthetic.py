@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from atoll.core.random import Key
 from atoll.data.dataset import Dataset
 from atoll.data.federated import FederatedData, assemble
+from atoll.data.tasks import CLASSIFICATION
 
 DIMENSION, CLASSES = 60, 10
 
@@ -52,7 +53,7 @@ def synthetic(
         x.append(inputs.astype(np.float32))
         y.append(_labels(inputs, weights, bias))
     name = "synthetic iid" if iid else f"synthetic({alpha:g}, {beta:g})"
-    dataset = Dataset(name, np.concatenate(x), np.concatenate(y), "classification", CLASSES)
+    dataset = Dataset(name, np.concatenate(x), np.concatenate(y), CLASSIFICATION, CLASSES)
     partition = np.split(np.arange(len(dataset)), np.cumsum(sizes)[:-1])
     return assemble(dataset, [str(client) for client in range(clients)], partition, test, seed)
 

@@ -15,6 +15,7 @@ from atoll.learners.base import (
     Objective,
     Stacking,
 )
+from atoll.learners.metrics import Metric
 from atoll.learners.numpy import NumpyLearner
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "KerasLearner",
     "Learner",
     "LocalResult",
+    "Metric",
     "NumpyLearner",
     "Objective",
     "SklearnLearner",

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from atoll.core.random import Key, permutations
 from atoll.core.vectors import Array, Layout, Vectors
-from atoll.data.examples import Examples, Rows, Task
+from atoll.data.examples import Examples, Rows
 from atoll.data.federated import FederatedData
+from atoll.data.tasks import Task, task_of
 from atoll.errors import ConfigurationError, DataError
-from atoll.learners.metrics import Sums, figures
+from atoll.learners.metrics import Metrics, Sums, check_metrics, figures, own_figures, own_sums
 from atoll.learners.rates import Rate, rate_at
 from atoll.learners.weights import copied, fits, is_vectors, packed
 
@@ -112,7 +113,7 @@ class Assignment:
     round: int
     key: Key
     fraction: float = 1.0
-    secret: Key | None = None
+    secret: Key | None = field(default=None, repr=False)
 
     def steps(self, planned: int) -> int:
         """How many of the `planned` steps are asked for: at least one."""
@@ -131,6 +132,8 @@ class Learner(ABC):
     abilities: frozenset[Ability] = frozenset()
     #: Whether a local step is `params -= lr * direction` and nothing else.
     plain_sgd: bool = False
+    #: Metrics beside the task's own, by name.
+    metrics: Metrics | None = None
 
     @property
     @abstractmethod
@@ -157,7 +160,7 @@ class Learner(ABC):
 
     @abstractmethod
     def evaluate(self, model: Vectors, examples: Examples, task: Task, classes: int | None) -> Sums:
-        """Sums of the metrics of `model` over `examples`."""
+        """Sums of the metrics of `model` over `examples`: what `sums` counts of its batches."""
 
     @abstractmethod
     def planned_steps(self, examples: int) -> int:
@@ -192,9 +195,24 @@ class Learner(ABC):
             f"{type(self).__name__} does not show its loss, which this algorithm needs"
         )
 
+    def sums(
+        self,
+        outputs: NDArray[Any],
+        targets: NDArray[Any],
+        loss_sum: float,
+        task: Task,
+        classes: int | None,
+    ) -> Sums:
+        """What a batch counts of the task's metrics, and of `metrics`.
+
+        `outputs` are float32; `loss_sum` is the mean loss of the batch times `task.terms(targets)`.
+        """
+        counted = task_of(task).sums(outputs, targets, loss_sum, classes)
+        return {**counted, **own_sums(self.metrics, outputs, targets)}
+
     def figures(self, sums: Sums, task: Task) -> dict[str, float]:
         """The metrics that people read, from sums that add over clients; names are open."""
-        return figures(sums, task)
+        return {**figures(sums, task), **own_figures(self.metrics, sums)}
 
     def check(self, data: FederatedData) -> None:
         """Raise `DataError` if this learner cannot be trained on these data."""
@@ -383,6 +401,7 @@ class GradientLearner(Learner, Stacking):
         epochs: passes over the client's examples per round.
         steps: if given, exactly so many local steps per round instead of `epochs`.
         max_gradient_norm: if given, each batch gradient is scaled to at most this L2 norm.
+        metrics: beside those of the task, by name: `{"top5": Metric(...)}`.
     """
 
     lr: float | Rate = 0.1
@@ -390,6 +409,7 @@ class GradientLearner(Learner, Stacking):
     epochs: int = 1
     steps: int | None = None
     max_gradient_norm: float | None = None
+    metrics: Metrics | None = None
 
     abilities: ClassVar[frozenset[Ability]] = frozenset({"gradient"})  # type: ignore[misc]
 
@@ -411,6 +431,7 @@ class GradientLearner(Learner, Stacking):
             raise ConfigurationError(
                 f"max_gradient_norm must be positive, not {self.max_gradient_norm}"
             )
+        check_metrics(self.metrics)
 
     @abstractmethod
     def descend(

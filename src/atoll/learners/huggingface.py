@@ -33,7 +33,7 @@ def HuggingFaceLearner(  # noqa: N802
 
     Args:
         model: gives `logits` for `input_ids` [B, T] and `attention_mask`: [B, K] for labels, or
-            [B, T, K] for the tokens that follow.
+            [B, T, K] for the tokens that follow. Data are ids alone, or its inputs by name.
         pad: the token that fills texts up to T; None takes the model's own.
         weights: pretrained models start from their own.
         settings: of `TorchLearner`, e.g. lr, optimizer, batch_size.
@@ -73,17 +73,29 @@ INSIDE = "model."
 
 
 class Tokens(nn.Module):
-    """The model as a function of token ids [B, T] alone; padding is left out of attention."""
+    """The model as a function of token ids [B, T] alone; padding is left out of attention.
+
+    Inputs by name (`input_ids`, `attention_mask`, `token_type_ids`, ...) are passed on as they are.
+    """
 
     def __init__(self, model: nn.Module, pad: int) -> None:
         super().__init__()
         self.model, self.pad = model, pad
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, *single: Tensor, **named: Tensor) -> Tensor:
+        found: Tensor
+        if not single:
+            found = self.model(**self._masked(named)).logits
+            return found
         # Inputs of labelled examples come as float32, in which token ids are exact.
-        ids = ids.long()
-        found: Tensor = self.model(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
+        found = self.model(**self._masked({"input_ids": single[0].long()})).logits
         return found
+
+    def _masked(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs with a mask of padding, where there is none."""
+        if "input_ids" not in inputs or "attention_mask" in inputs:
+            return dict(inputs)
+        return {**inputs, "attention_mask": (inputs["input_ids"] != self.pad).long()}
 
     def tensors_of(self, source: Any) -> dict[str, Tensor] | None:
         """The tensors of a model like the one inside, or of its state dict."""

@@ -1,102 +1,115 @@
-"""Metrics as sums: what a client reports adds up to what the population would report.
-
-A `Sums` maps names to float64 arrays that add elementwise. Nothing here is a mean until
-`figures` divides, so totals do not depend on how examples were split over clients or batches.
-"""
+"""Metrics: figures from sums that add, a task's and people's own, and which way each is good."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.data.examples import Task
+from atoll.data.sums import (
+    CONFUSION_LIMIT,
+    SCORE_BINS,
+    Sums,
+    add,
+    classification_sums,
+    multilabel_sums,
+    regression_sums,
+    token_sums,
+)
+from atoll.data.tasks import TASKS, Task, task_of
+from atoll.errors import ConfigurationError
 
-Sums = dict[str, NDArray[np.float64]]
+__all__ = [
+    "CONFUSION_LIMIT", "HIGHER_IS_BETTER", "SCORE_BINS", "Metric", "Metrics", "Sums", "add",
+    "check_metrics", "classification_sums", "directions", "figures", "main_metric",
+    "more_is_better", "multilabel_sums", "own_figures", "own_sums", "regression_sums", "spread",
+    "token_sums",
+]  # fmt: skip
 
-#: AUC counts pairs over a histogram of scores whose bins are relative, 1/256 of a power of two
-#: wide, from 2^-16 to 2^16 on both sides of zero; ties count half. So its scale does not matter.
-SCORE_BINS, OCTAVES, STEPS = 16_384, 32, 256
-#: Beyond this many classes the confusion matrix, and with it macro F1, is left out.
-CONFUSION_LIMIT = 1000
+#: Of atoll's own metrics, those of which more is better.
+HIGHER_IS_BETTER = frozenset[str]().union(*(task.higher for task in TASKS.values()))
 
-HIGHER_IS_BETTER = {"accuracy", "macro_f1", "auc", "r2"}
-
-
-def add(parts: Iterable[Sums]) -> Sums:
-    """The sums of disjoint examples taken together."""
-    total: Sums = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total[name] + value if name in total else value
-    return total
-
-
-def classification_sums(
-    logits: NDArray[np.floating], labels: NDArray[np.int64], loss_sum: float, classes: int
-) -> Sums:
-    """Sums of a batch: `logits` [B, K] (or [B] or [B, 1] for two classes), `labels` [B]."""
-    two_sided = logits.ndim == 2 and logits.shape[1] > 1
-    scores = logits if two_sided else logits.reshape(-1)
-    predicted = scores.argmax(axis=1) if two_sided else (scores > 0).astype(np.int64)
-    sums = _scalars(count=len(labels), loss=loss_sum, correct=(predicted == labels).sum())
-    if classes <= CONFUSION_LIMIT:
-        pairs = np.bincount(labels * classes + predicted, minlength=classes * classes)
-        sums["confusion"] = pairs.reshape(classes, classes).astype(np.float64)
-    if classes == 2:
-        margin = (scores[:, 1] - scores[:, 0]) if two_sided else scores
-        histogram = np.bincount(labels * SCORE_BINS + _bins(margin), minlength=2 * SCORE_BINS)
-        sums["scores"] = histogram.reshape(2, SCORE_BINS).astype(np.float64)
-    return sums
+#: What the sums of people's own metrics are called among a task's.
+OWN, ROWS = "own ", " rows"
+#: Names that files, plots and command lines can hold.
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.@-]*")
 
 
-def token_sums(logits: NDArray[np.floating], tokens: NDArray[np.int64], loss_sum: float) -> Sums:
-    """Sums over every token of a batch: `logits` [B, T, V], `tokens` [B, T]."""
-    correct = (logits.argmax(axis=-1) == tokens).sum()
-    return _scalars(count=tokens.size, loss=loss_sum, correct=correct)
+@dataclass(frozen=True)
+class Metric:
+    """A metric of people's own: what to count of a batch, and what the counts come to.
+
+    Args:
+        sums: (outputs, targets) -> a number or an array that adds up over batches and clients;
+            both are NumPy arrays [B, ...], the outputs as float32.
+        value: the added sums -> the figure, NaN where it is not defined; None divides by how many
+            examples there are.
+        higher: whether more is better.
+        per_client: whether it means something on one client's own test part; if not, it is refused
+            in the spread over clients.
+    """
+
+    sums: Callable[[NDArray[Any], NDArray[Any]], Any]
+    value: Callable[[Any], float] | None = None
+    higher: bool = True
+    per_client: bool = True
 
 
-def regression_sums(
-    outputs: NDArray[np.floating], targets: NDArray[np.float32], loss_sum: float
-) -> Sums:
-    """Sums over every target value of a batch: `outputs` and `targets` [B] or [B, D]."""
-    wanted = targets.astype(np.float64)
-    error = outputs.reshape(wanted.shape).astype(np.float64) - wanted
-    return _scalars(
-        count=wanted.size,
-        examples=len(wanted),
-        loss=loss_sum,
-        absolute=np.abs(error).sum(),
-        squared=np.square(error).sum(),
-        target=wanted.sum(),
-        target_squared=np.square(wanted).sum(),
-    )
+#: Metrics of people's own by name.
+Metrics = Mapping[str, Metric]
+NOTHING: Mapping[str, bool] = MappingProxyType({})
 
 
-def figures(sums: Sums, task: Task) -> dict[str, float]:
-    """The metrics that people read, from sums; an undefined one is NaN."""
-    count = float(sums.get("count", 0.0))
-    if not count:
+def check_metrics(metrics: Metrics | None) -> None:
+    """Raise `ConfigurationError` unless these are metrics by names that can be told apart."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise ConfigurationError(f"metrics must be a dict of names to Metric(...), not {metrics!r}")
+    for name, metric in (metrics or {}).items():
+        if not isinstance(metric, Metric):
+            raise ConfigurationError(f"metric {name!r} must be a Metric(...), not {metric!r}")
+        if not NAME.fullmatch(str(name)) or "_client_" in name:
+            raise ConfigurationError(
+                f"a metric cannot be called {name!r}: use letters, digits and any of _ . @ -, "
+                "without '_client_', which marks the spread over clients"
+            )
+
+
+def own_sums(metrics: Metrics | None, outputs: NDArray[Any], targets: NDArray[Any]) -> Sums:
+    """What people's own metrics count of a batch."""
+    found: Sums = {}
+    for name, metric in (metrics or {}).items():
+        try:
+            found[OWN + name] = np.array(metric.sums(outputs, targets), np.float64)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"the sums of metric {name!r} do not become a number or an array: {error}"
+            ) from error
+        found[OWN + name + ROWS] = np.array(len(targets), np.float64)
+    return found
+
+
+def own_figures(metrics: Metrics | None, sums: Sums) -> dict[str, float]:
+    """The figures of people's own metrics."""
+    found = {}
+    for name, metric in (metrics or {}).items():
+        if OWN + name in sums:
+            total = sums[OWN + name]
+            value = metric.value
+            found[name] = float(total / sums[OWN + name + ROWS] if value is None else value(total))
+    return found
+
+
+def figures(sums: Sums, task: Task | str) -> dict[str, float]:
+    """A task's metrics, from sums; an undefined one is NaN. Empty where nothing was counted."""
+    if not sums or not float(sums.get("count", 1.0)):
         return {}
-    metrics = {"loss": float(sums["loss"]) / count}
-    if task == "regression":
-        metrics["loss"] = float(sums["loss"]) / float(sums["examples"])
-        metrics["mae"] = float(sums["absolute"]) / count
-        metrics["rmse"] = math.sqrt(float(sums["squared"]) / count)
-        spread = float(sums["target_squared"]) - float(sums["target"]) ** 2 / count
-        metrics["r2"] = 1 - float(sums["squared"]) / spread if spread > 0 else math.nan
-        return metrics
-    metrics["accuracy"] = float(sums["correct"]) / count
-    if task == "tokens":
-        metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
-        return metrics
-    if "confusion" in sums:
-        metrics["macro_f1"] = _macro_f1(sums["confusion"])
-    if "scores" in sums:
-        metrics["auc"] = _auc(sums["scores"])
-    return metrics
+    return task_of(task).figures(sums)
 
 
 def main_metric(metrics: Container[str]) -> str:
@@ -107,12 +120,28 @@ def main_metric(metrics: Container[str]) -> str:
     return "loss"
 
 
-def more_is_better(metric: str) -> bool:
-    """Whether more of a metric is better, also of its spread over clients."""
-    return metric.split("_client_", maxsplit=1)[0] in HIGHER_IS_BETTER
+def directions(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether more is better, by metric, as the description of a run says of people's own.
+
+    `config` is the described federation (`run.config`), `data` the population (`run.data`).
+    """
+    learner = config.get("learner")
+    own = (learner.get("metrics") if isinstance(learner, Mapping) else None) or {}
+    found = {str(name): bool(high) for name, high in (data.get("metrics") or {}).items()}
+    return found | {name: bool(told["higher"]) for name, told in own.items() if "higher" in told}
 
 
-def spread(values: Sequence[float], metric: str) -> dict[str, float]:
+def more_is_better(metric: str, own: Mapping[str, bool] = NOTHING) -> bool:
+    """Whether more of a metric is better, also of its spread; `own` knows of people's own."""
+    name, _, over_clients = metric.partition("_client_")
+    if over_clients == "std":
+        return False
+    return own.get(name, name in HIGHER_IS_BETTER)
+
+
+def spread(
+    values: Sequence[float], metric: str, own: Mapping[str, bool] = NOTHING
+) -> dict[str, float]:
     """How a metric is distributed over clients: mean, standard deviation, worst tenth.
 
     `worst` is the mean over the worst ceil(N / 10) clients; NaN values are left out.
@@ -120,40 +149,10 @@ def spread(values: Sequence[float], metric: str) -> dict[str, float]:
     known = np.array([value for value in values if not math.isnan(value)], np.float64)
     if not len(known):
         return {}
-    ordered = np.sort(known) if metric in HIGHER_IS_BETTER else -np.sort(-known)
+    ordered = np.sort(known) if more_is_better(metric, own) else -np.sort(-known)
     tail = ordered[: math.ceil(len(ordered) / 10)]
     return {
         f"{metric}_client_mean": float(known.mean()),
         f"{metric}_client_std": float(known.std()),
         f"{metric}_client_worst": float(tail.mean()),
     }
-
-
-def _bins(scores: NDArray[np.floating]) -> NDArray[np.int64]:
-    """The bin of each score: monotone, with a relative width of at most 1/256."""
-    fraction, exponent = np.frexp(np.abs(np.nan_to_num(scores.astype(np.float64))))
-    step = (exponent + OCTAVES // 2) * STEPS + np.floor((2 * fraction - 1) * STEPS)
-    rank = np.clip(np.where(fraction == 0, 0, step), 0, SCORE_BINS // 2 - 1).astype(np.int64)
-    return np.where(scores < 0, SCORE_BINS // 2 - 1 - rank, SCORE_BINS // 2 + rank)
-
-
-def _scalars(**values: float) -> Sums:
-    return {name: np.array(value, np.float64) for name, value in values.items()}
-
-
-def _macro_f1(confusion: NDArray[np.float64]) -> float:
-    """Mean F1 over the classes that occur or were predicted (rows: truth, columns: predicted)."""
-    hit = np.diag(confusion)
-    support = confusion.sum(axis=0) + confusion.sum(axis=1)
-    seen = support > 0
-    return float((2 * hit[seen] / support[seen]).mean())
-
-
-def _auc(scores: NDArray[np.float64]) -> float:
-    """Probability that a positive outranks a negative, ties counting half (Mann-Whitney)."""
-    negatives, positives = scores
-    pairs = negatives.sum() * positives.sum()
-    if not pairs:
-        return math.nan
-    below = np.cumsum(negatives) - negatives
-    return float((positives * (below + negatives / 2)).sum() / pairs)

@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 
 from atoll.core.random import Key
 from atoll.core.vectors import Layout, Vector, Vectors
-from atoll.data.examples import Examples, Rows, Task
+from atoll.data.examples import Examples, Rows, picked
 from atoll.data.federated import FederatedData
+from atoll.data.sums import Sums, add
+from atoll.data.tasks import Task
 from atoll.errors import ConfigurationError, DataError
 from atoll.learners.base import Ability, GradientLearner, Objective
+from atoll.learners.checks import check_loss, check_outputs, flat_width
 from atoll.learners.evaluation import mean_over, pieces
-from atoll.learners.metrics import Sums, add, classification_sums, regression_sums
 
 Matrix = NDArray[np.float32]
 
+LOSSES = ("cross_entropy", "binary_cross_entropy", "squared")
 #: Examples in a batch of an evaluation.
 EVALUATED_AT_ONCE = 4096
 
@@ -36,13 +39,14 @@ class NumpyLearner(GradientLearner):
 
     Args:
         layers: widths, input first.
-        loss: "cross_entropy" (labels) or "squared" (half the squared error, as in textbooks).
+        loss: "cross_entropy" (labels), "binary_cross_entropy" (one logit for each of several
+            labels, or one for two classes) or "squared" (half the squared error, as in textbooks).
         momentum: heavy-ball momentum of the local optimiser, fresh in every round.
         zero_init: start at zero instead of He et al. (ICCV 2015), for convex models.
     """
 
     layers: tuple[int, ...]
-    loss: Literal["cross_entropy", "squared"] = "cross_entropy"
+    loss: Literal["cross_entropy", "binary_cross_entropy", "squared"] = "cross_entropy"
     momentum: float = 0.0
     zero_init: bool = False
 
@@ -54,8 +58,8 @@ class NumpyLearner(GradientLearner):
             raise ConfigurationError(
                 f"layers must be two or more positive widths, input first, not {self.layers}"
             )
-        if self.loss not in ("cross_entropy", "squared"):
-            raise ConfigurationError(f"loss must be cross_entropy or squared, not {self.loss!r}")
+        if self.loss not in LOSSES:
+            raise ConfigurationError(f"loss must be {' or '.join(LOSSES)}, not {self.loss!r}")
         if not 0 <= self.momentum < 1:
             raise ConfigurationError(f"momentum must be in [0, 1), not {self.momentum}")
 
@@ -88,24 +92,26 @@ class NumpyLearner(GradientLearner):
 
     def check(self, data: FederatedData) -> None:
         super().check(data)
-        width = int(np.prod(data.shape))
+        width = flat_width(data, "NumpyLearner")
         if width != self.layers[0]:
             raise DataError(
                 f"inputs of {data.name} have {width} values, but the first layer takes "
                 f"{self.layers[0]}; use layers=({width}, ...)"
             )
-        if (self.loss == "cross_entropy") != (data.task == "classification"):
-            raise DataError(f"{data.name} is a {data.task} set; loss {self.loss!r} does not fit it")
+        check_loss(self.loss, data)
+        if self.loss == "cross_entropy":
+            if data.y.ndim > 1:
+                raise DataError(
+                    f"{data.name} is a {data.task} set, with targets of shape "
+                    f"{list(data.y.shape[1:])}; loss {self.loss!r} does not fit it"
+                )
+            check_outputs(self.loss, self.layers[-1:], data)
+            return
         values = int(np.prod(data.y.shape[1:]))
-        if data.task == "regression" and values != self.layers[-1]:
+        if values != self.layers[-1]:
             raise DataError(
                 f"targets of {data.name} have {values} values, but the last layer gives "
                 f"{self.layers[-1]}"
-            )
-        if data.task == "classification" and data.classes != self.layers[-1]:
-            raise DataError(
-                f"{data.name} has {data.classes} classes, but the last layer gives "
-                f"{self.layers[-1]} outputs"
             )
 
     @contextmanager
@@ -121,10 +127,7 @@ class NumpyLearner(GradientLearner):
         for x, y in pieces(examples, EVALUATED_AT_ONCE):
             outputs = _forward(weights, x.reshape(len(x), -1))[-1]
             _, losses = _loss(self.loss, outputs, y)
-            if task == "regression":
-                parts.append(regression_sums(outputs, y, float(losses.sum())))
-            else:
-                parts.append(classification_sums(outputs, y, float(losses.sum()), classes or 0))
+            parts.append(self.sums(outputs, y, float(losses.sum()), task, classes))
         return add(parts)
 
     def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:
@@ -155,7 +158,7 @@ class _Descent:
         self._examples = examples
 
     def gather(self, rows: Rows | slice) -> None:
-        x = self._examples.x[rows]
+        x = picked(self._examples.x, rows)
         self._x, self._y = x.reshape(len(x), -1), self._examples.y[rows]
 
     def gradient(self, batch: slice, objective: Objective | None = None) -> tuple[Vector, Any]:
@@ -225,6 +228,13 @@ def _loss(loss: str, outputs: Matrix, y: NDArray[Any]) -> tuple[Matrix, NDArray[
     if loss == "squared":
         error = outputs - y.reshape(outputs.shape)
         return error, np.square(error).sum(axis=1) / 2
+    if loss == "binary_cross_entropy":
+        true = y.reshape(outputs.shape).astype(np.float32)
+        # The logistic function without an overflow.
+        said = (1 + np.tanh(outputs / 2)) / 2
+        losses = (np.logaddexp(0, outputs) - true * outputs).mean(axis=1)
+        slope = np.asarray((said - true) / outputs.shape[1], np.float32)
+        return slope, losses
     shifted = outputs - outputs.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
     totals = exponentials.sum(axis=1, keepdims=True)

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from atoll.core.random import Key
 from atoll.core.vectors import Layout, Vectors
-from atoll.data.examples import Examples, Task
+from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
+from atoll.data.sums import Sums, add
+from atoll.data.tasks import Task
 from atoll.errors import ConfigurationError, DataError, require
 from atoll.learners.base import Ability, Assignment, At, Correction, Learner, LocalResult, Objective
+from atoll.learners.checks import flat_width
 from atoll.learners.evaluation import mean_over, pieces
-from atoll.learners.metrics import Sums, add, classification_sums, regression_sums
+from atoll.learners.metrics import Metrics, check_metrics
 from atoll.learners.weights import copied, fits, packed
 
 require("sklearn", "scikit-learn", "atoll.learners.SklearnLearner")
@@ -47,12 +50,14 @@ class SklearnLearner(Learner):
         features: values per input; inputs of more dimensions are flattened.
         classes: number of classes, or None for a regressor.
         epochs: passes of `partial_fit`, or `max_iter` of a warm-started `fit`, per round.
+        metrics: beside those of the task, by name.
     """
 
     estimator: BaseEstimator
     features: int
     classes: int | None = None
     epochs: int = 1
+    metrics: Metrics | None = None
 
     abilities: ClassVar[frozenset[Ability]] = frozenset({"outputs"})  # type: ignore[misc]
 
@@ -68,6 +73,7 @@ class SklearnLearner(Learner):
                 f"{type(self.estimator).__name__} has neither partial_fit nor warm_start, so it "
                 "cannot go on from the parameters it receives"
             )
+        check_metrics(self.metrics)
         self._check_start()
 
     @cached_property
@@ -91,13 +97,16 @@ class SklearnLearner(Learner):
         return self.epochs
 
     def check(self, data: FederatedData) -> None:
-        width = int(np.prod(data.shape))
+        width = flat_width(data, "SklearnLearner")
         if width != self.features:
             raise DataError(
                 f"inputs of {data.name} have {width} values, but features={self.features}"
             )
-        if self.classes is None and data.y.ndim > 1:
-            raise DataError(f"{data.name} has several targets per example, which it cannot fit")
+        if data.y.ndim > 1:
+            raise DataError(
+                f"{data.name} is a {data.task} set with several targets per example, which it "
+                "cannot fit"
+            )
         if data.classes != self.classes:
             raise DataError(f"{data.name} has {data.classes} classes, but classes={self.classes}")
 
@@ -130,11 +139,7 @@ class SklearnLearner(Learner):
         parts = []
         for x, y in pieces(examples, EVALUATED_AT_ONCE):
             outputs = self._outputs(estimator, x)
-            loss = self._loss(outputs, y)
-            if task == "regression":
-                parts.append(regression_sums(outputs, y, loss))
-            else:
-                parts.append(classification_sums(outputs, y, loss, classes or 0))
+            parts.append(self.sums(outputs, y, self._loss(outputs, y), task, classes))
         return add(parts)
 
     def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from atoll.core.vectors import Vectors
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
+from atoll.data.tasks import Task
 from atoll.errors import DataError
 from atoll.learners.base import Learner
 from atoll.learners.metrics import spread
@@ -22,6 +23,8 @@ from atoll.rounds.task import ClientTask, Received, at_work
 GROUP = 1024
 #: What the models of clients that are evaluated together may come to.
 OWN_BYTES = 64 << 20
+#: What the sums of clients that are evaluated together may come to.
+SUMS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class ClientFigures:
     """Each client's own metrics on its test part: values [N], NaN where it has none."""
 
     values: dict[str, NDArray[np.float64]]
+    #: Of metrics of people's own, whether more is better.
+    higher: dict[str, bool] = field(default_factory=dict)
 
     def by_name(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """The same by client, without those that have no value."""
@@ -47,7 +52,7 @@ class ClientFigures:
         return {
             name: value
             for metric, values in self.values.items()
-            for name, value in spread(list(values), metric).items()
+            for name, value in spread(list(values), metric, self.higher).items()
         }
 
 
@@ -65,15 +70,16 @@ def evaluate_clients(
     """Metrics of one model on every client's own test part."""
     values = {metric: np.full(len(data), math.nan) for metric in metrics}
     members = data.tested().tolist()
-    for start in range(0, len(members), GROUP):
-        group = members[start : start + GROUP]
+    size = _together(data)
+    for start in range(0, len(members), size):
+        group = members[start : start + size]
         parts = [data.test(client) for client in group]
         each = learner.evaluate_each(model, parts, data.task, data.classes)
         for client, sums in zip(group, each, strict=True):
             own = learner.figures(sums, data.task)
             for metric in metrics:
                 values[metric][client] = own.get(metric, math.nan)
-    return ClientFigures(values)
+    return ClientFigures(values, ways(learner, data))
 
 
 def own_model(plan: Plan, received: Received, task: ClientTask, examples: Examples) -> Vectors:
@@ -98,7 +104,7 @@ def evaluate_own(
     learner = plan.learner
     values = {metric: np.full(len(data), math.nan) for metric in metrics}
     members = data.tested().tolist()
-    size = max(1, min(GROUP, OWN_BYTES // max(4 * learner.layout.size, 1)))
+    size = max(1, min(_together(data), OWN_BYTES // max(4 * learner.layout.size, 1)))
     for start in range(0, len(members), size):
         group = members[start : start + size]
         models = [own_model(plan, received, task_of(c), data.train(c)) for c in group]
@@ -109,41 +115,65 @@ def evaluate_own(
             own = learner.figures(sums, data.task)
             for metric in metrics:
                 values[metric][client] = own.get(metric, math.nan)
-    return ClientFigures(values)
+    return ClientFigures(values, ways(learner, data))
+
+
+def _together(data: FederatedData) -> int:
+    """How many clients' sums are held at the same time."""
+    return max(1, min(GROUP, SUMS_BYTES // data.task.sums_bytes(data.classes)))
+
+
+def ways(learner: Learner, data: FederatedData) -> dict[str, bool]:
+    """Whether more is better, of every metric that learner and task say it of."""
+    task = data.task
+    known = {name: name in task.higher for name in task.metrics(data.classes)}
+    return known | {name: metric.higher for name, metric in (learner.metrics or {}).items()}
 
 
 def spread_metrics(evaluation: Evaluation, data: FederatedData) -> tuple[str, ...]:
-    """The metrics whose spread is reported: accuracy, or the loss where there is none."""
-    if evaluation.spread is not None:
-        return evaluation.spread
-    return ("loss",) if data.task == "regression" else ("accuracy",)
+    """The metrics whose spread is reported: the task's main one, where none are asked for."""
+    return (data.task.main,) if evaluation.spread is None else evaluation.spread
 
 
 def check_evaluation(plan: Plan, data: FederatedData) -> None:
     """Raise `DataError` if a metric that is asked for cannot be had on these data."""
-    evaluation = plan.evaluation
+    evaluation, task, own = plan.evaluation, data.task, plan.learner.metrics or {}
     metrics = spread_metrics(evaluation, data)
-    asked = [*metrics, *([evaluation.best] if evaluation.best else [])]
-    known = {
-        "classification": {"loss", "accuracy", "macro_f1", "auc"},
-        "regression": {"loss", "mae", "rmse", "r2"},
-        "tokens": {"loss", "accuracy", "perplexity"},
-    }[data.task]
-    open_ended = type(plan.learner).figures is not Learner.figures
-    for metric in asked:
-        if metric not in known and not open_ended:
+    known = task.metrics(data.classes)
+    for name in own:
+        if name in known:
             raise DataError(
-                f"{data.name} is a {data.task} set, for which {metric!r} is not known; "
-                f"use {', '.join(sorted(known))}"
+                f"{name!r} is a metric of every {task} set; call the learner's own another name"
             )
-    if "auc" in asked and data.classes != 2:
-        raise DataError(f"AUC needs two classes; {data.name} has {data.classes}")
-    if "auc" in metrics and evaluation.clients_every is not None:
-        for client in data.tested().tolist():
-            labels = np.unique(data.test(client).all()[1])
-            if len(labels) == 1:
+    # A learner that makes its own figures may give more than anybody knows.
+    if type(plan.learner).figures is Learner.figures:
+        for metric in (*metrics, *([evaluation.best] if evaluation.best else [])):
+            if metric not in known and metric not in own:
+                told = f", with {data.classes} {task.noun}" if data.classes else ""
                 raise DataError(
-                    f"the test part of client {data.names[client]!r} has only class {labels[0]}, "
-                    "so its AUC is not defined; leave 'auc' out of the spread (the pooled AUC is "
-                    "still reported), or give that client more test examples"
+                    f"{data.name} is a {task} set{told}, for which {metric!r} is not known; "
+                    f"use {', '.join(sorted({*known, *own}))}"
+                )
+    for metric in metrics:
+        if metric in own and not own[metric].per_client:
+            raise DataError(
+                f"{metric!r} means nothing on one client's test part; leave it out of the spread"
+            )
+    if evaluation.clients_every is not None:
+        _check_defined(metrics, data)
+
+
+def _check_defined(metrics: tuple[str, ...], data: FederatedData) -> None:
+    """Raise `DataError` if a metric has no value on some client's test part."""
+    never = type(data.task).undefined is Task.undefined
+    for client in () if never else data.tested().tolist():
+        targets = data.test(client).all()[1]
+        for metric in metrics:
+            reason = data.task.undefined(metric, targets)
+            if reason:
+                raise DataError(
+                    f"the test part of client {data.names[client]!r} {reason}, so its "
+                    f"{metric.upper() if metric == 'auc' else metric} is not defined; leave "
+                    f"{metric!r} out of the spread (the pooled one is still reported), or give "
+                    "that client more test examples"
                 )

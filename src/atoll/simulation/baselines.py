@@ -12,7 +12,6 @@ from atoll.core.vectors import Vectors
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
 from atoll.learners.base import Assignment, Learner
-from atoll.learners.metrics import figures
 from atoll.rounds.evaluate import evaluate_clients, evaluate_pooled
 from atoll.rounds.plan import Plan
 
@@ -44,7 +43,7 @@ def train_baselines(
     """Train both baselines; see `Federation.baselines`."""
     learner = plan.learner
     learner.check(data)
-    metrics = ("loss",) if data.task == "regression" else ("loss", "accuracy")
+    metrics = tuple(dict.fromkeys(("loss", data.task.main)))
     cohort = plan.schedule.needed(len(data))
     spent = max(1, round(plan.schedule.rounds * cohort / len(data)))
     central_rounds = central_rounds or spent
@@ -63,7 +62,7 @@ def train_baselines(
         test = data.test(client)
         if len(test):
             own_local.append(
-                figures(learner.evaluate(model, test, data.task, data.classes), data.task)
+                learner.figures(learner.evaluate(model, test, data.task, data.classes), data.task)
             )
     return Baselines(
         Baseline(

@@ -22,6 +22,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.examples import Examples
 from atoll.data.sets.columns import Scale, flags, listed, numbers, one_hot, scaled, side_by_side
 from atoll.data.sets.files import folder_file, read_columns
+from atoll.data.tasks import CLASSIFICATION
 
 Table = dict[str, list[str]]
 
@@ -71,7 +72,7 @@ def adult() -> Dataset:
         name="adult",
         x=_inputs(train),
         y=_targets(train),
-        task="classification",
+        task=CLASSIFICATION,
         classes=2,
         keys={key: np.array(train[column]) for key, column in _KEYS.items()},
         test=Examples(_inputs(test), _targets(test)),

@@ -22,6 +22,7 @@ import numpy as np
 from atoll.data.dataset import Dataset
 from atoll.data.sets.columns import Floats, flags, listed, numbers, one_hot, scaled, side_by_side
 from atoll.data.sets.files import folder_file, read_columns
+from atoll.data.tasks import CLASSIFICATION
 
 _CATEGORIES = {
     "job": listed(
@@ -55,7 +56,7 @@ def bank() -> Dataset:
             *(one_hot(table[name], known, f"bank, {name}") for name, known in _CATEGORIES.items()),
         ),
         y=flags(table["y"], "yes")[:, 0],
-        task="classification",
+        task=CLASSIFICATION,
         classes=2,
         keys={"job": np.array(table["job"])},
         class_names=("no deposit", "deposit"),

@@ -24,6 +24,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.examples import Examples
 from atoll.data.sets.columns import Scale, padded, windows
 from atoll.data.sets.files import folder_file, read_numbers
+from atoll.data.tasks import REGRESSION
 
 #: Flights left that the target 1 stands for; more are counted as this many.
 CAP = 125
@@ -63,7 +64,7 @@ def cmapss() -> Dataset:
         name="cmapss",
         x=np.concatenate(list(pieces.values())),
         y=_share(np.concatenate(left)),
-        task="regression",
+        task=REGRESSION,
         keys={"engine": owners},
         test=Examples(
             np.stack([flights[-LENGTH:].T for flights in test.values()]), _share(remaining[:, 0])

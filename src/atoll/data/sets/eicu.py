@@ -35,6 +35,7 @@ from atoll.data.sets.columns import (
     side_by_side,
 )
 from atoll.data.sets.files import folder_file, read_columns
+from atoll.data.tasks import CLASSIFICATION
 
 Table = dict[str, list[str]]
 
@@ -107,7 +108,7 @@ def eicu() -> Dataset:
         name="eicu",
         x=side_by_side(*inputs)[rows],
         y=died[rows],
-        task="classification",
+        task=CLASSIFICATION,
         classes=2,
         keys={"hospital": padded(map(int, patients["hospitalid"]), 3)[rows]},
         class_names=("survived", "died"),

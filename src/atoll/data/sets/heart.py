@@ -34,6 +34,7 @@ from atoll.data.sets.columns import (
     side_by_side,
 )
 from atoll.data.sets.files import folder_file, has_folder, has_package, package_path, read_columns
+from atoll.data.tasks import CLASSIFICATION
 
 _FOLDER = "heart-disease-hospitals"
 #: age in years, resting blood pressure in mmHg, cholesterol in mg/dl, highest heart rate in
@@ -67,7 +68,7 @@ def heart() -> Dataset:
         name="heart",
         x=side_by_side(scaled(numbers(table["age"]), _AGE), *numeric, *chosen),
         y=numbers(table["num"]) > 0,
-        task="classification",
+        task=CLASSIFICATION,
         classes=2,
         keys={"hospital": np.array(table["dataset"])},
         class_names=("healthy", "disease"),

@@ -33,6 +33,7 @@ from atoll.data.sets.files import (
     read_idx,
     read_numbers,
 )
+from atoll.data.tasks import CLASSIFICATION
 
 _DIGITS = tuple("0123456789")
 _CLOTHES = (
@@ -58,7 +59,7 @@ def digits() -> Dataset:
         name="digits",
         x=table[:, :-1] / 16,
         y=table[:, -1],
-        task="classification",
+        task=CLASSIFICATION,
         classes=10,
         class_names=_DIGITS,
         describe="1,797 handwritten digits of 8 x 8 pixels",
@@ -82,7 +83,7 @@ def _small_mnist() -> Dataset:
         name="mnist",
         x=_pixels(table[:, :-1]),
         y=table[:, -1],
-        task="classification",
+        task=CLASSIFICATION,
         classes=10,
         class_names=_DIGITS,
         describe="5,000 handwritten digits of MNIST's training part, 500 of each",
@@ -97,7 +98,7 @@ def _whole_mnist(name: str) -> Dataset:
         name=name,
         x=_pixels(stored["x_train"]),
         y=stored["y_train"],
-        task="classification",
+        task=CLASSIFICATION,
         classes=10,
         keys=writers,
         test=Examples(_pixels(stored["x_test"]), stored["y_test"]),
@@ -113,7 +114,7 @@ def fashion_mnist() -> Dataset:
         name="fashion-mnist",
         x=train.x,
         y=train.y,
-        task="classification",
+        task=CLASSIFICATION,
         classes=10,
         test=test,
         class_names=_CLOTHES,
@@ -138,7 +139,7 @@ def pneumoniamnist() -> Dataset:
         name="pneumoniamnist",
         x=_pixels(np.concatenate([stored["train_images"], stored["val_images"]])),
         y=np.concatenate([stored["train_labels"], stored["val_labels"]]),
-        task="classification",
+        task=CLASSIFICATION,
         classes=2,
         test=Examples(_pixels(stored["test_images"]), stored["test_labels"]),
         class_names=("normal", "pneumonia"),

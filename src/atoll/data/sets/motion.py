@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from atoll.data.dataset import Dataset
 from atoll.data.sets.columns import padded, windows
 from atoll.data.sets.files import folder_file, package_path, read_arrays
+from atoll.data.tasks import CLASSIFICATION
 
 #: Samples in a window and from one window to the next: two seconds and one.
 _WATCH_WINDOW = (100, 50)
@@ -53,7 +54,7 @@ def wearables() -> Dataset:
         name="wearables",
         x=x,
         y=np.asarray(watch["y"])[source],
-        task="classification",
+        task=CLASSIFICATION,
         classes=len(watch["y_labels"]),
         keys={"subject": padded(watch["subject"], 2)[source]},
         class_names=tuple(_EXERCISES.get(label, label) for label in watch["y_labels"]),
@@ -72,7 +73,7 @@ def hmp_wrist() -> Dataset:
         name="hmp-wrist",
         x=x,
         y=stored["activity"][source],
-        task="classification",
+        task=CLASSIFICATION,
         classes=len(stored["activity_names"]),
         keys={"volunteer": stored["volunteer_names"][stored["volunteer"][source]]},
         class_names=tuple(str(name).replace("_", " ") for name in stored["activity_names"]),

@@ -24,6 +24,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.examples import Examples
 from atoll.data.sets.columns import Floats, flags, listed, numbers, one_hot, side_by_side
 from atoll.data.sets.files import folder_file, read_columns
+from atoll.data.tasks import CLASSIFICATION
 
 Table = dict[str, list[str]]
 
@@ -66,7 +67,7 @@ def nsl_kdd() -> Dataset:
         name="nsl-kdd",
         x=_inputs(train),
         y=_attacks(train),
-        task="classification",
+        task=CLASSIFICATION,
         classes=2,
         keys={
             "service": np.array(train["service"]),

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from atoll.data.dataset import Dataset
 from atoll.data.sets.files import folder_file, has_folder, has_package, lines_of, package_path
+from atoll.data.tasks import TOKENS
 
 #: Characters in a window.
 LENGTH = 80
@@ -59,7 +60,7 @@ def shakespeare() -> Dataset:
         name="shakespeare",
         x=both[:, :-1],
         y=both[:, 1:],
-        task="tokens",
+        task=TOKENS,
         classes=len(ALPHABET),
         keys={"role": np.array(owners)},
         class_names=tuple(ALPHABET),

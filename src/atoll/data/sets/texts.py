@@ -23,6 +23,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.examples import Examples
 from atoll.data.sets.columns import hashed_words, positions
 from atoll.data.sets.files import folder_file, lines_of, read_columns
+from atoll.data.tasks import CLASSIFICATION
 
 #: Columns that words are hashed to.
 WIDTH = 1024
@@ -39,7 +40,7 @@ def banking77() -> Dataset:
         name="banking77",
         x=hashed_words(train["text"], WIDTH),
         y=positions(train["category"], intents, "banking77, category"),
-        task="classification",
+        task=CLASSIFICATION,
         classes=len(intents),
         test=Examples(
             hashed_words(test["text"], WIDTH),
@@ -62,7 +63,7 @@ def medquad() -> Dataset:
         name="medquad",
         x=hashed_words([str(entry["answer"]) for entry in entries], WIDTH),
         y=positions(kinds, known, "medquad, qtype"),
-        task="classification",
+        task=CLASSIFICATION,
         classes=len(known),
         keys={"source": np.array([str(entry["source"]) for entry in entries])},
         class_names=tuple(known),

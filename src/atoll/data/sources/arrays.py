@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from atoll.data.dataset import Dataset
-from atoll.data.examples import Examples, Task
+from atoll.data.dataset import Dataset, said_of
+from atoll.data.examples import Examples, Inputs, columns_of, shape_of
+from atoll.data.tasks import Task, inferred, task_of
 from atoll.errors import DataError
 
 Array = NDArray[Any]
 
-#: More classes than this, and more than there are examples, are not inferred but asked for.
-_INFERRED_CLASSES = 1000
-
 
 def from_arrays(
-    x: ArrayLike,
+    x: ArrayLike | Mapping[str, ArrayLike],
     y: ArrayLike,
     *,
-    task: Task | None = None,
+    task: Task | str | None = None,
     classes: int | None = None,
     keys: Mapping[str, ArrayLike] | None = None,
-    test: tuple[ArrayLike, ArrayLike] | Examples | None = None,
+    test: tuple[Any, ArrayLike] | Examples | None = None,
     name: str = "arrays",
     class_names: Sequence[str] = (),
     describe: str = "",
@@ -35,31 +33,39 @@ def from_arrays(
     Whatever `np.asarray` takes will do. Without `task`, whole or boolean `y` [N] mean
     classification with max + 1 classes, text labels mean classification with the sorted texts
     of the training part as `class_names`, and fractional numbers mean regression; the task of
-    predicting tokens must be said. `keys` {"hospital": [N]} are natural owners and `test` is a
-    held-out pair (x, y). The result has float32 inputs (int64 for tokens), int64 labels or
-    float32 targets; an array of that type already is shared, not copied.
+    predicting tokens must be said, and "multilabel". `keys` {"hospital": [N]} are natural owners
+    and `test` is a held-out pair (x, y). The result has float32 inputs (int64 for tokens), int64
+    labels or float32 targets; an array of that type already is shared, not copied. Inputs may be
+    several by name, {"image": [N, ...], "age": [N, 1]}, of which whole numbers stay int64.
 
     Raises DataError for shapes that do not fit, missing values and labels out of range.
     """
     train = _pair(x, y, name)
     held_out = None if test is None else _test_pair(test, train, f"{name}, test part")
-    task = _checked_task(task, name) or _inferred_task(train[1], name)
-    _check_task(task, *train, classes, name)
+    with said_of(name):
+        kind = inferred(train[1]) if task is None else task_of(task)
+        kind.check(*train)
+        if classes is not None and not kind.classed:
+            raise DataError(
+                f"classes={classes} does not go with {kind}; "
+                "if the targets are labels, say task='classification'"
+            )
     class_names = tuple(class_names)
     if train[1].dtype.kind == "O":
         class_names = class_names or tuple(sorted(set(train[1].tolist())))
         train = train[0], _codes(train[1], class_names, name)
         if held_out is not None:
             held_out = held_out[0], _codes(held_out[1], class_names, f"{name}, test part")
-    if task != "regression":
-        classes = _checked_classes(classes, class_names, train, held_out, task, name)
+    if kind.classed:
+        with said_of(name):
+            classes = _checked_classes(classes, class_names, train, held_out, kind)
     # A float64 beyond float32 becomes infinite, which Dataset refuses with a sentence.
     with np.errstate(over="ignore"):
         return Dataset(
             name=name,
             x=train[0],
             y=train[1],
-            task=task,
+            task=kind,
             classes=classes,
             keys={key: _owners(owners, key, name) for key, owners in (keys or {}).items()},
             test=None if held_out is None else Examples(*held_out),
@@ -88,14 +94,20 @@ def is_missing(value: object) -> bool:
     return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
-def _pair(x: ArrayLike, y: ArrayLike, name: str) -> tuple[Array, Array]:
-    inputs = _array(x, "inputs", name)
+def _pair(x: Any, y: ArrayLike, name: str) -> tuple[Inputs, Array]:
+    inputs: Inputs
+    if isinstance(x, Mapping):
+        inputs = {str(key): _array(each, f"inputs {key!r}", name) for key, each in x.items()}
+    else:
+        inputs = _array(x, "inputs", name)
     targets = _plain_targets(_array(y, "targets", name), name)
-    if len(inputs) != len(targets):
-        raise DataError(f"{name}: {len(inputs)} inputs but {len(targets)} targets")
-    if len(inputs) == 0:
+    for key, column in columns_of(inputs):
+        if len(column) != len(targets):
+            noun = f"inputs {key!r}" if key else "inputs"
+            raise DataError(f"{name}: {len(column)} {noun} but {len(targets)} targets")
+    if len(targets) == 0:
         raise DataError(f"{name}: there are no examples")
-    if inputs.ndim == 1:
+    if not isinstance(inputs, dict) and inputs.ndim == 1:
         raise DataError(
             f"{name}: the inputs have shape {inputs.shape}, one number per example; "
             "give them a second dimension, as in x.reshape(-1, 1)"
@@ -122,21 +134,21 @@ def _array(values: ArrayLike, noun: str, name: str) -> Array:
 
 
 def _test_pair(
-    test: tuple[ArrayLike, ArrayLike] | Examples, train: tuple[Array, Array], name: str
-) -> tuple[Array, Array]:
+    test: tuple[Any, ArrayLike] | Examples, train: tuple[Inputs, Array], name: str
+) -> tuple[Inputs, Array]:
     if isinstance(test, Examples):
         test = test.all()
     if not isinstance(test, tuple | list) or len(test) != 2:
         raise DataError(f"{name}: give the test part as a pair (x, y)")
     held_out = _pair(test[0], test[1], name)
     for noun, own, trained in zip(("inputs", "targets"), held_out, train, strict=True):
-        if own.shape[1:] != trained.shape[1:]:
+        if shape_of(own) != shape_of(trained):
             raise DataError(
-                f"{name}: {noun} have shape {own.shape[1:]} each, "
-                f"but {trained.shape[1:]} in the training part"
+                f"{name}: {noun} have shape {shape_of(own)} each, "
+                f"but {shape_of(trained)} in the training part"
             )
-        if noun == "targets" and (own.dtype.kind == "O") != (trained.dtype.kind == "O"):
-            raise DataError(f"{name}: labels are text in one part and numbers in the other")
+    if (held_out[1].dtype.kind == "O") != (train[1].dtype.kind == "O"):
+        raise DataError(f"{name}: labels are text in one part and numbers in the other")
     return held_out
 
 
@@ -177,75 +189,25 @@ def _plain_objects(y: Array, name: str) -> Array:
     return numbers.reshape(y.shape)
 
 
-def _checked_task(task: Task | None, name: str) -> Task | None:
-    if task is not None and task not in get_args(Task):
-        raise DataError(f"{name}: task must be one of {', '.join(get_args(Task))}, not {task!r}")
-    return task
-
-
-def _inferred_task(y: Array, name: str) -> Task:
-    if y.dtype.kind == "O" or (y.dtype.kind in "iub" and y.ndim == 1):
-        return "classification"
-    if y.dtype.kind == "f":
-        return "regression"
-    raise DataError(
-        f"{name}: whole targets of shape {y.shape} may mean several tasks; say "
-        "task='tokens' or task='regression', or flatten labels to [N]"
-    )
-
-
-def _check_task(task: Task, x: Array, y: Array, classes: int | None, name: str) -> None:
-    if task == "classification" and y.ndim != 1:
-        raise DataError(f"{name}: labels must have shape [N], not {y.shape}; flatten them")
-    if task == "regression" and y.dtype.kind == "O":
-        raise DataError(f"{name}: the targets are text, which task='regression' cannot use")
-    if task == "regression" and classes is not None:
-        raise DataError(
-            f"{name}: classes={classes} does not go with regression; "
-            "if the targets are labels, say task='classification'"
-        )
-    if task == "tokens" and x.shape != y.shape:
-        raise DataError(
-            f"{name}: tokens need inputs and targets of one shape [N, T], "
-            f"not {x.shape} and {y.shape}"
-        )
-
-
 def _checked_classes(
     classes: int | None,
     class_names: tuple[str, ...],
-    train: tuple[Array, Array],
-    held_out: tuple[Array, Array] | None,
+    train: tuple[Inputs, Array],
+    held_out: tuple[Inputs, Array] | None,
     task: Task,
-    name: str,
-) -> int:
+) -> int | None:
     if class_names:
         if len(set(class_names)) < len(class_names):
-            raise DataError(f"{name}: a class name is given twice; every class needs its own")
+            raise DataError("a class name is given twice; every class needs its own")
         if classes not in (None, len(class_names)):
             raise DataError(
-                f"{name}: there are {len(class_names)} class names but classes={classes}; "
+                f"there are {len(class_names)} class names but classes={classes}; "
                 "give a name to every class with class_names=..."
             )
         return len(class_names)
     if classes is not None:
         return classes
-    parts = train if held_out is None else train + held_out
-    return _inferred_classes(parts if task == "tokens" else parts[1::2], name)
-
-
-def _inferred_classes(labels: Sequence[Array], name: str) -> int:
-    if all(array.dtype.kind == "b" for array in labels):
-        return 2
-    highest = max(float(array.max(initial=0)) for array in labels)
-    examples = len(labels[0])
-    # NaN is let through: Dataset says what is wrong with it.
-    if highest >= max(examples, _INFERRED_CLASSES) and labels[0].ndim == 1:
-        raise DataError(
-            f"{name}: labels go up to {highest:.0f} in {examples} examples; say "
-            f"task='regression' if they are amounts, or classes=... if there are so many classes"
-        )
-    return int(highest) + 1 if np.isfinite(highest) else 1
+    return task.count([train] if held_out is None else [train, held_out])
 
 
 def _codes(y: Array, class_names: tuple[str, ...], name: str) -> NDArray[np.int64]:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.data.dataset import Dataset
-from atoll.data.examples import Task
 from atoll.data.sources.arrays import channels_first, from_arrays
 from atoll.data.sources.arrow import Missing, Table, check_columns
 from atoll.data.sources.table import client_keys, from_table, label_values
+from atoll.data.tasks import Task, may_be_labels
 from atoll.errors import DataError, require
 
 #: Pictures decoded at a time.
@@ -26,7 +26,7 @@ def from_huggingface(
     label: str,
     features: str | Sequence[str] | None = None,
     client: str | Sequence[str] | None = None,
-    task: Task | None = None,
+    task: Task | str | None = None,
     classes: int | None = None,
     test: Any = None,
     missing: Missing = "refuse",
@@ -50,7 +50,7 @@ def from_huggingface(
     check_columns((label, *clients, *(features or ())), train.column_names, name)
     pictures = _pictures(train, features, label, name, library)
     named = getattr(train.features[label], "names", None)
-    class_names = tuple(named) if named and task in (None, "classification") else ()
+    class_names = tuple(named) if named and may_be_labels(task) else ()
     if pictures is None:
         return from_table(
             _table(train, None, label, library),

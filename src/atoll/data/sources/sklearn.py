@@ -11,17 +11,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from atoll.data.dataset import Dataset
-from atoll.data.examples import Task
 from atoll.data.sources.arrays import from_arrays
 from atoll.data.sources.arrow import read_table
 from atoll.data.sources.encoding import encode_columns
+from atoll.data.tasks import Task, may_be_labels
 from atoll.errors import DataError
 
 
 def from_sklearn(
     bunch: Mapping[str, Any],
     *,
-    task: Task | None = None,
+    task: Task | str | None = None,
     classes: int | None = None,
     keys: Mapping[str, ArrayLike] | None = None,
     test: Mapping[str, Any] | tuple[ArrayLike, ArrayLike] | None = None,
@@ -86,13 +86,13 @@ def _encoded(data: Any, test: Any, name: str) -> tuple[Any, Any]:
 
 
 def _class_names(
-    bunch: Mapping[str, Any], target: Any, task: Task | None, classes: int | None
+    bunch: Mapping[str, Any], target: Any, task: Task | str | None, classes: int | None
 ) -> tuple[str, ...]:
     """The names of the classes of whole targets; of other targets these names are no classes."""
     target = np.asarray(target)
     names = bunch.get("target_names")
     whole = target.dtype.kind in "iub" and target.ndim == 1 and target.size > 0
-    if names is None or task not in (None, "classification") or not whole:
+    if names is None or not may_be_labels(task) or not whole:
         return ()
     if len(names) <= target.max() or classes not in (None, len(names)):
         return ()

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from atoll.data.dataset import Dataset
-from atoll.data.examples import Task
 from atoll.data.sources.arrays import from_arrays
 from atoll.data.sources.arrow import (
     DROP,
@@ -31,6 +30,7 @@ from atoll.data.sources.arrow import (
     stored_type,
 )
 from atoll.data.sources.encoding import encode_columns
+from atoll.data.tasks import Task
 from atoll.errors import DataError
 
 
@@ -40,7 +40,7 @@ def from_table(
     label: str,
     features: Sequence[str] | None = None,
     client: str | Sequence[str] | None = None,
-    task: Task | None = None,
+    task: Task | str | None = None,
     classes: int | None = None,
     test: Any = None,
     missing: Missing = "refuse",

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from atoll.data.dataset import Dataset
-from atoll.data.examples import Task
 from atoll.data.sources.arrays import channels_first, from_arrays
+from atoll.data.tasks import Task, may_be_labels
 from atoll.errors import DataError, require
 
 Array = NDArray[Any]
@@ -24,7 +24,7 @@ def from_torch(
     *,
     test: Any = None,
     classes: int | None = None,
-    task: Task | None = None,
+    task: Task | str | None = None,
     keys: Mapping[str, ArrayLike] | None = None,
     name: str = "torch",
 ) -> Dataset:
@@ -212,12 +212,14 @@ def _label(label: Any) -> Any:
     return label.item() if label.ndim == 0 else _array(label)
 
 
-def _class_names(dataset: Any, y: Array, task: Task | None, classes: int | None) -> tuple[str, ...]:
+def _class_names(
+    dataset: Any, y: Array, task: Task | str | None, classes: int | None
+) -> tuple[str, ...]:
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     names = getattr(dataset, "classes", None)
     whole = y.dtype.kind in "iu" and y.ndim == 1 and len(y) > 0
-    if task not in (None, "classification") or not whole or not isinstance(names, list | tuple):
+    if not may_be_labels(task) or not whole or not isinstance(names, list | tuple):
         return ()
     if len(names) <= y.max() or classes not in (None, len(names)):
         return ()

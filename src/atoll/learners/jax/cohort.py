@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.core.vectors import Vectors
-from atoll.data.examples import Examples, joined
+from atoll.data.examples import Examples, joined, picked
+from atoll.data.examples import of_each as each_input
 from atoll.learners.base import Affine, Assignment, At, Correction, LocalResult, Objective
 from atoll.learners.batches import batches
 from atoll.learners.jax.columns import on_device
@@ -52,7 +53,7 @@ class Loop:
         self,
         flat: jax.Array,
         state: Tree,
-        x: jax.Array,
+        x: Tree,
         y: jax.Array,
         real: Any,
         key: jax.Array,
@@ -81,7 +82,7 @@ class Loop:
         (loss, after), gradient = jax.value_and_grad(objective, has_aux=True)(flat)
         return gradient, loss, after
 
-    def outputs(self, flat: jax.Array, state: Tree, x: jax.Array, key: jax.Array) -> jax.Array:
+    def outputs(self, flat: jax.Array, state: Tree, x: Tree, key: jax.Array) -> jax.Array:
         """The outputs of parameters [P], as in evaluation."""
         return self.model.apply(self.variables.tree(flat), state, x, key, False)[0]
 
@@ -89,7 +90,7 @@ class Loop:
         self,
         flat: jax.Array,
         state: Tree,
-        x: jax.Array,
+        x: Tree,
         y: jax.Array,
         shown: Shown,
         *,
@@ -139,7 +140,7 @@ class Loop:
         key: jax.Array,
         scale: jax.Array,
         constant: jax.Array,
-        x: jax.Array,
+        x: Tree,
         y: jax.Array,
         steps: jax.Array,
         lr: jax.Array,
@@ -154,8 +155,8 @@ class Loop:
             flat, memory, total = carry
             real = counts[step]
             gradient, loss, _ = self.gradient(
-                flat, state, x[rows[step]], y[rows[step]], real, jax.random.fold_in(key, step),
-                shown, own=own,
+                flat, state, picked(x, rows[step]), y[rows[step]], real,
+                jax.random.fold_in(key, step), shown, own=own,
             )  # fmt: skip
             direction = self.clipped(gradient)
             if corrected:
@@ -221,7 +222,7 @@ def train_cohort(
     starts = np.cumsum([0, *(len(each) for each in examples[:-1])])
     held = np.arange(len(whole)) if whole.rows is None else whole.rows
     rows = held[plan.positions + starts[:, None, None]]
-    x, y = on_device(whole.x), on_device(whole.y)
+    x, y = each_input(whole.x, on_device), on_device(whole.y)
     keys = jnp.stack([stream(a.key.fold("draws")) for a in assignments])
     flat = jnp.asarray(model["params"])
     state = loop.variables.state_of(model)
@@ -267,7 +268,7 @@ def _stepwise(
     rows: NDArray[np.int64],
     counts: NDArray[np.int64],
     keys: jax.Array,
-    x: jax.Array,
+    x: Tree,
     y: jax.Array,
     lr: float,
     correction: Correction | At,
@@ -302,7 +303,7 @@ def _stepwise(
 
     for number in range(rows.shape[1]):
         here, real = rows[:, number], jnp.asarray(counts[:, number])
-        batch = x[here], y[here], real, fold(keys, number)
+        batch = picked(x, here), y[here], real, fold(keys, number)
         found, losses, _ = gradient(flat, state, *batch, shown)
         change, memory = step(flat, corrected(clipped(found), flat, batch), memory, lr)
         going = real > 0

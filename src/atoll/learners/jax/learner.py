@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from atoll.core.random import Key
 from atoll.core.vectors import Array, Layout, Vector, Vectors
-from atoll.data.examples import Examples, Rows, Task, joined
+from atoll.data.examples import Examples, Rows, joined, length, of_each, picked, shape_text
 from atoll.data.federated import FederatedData
+from atoll.data.sums import Sums
+from atoll.data.tasks import Task, task_of
 from atoll.errors import ConfigurationError, DataError
 from atoll.learners.base import (
     Ability,
@@ -29,13 +31,12 @@ from atoll.learners.base import (
     Objective,
 )
 from atoll.learners.checks import check_loss, check_outputs
-from atoll.learners.evaluation import mean_over, pieces, sums_of_outputs, sums_of_parts
+from atoll.learners.evaluation import TOKENS_AT_ONCE, mean_over, pieces, sums_of_parts
 from atoll.learners.jax.cohort import Loop, OptimizerFactory, rounded, train_cohort
 from atoll.learners.jax.losses import LOSSES, Loss
 from atoll.learners.jax.models import Model, Owned
 from atoll.learners.jax.objectives import NOTHING, Shown
 from atoll.learners.jax.variables import Variables, arrays_of, stream
-from atoll.learners.metrics import Sums
 from atoll.learners.rates import rate_at
 from atoll.learners.weights import copied, fits, is_vectors, packed
 
@@ -46,13 +47,15 @@ class JaxLearner(GradientLearner):
 
     Clients are stacked by `vmap`; all local steps are one compiled loop. A model with a state that
     training changes (BatchNorm) takes one client at a time, in batches of exactly their size.
+    Inputs by name come as one dict.
 
     Args:
         model: `learners.jax.pure(init, apply)`, `linen(module, shape)`, `nnx(make)`, or anything
             with their two methods (and `fixed`, a digest of what does not travel, if there is
             something).
-        loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit), "mse",
-            "l1", or a callable (outputs, targets) -> the loss of each example [B].
+        loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit, or one for
+            each of several labels), "mse", "l1", or a callable (outputs, targets) -> the loss of
+            each example [B].
         optimizer: None for plain SGD, or an optax optimiser or partial of one, called as
             `optimizer(lr)` afresh for every client and round: nothing is carried over.
     """
@@ -146,7 +149,7 @@ class JaxLearner(GradientLearner):
             x, _ = examples.take(slice(0, 1))
             params, state = jax.eval_shape(self.model.init, jax.random.key(0))
             traced = jax.make_jaxpr(self.model.apply, static_argnums=4)(
-                params, state, jnp.asarray(x), jax.random.key(0), True
+                params, state, of_each(x, jnp.asarray), jax.random.key(0), True
             )
             found: dict[str, int] = {}
             _count(traced.jaxpr, found)
@@ -218,11 +221,11 @@ class JaxLearner(GradientLearner):
     ) -> list[Sums]:
         if any(vector.ndim > 1 for vector in model.values()):
             return super().evaluate_each(model, parts, task, classes)
-        outputs_of = self._outputs_of(model)
+        outputs_of, kind = self._outputs_of(model), task_of(task)
 
         def sums_of(outputs: NDArray[Any], y: NDArray[Any]) -> Sums:
-            loss = self._loss_of(outputs, y)
-            return sums_of_outputs(outputs.astype(np.float32), y, loss, task, classes)
+            loss = self._loss_of(outputs, y) * kind.terms(y)
+            return self.sums(outputs.astype(np.float32), y, loss, kind, classes)
 
         return sums_of_parts(parts, _at_once(parts), outputs_of, sums_of)
 
@@ -237,13 +240,14 @@ class JaxLearner(GradientLearner):
             examples, _at_once([examples]), lambda x, y: self._loss_of(outputs_of(x), y)
         )
 
-    def _outputs_of(self, model: Vectors) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    def _outputs_of(self, model: Vectors) -> Callable[[Any], NDArray[Any]]:
         """A function from inputs to the outputs of this model, as in evaluation."""
         params, state = jnp.asarray(model["params"]), self._variables.state_of(model)
 
-        def outputs_of(x: NDArray[Any]) -> NDArray[Any]:
-            filled = _padded(x, rounded(len(x)))
-            return np.asarray(self._forward(params, state, filled))[: len(x)]
+        def outputs_of(x: Any) -> NDArray[Any]:
+            count = length(x)
+            filled = _padded(x, rounded(count))
+            return np.asarray(self._forward(params, state, filled))[:count]
 
         return outputs_of
 
@@ -259,7 +263,7 @@ class JaxLearner(GradientLearner):
 
     @cached_property
     def _forward(self) -> Any:
-        def forward(flat: jax.Array, state: Any, x: jax.Array) -> jax.Array:
+        def forward(flat: jax.Array, state: Any, x: Any) -> jax.Array:
             tree = self._variables.tree(flat)
             return self.model.apply(tree, state, x, jax.random.key(0), False)[0]
 
@@ -277,12 +281,12 @@ class JaxLearner(GradientLearner):
             losses = self._loss(outputs, jnp.asarray(y))
         except Exception as error:
             raise DataError(
-                f"the model does not fit {data.name}, whose inputs have shape {list(data.shape)}: "
-                f"{error}"
+                f"the model does not fit {data.name}, whose inputs have shape "
+                f"{shape_text(data.shape)}: {error}"
             ) from error
-        if losses.shape != (len(x),):
+        if losses.shape != (len(y),):
             raise DataError(
-                f"the loss gives shape {list(losses.shape)} for {len(x)} examples; it must give "
+                f"the loss gives shape {list(losses.shape)} for {len(y)} examples; it must give "
                 "the loss of each example, without a mean over them"
             )
         self._check_rows(data, model)
@@ -295,14 +299,14 @@ class JaxLearner(GradientLearner):
         # Of the first clients: a population may be large, and be made as it is asked for.
         few = joined([data.train(member) for member in range(min(8, len(data)))])
         x, y = few.take(np.arange(min(8, len(few))))
-        if len(x) < 2:
+        if len(y) < 2:
             return
         state = self._variables.state_of(model)
         losses = []
-        for size in (len(x), len(x) // 2):
-            outputs = self._forward(model["params"], state, x[:size])
+        for size in (len(y), len(y) // 2):
+            outputs = self._forward(model["params"], state, picked(x, slice(size)))
             losses.append(np.asarray(self._loss(outputs, jnp.asarray(y[:size]))))
-        whole, part = losses[0][: len(x) // 2], losses[1]
+        whole, part = losses[0][: len(y) // 2], losses[1]
         if not np.allclose(whole, part, rtol=1e-3, atol=1e-5):
             raise DataError(
                 "the loss of an example depends on what else is in its batch; JaxLearner fills "
@@ -360,7 +364,7 @@ class _Descent:
         self._memory: Any = None
 
     def gather(self, rows: Rows | slice) -> None:
-        self._x, self._y = self._examples.x[rows], self._examples.y[rows]
+        self._x, self._y = picked(self._examples.x, rows), self._examples.y[rows]
 
     def gradient(self, batch: slice, objective: Objective | None = None) -> tuple[jax.Array, Any]:
         gradient, loss, self._state = self._gradient(batch, self.params, self._state, objective)
@@ -378,8 +382,8 @@ class _Descent:
         self, batch: slice, params: jax.Array, state: Any, objective: Objective | None
     ) -> tuple[jax.Array, jax.Array, Any]:
         """Gradient and loss of a batch at these parameters, and the state after it."""
-        x, y = self._x[batch], self._y[batch]
-        real = len(x)
+        x, y = picked(self._x, batch), self._y[batch]
+        real = len(y)
         if not self._exact:
             x, y = (_padded(column, rounded(real)) for column in (x, y))
         key = jax.random.fold_in(self._key, self._step)
@@ -405,12 +409,17 @@ class _Descent:
 def _at_once(parts: Sequence[Examples]) -> int:
     """Examples in a batch of an evaluation: less of those that have targets for each token."""
     y = parts[0].y
-    most = 64 if y.ndim > 1 and y.dtype.kind in "iu" else 1024
+    most = TOKENS_AT_ONCE if y.ndim > 1 and y.dtype.kind in "iu" else 1024
     return min(sum(len(part) for part in parts), most)
 
 
-def _padded(column: NDArray[Any], size: int) -> NDArray[Any]:
-    return np.concatenate([column, np.repeat(column[:1], size - len(column), axis=0)])
+def _padded(x: Any, size: int) -> Any:
+    """Inputs or other columns of this size: what is lacking repeats the first row."""
+
+    def filled(column: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([column, np.repeat(column[:1], size - len(column), axis=0)])
+
+    return of_each(x, filled)
 
 
 def _count(jaxpr: Any, found: dict[str, int]) -> None:

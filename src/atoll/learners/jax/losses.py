@@ -24,7 +24,7 @@ def _cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _binary_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Labels 0 and 1 [B] for one logit each, [B] or [B, 1]."""
+    """Labels 0 and 1, [B] or several [B, K], for as many logits, [B], [B, 1] or [B, K]."""
     logits = outputs.reshape(targets.shape)
     return _rows(jax.nn.softplus(logits) - targets * logits)
 

@@ -30,9 +30,9 @@ class Model(Protocol):
         """The initial (params, state)."""
 
     def apply(
-        self, params: Tree, state: Tree, x: jax.Array, key: jax.Array, training: bool
+        self, params: Tree, state: Tree, x: Tree, key: jax.Array, training: bool
     ) -> tuple[jax.Array, Tree]:
-        """The outputs for inputs [B, ...], and the new state."""
+        """The outputs for inputs [B, ...], or a dict of them by name, and the new state."""
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ class pure:  # noqa: N801
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), self.initial(key)), {}
 
     def apply(
-        self, params: Tree, state: Tree, x: jax.Array, key: jax.Array, training: bool
+        self, params: Tree, state: Tree, x: Tree, key: jax.Array, training: bool
     ) -> tuple[jax.Array, Tree]:
         if self._draws:
             return self.forward(params, x, key if training else None), state
@@ -92,24 +92,24 @@ class linen:  # noqa: N801
     Args:
         module: called as `module(x)`, with `train`, `training` or `deterministic` where it takes
             one of them.
-        shape: of one input, without the batch.
-        dtype: of inputs.
+        shape: of one input, without the batch; a dict of shapes where inputs have names.
+        dtype: of inputs, or a dict of them.
     """
 
     module: Any
-    shape: Sequence[int]
-    dtype: str = "float32"
+    shape: Sequence[int] | Mapping[str, Sequence[int]]
+    dtype: str | Mapping[str, str] = "float32"
 
     def __post_init__(self) -> None:
         require("flax", "flax", "a Flax model")
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        example = jnp.zeros((1, *self.shape), self.dtype)
+        example = self._example()
         variables = dict(self.module.init({"params": key}, example, **self._mode(False)))
         return variables.pop("params", {}), variables
 
     def apply(
-        self, params: Tree, state: Tree, x: jax.Array, key: jax.Array, training: bool
+        self, params: Tree, state: Tree, x: Tree, key: jax.Array, training: bool
     ) -> tuple[jax.Array, Tree]:
         variables = {"params": params, **state}
         if not training:
@@ -130,6 +130,15 @@ class linen:  # noqa: N801
     def written(self, target: Any, params: Tree, state: Tree) -> Any:
         """Another tree: arrays of JAX are not written into."""
         return {**target, "params": params, **state} if "params" in target else params
+
+    def _example(self) -> Tree:
+        def dtype_of(name: str) -> str:
+            given = self.dtype
+            return given.get(name, "float32") if isinstance(given, Mapping) else given
+
+        if not isinstance(self.shape, Mapping):
+            return jnp.zeros((1, *self.shape), dtype_of(""))
+        return {name: jnp.zeros((1, *shape), dtype_of(name)) for name, shape in self.shape.items()}
 
     def _mode(self, training: bool) -> dict[str, bool]:
         takes = inspect.signature(type(self.module).__call__).parameters
@@ -184,7 +193,7 @@ class nnx:  # noqa: N801
         return params, rest
 
     def apply(
-        self, params: Tree, state: Tree, x: jax.Array, key: jax.Array, training: bool
+        self, params: Tree, state: Tree, x: Tree, key: jax.Array, training: bool
     ) -> tuple[jax.Array, Tree]:
         from flax import nnx as flax
 

@@ -46,7 +46,7 @@ class OnJax:
         return trained, averaged
 
     def apply(
-        self, params: Tree, state: Tree, x: jax.Array, key: jax.Array, training: bool
+        self, params: Tree, state: Tree, x: Tree, key: jax.Array, training: bool
     ) -> tuple[jax.Array, Tree]:
         streams = iter(range(len(self._weights.streams)))
         groups = {"p": params, "s": state}

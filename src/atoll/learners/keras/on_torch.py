@@ -55,10 +55,10 @@ class OnTorch(nn.Module):
             for name in self.weights.trained:
                 getattr(self, name).copy_(fresh.trained[name].value)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *single: Tensor, **named: Tensor) -> Tensor:
         for stream in self.weights.streams if self.training else ():
             stream.assign(torch.randint(2**31, stream.shape))
-        return cast(Tensor, self.keras(x, training=self.training))
+        return cast(Tensor, self.keras(single[0] if single else named, training=self.training))
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:

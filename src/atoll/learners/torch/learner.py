@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from atoll.core.random import Key
 from atoll.core.vectors import Array, Layout, Vectors
-from atoll.data.examples import Examples, Task, joined
+from atoll.data.examples import Examples, joined, of_each, shape_text
 from atoll.data.federated import FederatedData
+from atoll.data.sums import Sums
+from atoll.data.tasks import Task, task_of
 from atoll.errors import ConfigurationError, DataError
 from atoll.learners.base import (
     Ability,
@@ -30,10 +32,16 @@ from atoll.learners.base import (
     Objective,
 )
 from atoll.learners.checks import check_loss, check_outputs
-from atoll.learners.evaluation import mean_over, pieces, sums_of_outputs, sums_of_parts
-from atoll.learners.metrics import Sums
+from atoll.learners.evaluation import TOKENS_AT_ONCE, mean_over, pieces, sums_of_parts
 from atoll.learners.torch.losses import LOSSES, Loss
-from atoll.learners.torch.resident import PROCESS, Resident, ResidentDescent, draws_from, redrawn
+from atoll.learners.torch.resident import (
+    PROCESS,
+    Resident,
+    ResidentDescent,
+    called,
+    draws_from,
+    redrawn,
+)
 from atoll.learners.torch.stacking.aims import as_tensor, numbers
 from atoll.learners.torch.stacking.checking import checked
 from atoll.learners.torch.stacking.cohort import (
@@ -64,11 +72,13 @@ class Lowering:
 class TorchLearner(GradientLearner):
     """Trains and evaluates a torch module, which is copied and never changed.
 
+    Inputs by name are its keyword arguments: `module(image=..., age=...)`.
+
     Args:
         module: any module. Parameters that require gradients are trained and travel; persistent
             buffers are averaged; frozen parameters stay as they are and do not travel.
-        loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit), "mse",
-            "l1", or a callable (outputs, targets) -> mean loss.
+        loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit, or one for
+            each of several labels), "mse", "l1", or a callable (outputs, targets) -> mean loss.
         optimizer: None for plain SGD, or any `torch.optim` class or partial of one, called as
             `optimizer([flat], lr=lr)` afresh for every client and round: nothing is carried over.
         weights: "seeded" draws the initial parameters anew from the run's seed, through every
@@ -185,6 +195,11 @@ class TorchLearner(GradientLearner):
                     None, None, f"{kind.__name__} may treat a vector as a whole, so clients cannot "
                     "share one"
                 )  # fmt: skip
+        if isinstance(examples.x, dict):
+            return Lowering(
+                None, None, f"the inputs have names ({', '.join(examples.x)}), and a program of "
+                "layers takes one"
+            )  # fmt: skip
         together, alone, reason = checked(self.module, self.layout, self._loss, examples)
         return Lowering(together, alone, reason)
 
@@ -335,14 +350,14 @@ class TorchLearner(GradientLearner):
         x, y = few.take(np.arange(min(2, len(few))))
         try:
             with torch.no_grad(), draws_from(Key(0)):
-                outputs = module(torch.from_numpy(x))
+                outputs = called(module, of_each(x, torch.from_numpy))
                 if isinstance(outputs, Tensor):
                     self._loss(outputs, torch.from_numpy(y)).item()
                 return outputs
         except Exception as error:
             raise DataError(
-                f"the module does not fit {data.name}, whose inputs have shape {list(data.shape)}: "
-                f"{error}"
+                f"the module does not fit {data.name}, whose inputs have shape "
+                f"{shape_text(data.shape)}: {error}"
             ) from error
 
     @contextmanager
@@ -366,12 +381,12 @@ class TorchLearner(GradientLearner):
             return super().evaluate_each(model, parts, task, classes)
         if len(parts) > 1 and self._mixes_when_evaluated:
             return [self.evaluate(model, part, task, classes) for part in parts]
-        whole = joined(parts)
+        whole, kind = joined(parts), task_of(task)
         with self._outputs(model, whole) as outputs_of:
 
             def sums_of(outputs: Tensor, y: NDArray[Any]) -> Sums:
-                loss = self._loss_of(outputs, y)
-                return sums_of_outputs(outputs.cpu().float().numpy(), y, loss, task, classes)
+                loss = self._loss_of(outputs, y) * kind.terms(y)
+                return self.sums(outputs.cpu().float().numpy(), y, loss, kind, classes)
 
             return sums_of_parts(parts, self._evaluated_at_once(whole), outputs_of, sums_of)
 
@@ -402,19 +417,17 @@ class TorchLearner(GradientLearner):
     def _evaluated_at_once(self, examples: Examples) -> int:
         """Examples in a batch of an evaluation, so that activations stay within the caches."""
         if examples.y.ndim > 1 and examples.y.dtype.kind in "iu":
-            return 64
+            return TOKENS_AT_ONCE
         convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in self.module.modules())
         return 128 if convolves else 1024
 
     @contextmanager
-    def _outputs(
-        self, model: Vectors, examples: Examples
-    ) -> Iterator[Callable[[NDArray[Any]], Tensor]]:
+    def _outputs(self, model: Vectors, examples: Examples) -> Iterator[Callable[[Any], Tensor]]:
         """A function from inputs to the outputs of this model, as in evaluation."""
 
-        def outputs_of(x: NDArray[Any]) -> Tensor:
+        def outputs_of(x: Any) -> Tensor:
             # A copy: the first layer of some modules writes into its inputs.
-            outputs = run(torch.tensor(x, device=self.device))
+            outputs = run(of_each(x, lambda column: torch.tensor(column, device=self.device)))
             # A module that squeezes, on one example.
             return outputs.unsqueeze(0) if outputs.ndim == 0 else outputs
 
@@ -422,12 +435,12 @@ class TorchLearner(GradientLearner):
             run = self._run(model, examples)
             yield outputs_of
 
-    def _run(self, model: Vectors, examples: Examples) -> Callable[[Tensor], Tensor]:
+    def _run(self, model: Vectors, examples: Examples) -> Callable[[Any], Tensor]:
         """The module or its program with the weights of this model."""
         program = self.lowering(examples).alone
         if program is None:
             self._resident.load(model)
-            return self._resident.module.eval()
+            return partial(called, self._resident.module.eval())
         held = weights_of(self.layout, model, self._settings.device)
 
         def run(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Labels 0 and 1 [B] for one logit each, [B] or [B, 1]."""
+    """Labels 0 and 1, [B] or several [B, K], for as many logits, [B], [B, 1] or [B, K]."""
     return F.binary_cross_entropy_with_logits(
         outputs.flatten(), targets.flatten().to(outputs.dtype)
     )

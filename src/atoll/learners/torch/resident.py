@@ -7,18 +7,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from atoll.core.random import Key
 from atoll.core.vectors import Layout, Vectors
-from atoll.data.examples import Examples, Rows
+from atoll.data.examples import Examples, Rows, of_each, picked
 from atoll.errors import ConfigurationError
 from atoll.learners.base import Objective
 from atoll.learners.torch.losses import Loss
 from atoll.learners.torch.stacking.columns import on_device
 from atoll.learners.torch.stacking.rules import OptimizerFactory, optimizer_over
+
+
+def called(module: nn.Module, x: Any) -> Any:
+    """What a module says of inputs; those with names are its keyword arguments."""
+    return module(**x) if isinstance(x, dict) else module(x)
 
 
 def redrawn(module: nn.Module) -> nn.Module:
@@ -134,7 +140,8 @@ class ResidentDescent:
     ) -> None:
         self.params = resident.flat
         self._resident, self._loss = resident, loss
-        self._x, self._y = (on_device(each, resident.device) for each in (examples.x, examples.y))
+        self._x = of_each(examples.x, lambda column: on_device(column, resident.device))
+        self._y = on_device(examples.y, resident.device)
         self._marked = False
         self._optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
@@ -143,10 +150,10 @@ class ResidentDescent:
 
     def gather(self, rows: Rows | slice) -> None:
         if isinstance(rows, slice):
-            self._inputs, self._targets = self._x[rows].clone(), self._y[rows]
+            self._inputs, self._targets = _copy(picked(self._x, rows)), self._y[rows]
         else:
-            index = torch.from_numpy(rows).to(self._x.device)
-            self._inputs = self._x.index_select(0, index)
+            index = torch.from_numpy(rows).to(self._y.device)
+            self._inputs = of_each(self._x, lambda column: column.index_select(0, index))
             self._targets = self._y.index_select(0, index)
 
     def gradient(self, batch: slice, objective: Objective | None = None) -> tuple[Tensor, Tensor]:
@@ -175,22 +182,23 @@ class ResidentDescent:
 
     def _loss_of(self, batch: slice, objective: Objective | None) -> Tensor:
         """The mean loss of a batch, with a graph behind it."""
-        module, x, y = self._resident.module, self._inputs[batch], self._targets[batch]
+        module, y = self._resident.module, self._targets[batch]
+        x = picked(self._inputs, batch)
         if self._marked or objective is not None:
             # A copy where it is needed again: the first layer of some modules writes into it.
-            x = x.clone()
+            x = _copy(x)
         if objective is None:
-            return self._loss(module(x), y)
-        shown = [self._outputs(params, x.clone()) for params in objective.beside]
-        found: Tensor = objective.loss(module(x), y, *shown, **objective.given)
+            return self._loss(called(module, x), y)
+        shown = [self._outputs(params, _copy(x)) for params in objective.beside]
+        found: Tensor = objective.loss(called(module, x), y, *shown, **objective.given)
         return found
 
-    def _outputs(self, params: Tensor, x: Tensor) -> Tensor:
+    def _outputs(self, params: Tensor, x: Any) -> Tensor:
         """What other parameters say of these inputs, as in evaluation."""
         module, now = self._resident.module, draws()
         with self._resident.standing_at(params), torch.no_grad():
             module.eval()
-            found: Tensor = module(x)
+            found: Tensor = called(module, x)
             module.train()
         draw_again(now)
         return found
@@ -210,6 +218,11 @@ class ResidentDescent:
 
     def result(self) -> tuple[Tensor, Vectors]:
         return self.params.clone(), self._resident.statistics()
+
+
+def _copy(x: Any) -> Any:
+    """A copy of inputs, into which the first layer of some modules writes."""
+    return of_each(x, torch.clone)
 
 
 #: torch has one generator for the whole process, and its tracer changes how every module is called:

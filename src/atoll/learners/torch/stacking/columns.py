@@ -22,6 +22,7 @@ class Columns:
         whole = joined(examples)
         #: Whether these are the population's own columns, which stay where they are.
         self.shared = whole.x is examples[0].x
+        assert not isinstance(whole.x, dict)
         self.x, self.y = on_device(whole.x, device), on_device(whole.y, device)
         self._starts = np.cumsum([0, *(len(each) for each in examples[:-1])])
         self._rows = whole.rows
