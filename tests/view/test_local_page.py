@@ -361,7 +361,7 @@ def test_a_damaged_run_is_said_in_words(browser, runs, tmp_path, page_of):
     with tab(browser, url) as page:
         page.wait_for_selector("#clients tbody tr")
         page.select_option("#run", "bad")
-        until(page, "$('notice').textContent.includes('is damaged at byte')")
+        until(page, "$('notice').textContent.includes('is damaged at line')")
         page.select_option("#run", "good")
         until(page, "rows.length === 12 && $('notice').hidden")
         page.click("#others input")

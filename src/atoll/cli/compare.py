@@ -10,9 +10,9 @@ from typing import Any
 from atoll.cli.files import find_run
 from atoll.cli.tables import figure, print_table
 from atoll.errors import ConfigurationError, MissingPackage
-from atoll.learners.metrics import main_metric, more_is_better
+from atoll.learners.metrics import directions, main_metric, more_is_better
 from atoll.tracking.loggers import flat
-from atoll.tracking.reading import read_run
+from atoll.tracking.reading import name_of, read_run
 from atoll.tracking.record import Run, human_bytes, human_seconds
 from atoll.view.plots import draw_metric
 
@@ -20,8 +20,8 @@ from atoll.view.plots import draw_metric
 def run(options: argparse.Namespace) -> int:
     """A table of runs, what differs between them, and a picture."""
     folders = [find_run(name, options.runs) for name in options.run]
-    unique = len({folder.name for folder in folders}) == len(folders)
-    runs = {folder.name if unique else str(folder): read_run(folder) for folder in folders}
+    unique = len({name_of(folder) for folder in folders}) == len(folders)
+    runs = {name_of(folder) if unique else str(folder): read_run(folder) for folder in folders}
     for name, each in runs.items():
         if not each.history:
             raise ConfigurationError(f"{name} has no closed round to compare")
@@ -29,7 +29,8 @@ def run(options: argparse.Namespace) -> int:
     rows = []
     for name, each in runs.items():
         rounds, values = each.series(metric)
-        best = max(values) if more_is_better(metric) else min(values)
+        higher = more_is_better(metric, directions(each.config, each.data))
+        best = max(values) if higher else min(values)
         rows.append(
             (
                 name,

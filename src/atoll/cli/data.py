@@ -8,6 +8,7 @@ import numpy as np
 
 from atoll.cli.tables import print_table
 from atoll.data import catalogue
+from atoll.data.examples import columns_of, shape_text
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,14 +29,16 @@ def run(options: argparse.Namespace) -> int:
 def _show(name: str) -> None:
     dataset = catalogue.load(name)
     print(catalogue.get(name).describe)
-    kind = f"{dataset.task}, {dataset.classes} classes" if dataset.classes else dataset.task
+    task = dataset.task
+    kind = f"{task}, {dataset.classes} {task.noun}" if dataset.classes else task.name
+    dtypes = ", ".join(dict.fromkeys(str(column.dtype) for _, column in columns_of(dataset.x)))
     test = len(dataset.test) if dataset.test else 0
     rows = [
         ("task", kind),
-        ("inputs", f"{dataset.x.dtype} {list(dataset.shape)}"),
+        ("inputs", f"{dtypes} {shape_text(dataset.shape)}"),
         ("examples", f"{len(dataset)} and {test} for testing" if test else str(len(dataset))),
     ]
-    if dataset.task == "classification" and dataset.classes:
+    if task.labelled and dataset.classes:
         counts = np.bincount(dataset.y, minlength=dataset.classes)
         names = dataset.class_names or tuple(str(label) for label in range(dataset.classes))
         shown = [f"{n} {c}" for n, c in zip(names, counts, strict=True)]

@@ -15,6 +15,7 @@ from atoll.data.federated import FederatedData, assemble
 from atoll.errors import AtollError, CheckpointError, ConfigurationError
 from atoll.federation import Federation
 from atoll.simulation.devices import Devices
+from atoll.tracking.reading import run_at
 
 SITE = "data = atoll.data.from_arrays(x, y, classes=10)"
 EXAMPLE = "federation = Federation(...) and clients = data.load(...).dirichlet(...)"
@@ -52,7 +53,7 @@ def read_data(name: str) -> FederatedData:
     found = _run(name)
     data = _called(found, "data", name, SITE)
     if isinstance(data, Dataset):
-        return assemble(data, ["site"], [np.arange(len(data.x))], 0.0, 0)
+        return assemble(data, ["site"], [np.arange(len(data))], 0.0, 0)
     if not isinstance(data, FederatedData):
         raise ConfigurationError(
             f"`data` in {name} is a {type(data).__name__}; it must be a Dataset, e.g. {SITE}"
@@ -98,10 +99,13 @@ def _federation(found: dict[str, Any], name: str) -> Federation:
 
 
 def find_run(name: str, root: str) -> Path:
-    """A run folder by path, or by name below the folder of runs."""
+    """A run folder, or that of a state folder, by path or by name below the folder of runs."""
     for path in (Path(name), Path(root) / name):
-        if (path / "config.json").is_file():
-            return path
+        found = run_at(path)
+        if found is not None:
+            return found
+        if (path / "federation.json").is_file():
+            raise CheckpointError(f"{path} has not been served yet: atoll serve FILE.py --state it")
     raise CheckpointError(f"there is no run {name!r}, neither here nor in {root}; see `atoll runs`")
 
 

@@ -18,7 +18,7 @@ def print_run(run: Run) -> None:
     rows.append(("rounds", f"{last.round} of {run.rounds}"))
     rows.append(("sent by clients", human_bytes(run.bytes_up)))
     rows.append(("received by clients", human_bytes(run.bytes_down)))
-    if last.clock:
+    if last.clock and not run.served:
         rows.append(("simulated time", human_seconds(last.clock)))
     rows.append(("real time", human_seconds(run.seconds)))
     retried = sum(record.attempts - 1 for record in run.history)

@@ -8,7 +8,7 @@ from pathlib import Path
 from atoll.cli.tables import figure, print_table
 from atoll.errors import AtollError
 from atoll.learners.metrics import main_metric
-from atoll.tracking.reading import find_runs, read_run, read_status
+from atoll.tracking.reading import find_runs, name_of, read_run, read_status
 from atoll.tracking.record import human_bytes, human_seconds
 
 
@@ -24,13 +24,13 @@ def run(options: argparse.Namespace) -> int:
         try:
             each = read_run(path)
         except AtollError as error:
-            rows.append((path.name, "damaged", str(error), "", "", "", "", ""))
+            rows.append((name_of(path), "damaged", str(error), "", "", "", "", ""))
             continue
         metric = main_metric(each.metrics)
         algorithm = str(each.config["algorithm"]["kind"]).rpartition(".")[2]
         rows.append(
             (
-                path.name,
+                name_of(path),
                 read_status(path),
                 str(each.data["name"]),
                 algorithm,

@@ -11,7 +11,7 @@ from atoll.cli.files import find_run
 from atoll.cli.outcome import print_run
 from atoll.learners.metrics import main_metric
 from atoll.rounds.describe import short
-from atoll.tracking.reading import read_engine, read_run, read_status
+from atoll.tracking.reading import name_of, read_engine, read_run, read_status
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,8 +46,8 @@ def _web(folder: Path, port: int) -> int:
     from atoll.view.page.local import LocalPage
 
     place = folder.resolve()
-    with LocalPage(place.parent, place.name, port) as page:
-        print(f"{folder.name} is at {page.url} until Ctrl-C", flush=True)
+    with LocalPage(place.parent, name_of(place), port) as page:
+        print(f"{name_of(place)} is at {page.url} until Ctrl-C", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             page.wait()
     return 0

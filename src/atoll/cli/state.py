@@ -108,7 +108,7 @@ def _round(row: Mapping[str, Any]) -> Sequence[str]:
     shown = ", ".join(f"{name} {figure(value)}" for name, value in figures.items())
     took = f"{row['ended'] - row['opened']:.1f} s" if row["ended"] else ""
     return (
-        str(row["round"]), row["state"], str(len(record.get("accepted", []))) or "",
+        str(row["round"]), row["state"], str(record.get("accepted", "")),
         human_bytes(record.get("bytes_up", 0)), took, shown or row["reason"],
     )  # fmt: skip
 

@@ -35,31 +35,19 @@ import numpy as np
 from atoll.core import files
 from atoll.core.vectors import Vectors
 from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
-from atoll.learners.metrics import main_metric, more_is_better
+from atoll.learners.metrics import directions, main_metric, more_is_better
 from atoll.rounds.client_states import ClientStates
 from atoll.rounds.describe import digest
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
-from atoll.tracking.reading import (
-    read_config,
-    read_history,
-    read_lines,
-    read_refusals,
-    read_seconds,
-    read_spread,
-)
-from atoll.tracking.record import Record, Run
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from atoll.tracking.reading import hold, read_config, read_rounds, read_spread
+from atoll.tracking.record import Closed, Record, Run
+from atoll.tracking.tail import LINES, Tail
 
 #: What results may depend on, where it is installed.
 PACKAGES = (
     "atoll", "numpy", "torch", "scikit-learn", "jax", "flax", "keras", "transformers", "peft",
     "flwr",
 )  # fmt: skip
-LINES = ("rounds.jsonl", "ledger.jsonl", "timings.jsonl", "refusals.jsonl")
 
 
 def identity(run: Run) -> str:
@@ -140,12 +128,8 @@ class RunFolder(Observer):
 
     def round(self, run: Run, end: RoundEnd) -> None:
         record = end.record
-        parts = [[p.client, p.outcome, p.down, p.up] for p in end.participants]
-        self._line("rounds.jsonl", record.json())
-        self._line("ledger.jsonl", {"round": record.round, "participants": parts})
-        phases = {name: round(seconds, 6) for name, seconds in end.phases.items()}
-        timing = {"round": record.round, "seconds": round(end.seconds, 6), "phases": phases}
-        self._line("timings.jsonl", timing)
+        for name, line in Closed(record, end.participants, end.seconds, end.phases).lines().items():
+            self._line(name, line)
         self._refusals(run, record.round)
         if run.engine != self._engine:
             about = {"engine": run.engine, "notes": run.engine_notes}
@@ -191,20 +175,8 @@ class RunFolder(Observer):
             self._held = None
 
     def _lock(self) -> None:
-        """Keep other processes out of the folder, for as long as this one lives."""
-        if self._held is None and fcntl is not None:
-            self._held = (self.path / ".lock").open("w")
-            for patience in (0.05, 0.1, 0.2, None):
-                try:
-                    fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except OSError:
-                    # Whoever only looks whether it is in use holds it for a moment.
-                    if patience is not None:
-                        time.sleep(patience)
-            self._held.close()
-            self._held = None
-            raise CheckpointError(f"{self.path} is in use by a run that is still going on")
+        if self._held is None:
+            self._held = hold(self.path)
 
     def resume(self, run: Run) -> Snapshot | None:
         """Fill `run` with the folder's rounds and give its latest checkpoint.
@@ -240,7 +212,7 @@ class RunFolder(Observer):
                 f"not {run.rounds}"
             )
         self._truncate(snapshot.round)
-        run.history[:] = read_history(self.path)
+        read_rounds(run, self.path)
         if [record.round for record in run.history] != list(range(1, snapshot.round + 1)):
             raise CheckpointError(
                 f"{self.path / 'rounds.jsonl'} does not hold the {snapshot.round} rounds up to the "
@@ -252,8 +224,6 @@ class RunFolder(Observer):
             self._kept[int(path.stem)] = self._index(path)
         self._written = snapshot.states.rounds()
         self._saved = snapshot.round
-        run.seconds = read_seconds(self.path)
-        run.refusals[:] = read_refusals(self.path)
         self._refused = len(run.refusals)
         run.per_client = self._spread = read_spread(self.path)
         return snapshot
@@ -355,7 +325,8 @@ class RunFolder(Observer):
         value = record.metrics.get(metric)
         if value is None or math.isnan(value) or not run.model:
             return False
-        score = value if more_is_better(metric) else -value
+        higher = more_is_better(metric, directions(run.config, run.data))
+        score = value if higher else -value
         better = self._best is None or score > self._best
         if better:
             self._best = score
@@ -377,7 +348,7 @@ class RunFolder(Observer):
         for name in LINES:
             path = self.path / name
             if path.exists():
-                kept = [line for line in read_lines(path) if line["round"] <= round]
+                kept = [line for line in Tail(path) if line["round"] <= round]
                 text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
                 files.write_atomically(path, [text.encode()])
 

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from atoll.core import files
 from atoll.errors import CheckpointError
-from atoll.tracking.record import Record, Run
+from atoll.tracking.record import Closed, Run
+from atoll.tracking.tail import RunTail
+
+with contextlib.suppress(ImportError):  # Windows has no such locks
+    import fcntl
 
 
 def read_run(path: str | Path) -> Run:
-    """A run as its folder tells it; the model is read where the run is complete."""
-    folder = Path(path)
+    """A run as its folder tells it, simulated or served; the model is read where there is one."""
+    folder = run_at(Path(path)) or Path(path)
     config = read_config(folder)
     run = Run(config["plan"], config["data"], config["seed"], config["rounds"], folder=folder)
-    run.history = read_history(folder)
-    run.seconds = read_seconds(folder)
+    read_rounds(run, folder)
     if (folder / "model.safetensors").exists():
         run.model = files.load(folder / "model.safetensors", "model")[1]
     run.per_client = read_spread(folder)
-    run.refusals = read_refusals(folder)
     return run
+
+
+def read_rounds(run: Run, folder: Path) -> list[Closed]:
+    """Fill a run with the rounds that its folder has, which are returned."""
+    tail = RunTail(folder)
+    closed = tail.read()
+    run.history[:] = [each.record for each in closed]
+    run.seconds = sum(each.seconds or 0.0 for each in closed)
+    run.refusals[:] = [reason for _, reason in tail.refusals]
+    return closed
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -39,43 +54,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not all(isinstance(config.get(name), int) for name in ("seed", "rounds")):
         raise CheckpointError(f"{path / 'config.json'} is damaged or not atoll's")
     return {"identity": "", **config}
-
-
-def read_history(path: Path) -> list[Record]:
-    """The rounds of a run folder."""
-    try:
-        return [Record.read(line) for line in read_lines(path / "rounds.jsonl")]
-    except (TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path / 'rounds.jsonl'} has a line of another form: {error}"
-        ) from error
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; one that a crash cut off at the end is left out."""
-    lines: list[dict[str, Any]] = []
-    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line, dict) or not isinstance(line.get("round"), int):
-                raise ValueError("not a line of a run")
-            lines.append(line)
-        except ValueError:
-            if number < len(texts):
-                raise CheckpointError(f"{path} is damaged at line {number}") from None
-    return lines
-
-
-def read_seconds(path: Path) -> float:
-    """The real time that a run has taken, as far as it was noted."""
-    lines = read_lines(path / "timings.jsonl")
-    return float(sum(s for line in lines if isinstance(s := line.get("seconds"), int | float)))
-
-
-def read_refusals(path: Path) -> list[str]:
-    """Why updates were refused and attempts abandoned, in words."""
-    return [str(line.get("reason", "")) for line in read_lines(path / "refusals.jsonl")]
 
 
 def read_spread(path: Path) -> dict[str, dict[str, float]]:
@@ -102,7 +80,7 @@ def read_engine(path: Path) -> str | None:
 
 
 def read_status(path: Path) -> str:
-    """How a run ended: finished, interrupted, or running (which a killed one says too)."""
+    """How a run ended: finished, interrupted, failed, or running (as a killed one says too)."""
     try:
         return str(json.loads((path / "status.json").read_text(encoding="utf-8"))["status"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -111,9 +89,7 @@ def read_status(path: Path) -> str:
 
 def in_use(path: Path) -> bool:
     """Whether a process is at work on a run folder; on Windows, whether it says so."""
-    try:
-        import fcntl
-    except ImportError:
+    if os.name == "nt":
         return read_status(path) == "running"
     try:
         with (path / ".lock").open("r") as file:
@@ -125,10 +101,40 @@ def in_use(path: Path) -> bool:
     return False
 
 
+def hold(path: Path) -> TextIO:
+    """Keep other processes out of a run folder, for as long as what this gives is open."""
+    held = (path / ".lock").open("w")
+    for patience in () if os.name == "nt" else (0.05, 0.1, 0.2, None):
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            # Whoever only looks whether it is in use holds it for a moment.
+            if patience is None:
+                held.close()
+                raise CheckpointError(f"{path} is in use by a run that is still going on") from None
+            time.sleep(patience)
+    return held
+
+
 def find_runs(root: Path) -> list[Path]:
-    """Run folders directly below a folder, oldest first."""
-    found = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
-    return sorted(found, key=lambda path: ((path / "config.json").stat().st_mtime, path.name))
+    """Run folders directly below a folder, or in a state folder there, oldest first."""
+    found = filter(None, map(run_at, root.iterdir())) if root.is_dir() else ()
+    return sorted(found, key=lambda path: ((path / "config.json").stat().st_mtime, name_of(path)))
+
+
+def run_at(path: Path) -> Path | None:
+    """The run folder that a path means: itself or, of a server's state folder, the one in it."""
+    inner = path / "run"
+    if (path / "federation.json").is_file() and (inner / "config.json").is_file():
+        return inner
+    return path if (path / "config.json").is_file() else None
+
+
+def name_of(path: Path) -> str:
+    """What a run folder is called: by its own name or, in a state folder, by that one's."""
+    path = path.resolve()
+    return (path.parent if (path.parent / "federation.json").is_file() else path).name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

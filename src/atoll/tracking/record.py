@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atoll.core.vectors import Vectors
 from atoll.errors import ConfigurationError
@@ -15,8 +15,7 @@ from atoll.learners.metrics import main_metric
 from atoll.view import html as display
 
 
-@dataclass(frozen=True)
-class Participant:
+class Participant(NamedTuple):
     """One client's part in one attempt at a round, for the byte ledger.
 
     `outcome` is "accepted", "late", "no longer needed", "malformed" or "lost". `down` and `up` are
@@ -66,6 +65,48 @@ class Record:
         return Record(**{**plain, **known})
 
 
+@dataclass(frozen=True)
+class Closed:
+    """One closed round as it is kept: its record, who took part in all its attempts, and its time.
+
+    `seconds` and `phases` are real time; None and nothing, where they were not noted.
+    """
+
+    record: Record
+    participants: Iterable[Participant]
+    seconds: float | None
+    phases: Mapping[str, float]
+
+    def json(self) -> dict[str, Any]:
+        """Ready for JSON, for `read`."""
+        return {**self.record.json(), **self._parts(), **self._time()}
+
+    @staticmethod
+    def read(plain: Mapping[str, Any]) -> Closed:
+        """A closed round from what `json` gave."""
+        plain = dict(plain)
+        parts = [Participant(*each) for each in plain.pop("participants")]
+        seconds, phases = plain.pop("seconds"), plain.pop("phases")
+        return Closed(Record.read(plain), parts, seconds, phases)
+
+    def lines(self) -> dict[str, dict[str, Any]]:
+        """What the files of a run folder say of it, by name; a line each."""
+        number = {"round": self.record.round}
+        return {
+            "rounds.jsonl": self.record.json(),
+            "ledger.jsonl": number | self._parts(),
+            "timings.jsonl": number | self._time(),
+        }
+
+    def _parts(self) -> dict[str, Any]:
+        return {"participants": [list(part) for part in self.participants]}
+
+    def _time(self) -> dict[str, Any]:
+        seconds = None if self.seconds is None else round(self.seconds, 6)
+        phases = {name: round(each, 6) for name, each in self.phases.items()}
+        return {"seconds": seconds, "phases": phases}
+
+
 @dataclass
 class Run:
     """The result of a federation's run, complete at any time up to its latest round.
@@ -104,6 +145,11 @@ class Run:
         if not self.model:
             raise ConfigurationError("this run has no one model: its clients have their own")
         return self.learner.load_into(self.model, target)
+
+    @property
+    def served(self) -> bool:
+        """Whether real sites took part, so that the clock of its rounds is real time too."""
+        return bool(self.data.get("served"))
 
     @property
     def bytes_up(self) -> int:

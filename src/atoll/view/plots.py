@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import ConfigurationError
-from atoll.learners.metrics import HIGHER_IS_BETTER, main_metric
+from atoll.learners.metrics import directions, main_metric, more_is_better
 from atoll.view.figure import COLOURS, picture
 
 if TYPE_CHECKING:
     from atoll.tracking.record import Run
 
 #: Metrics that lie between 0 and 1.
-SHARES = {"accuracy", "macro_f1", "auc"}
+SHARES = {"accuracy", "exact", "micro_f1", "macro_f1", "auc"}
 
 
 def draw_metric(
@@ -70,7 +70,7 @@ def draw_spread(run: Run, path: Path, metric: str) -> Path:
         raise ConfigurationError(
             f"{metric!r} was not evaluated per client; {known} was (see Evaluation(spread=...))"
         )
-    worst_first = metric in HIGHER_IS_BETTER
+    worst_first = more_is_better(metric, directions(run.config, run.data))
     ordered = sorted(values.values(), reverse=not worst_first)
     tail = math.ceil(len(ordered) / 10)
     with picture(path) as (_, axes):

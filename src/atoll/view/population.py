@@ -25,7 +25,7 @@ def draw_population(data: FederatedData, path: Path) -> Path:
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SHOWN, len(order))).astype(int))]
     with picture(path, width=8, height=0.6 + 0.13 * max(len(chosen), 14)) as (_, axes):
         position = np.arange(len(chosen))
-        if data.task == "classification" and data.classes is not None:
+        if data.labelled and data.classes is not None:
             from matplotlib import colormaps
 
             colours = colormaps["tab20"].resampled(data.classes)

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from html import escape
 from importlib import resources
@@ -16,18 +16,19 @@ from typing import Any
 
 from atoll.core import files
 from atoll.errors import ConfigurationError
-from atoll.learners.metrics import HIGHER_IS_BETTER, main_metric
+from atoll.learners.metrics import HIGHER_IS_BETTER, directions, main_metric, more_is_better
 from atoll.tracking.loggers import flat
 from atoll.tracking.reading import (
+    name_of,
     read_baselines,
     read_config,
     read_engine,
     read_environment,
-    read_lines,
     read_run,
     read_status,
 )
-from atoll.tracking.record import Run, human_bytes, human_seconds
+from atoll.tracking.record import Closed, Run, human_bytes, human_seconds
+from atoll.tracking.tail import RunTail
 from atoll.view.html import table
 from atoll.view.plots import draw_metric, draw_spread
 
@@ -42,20 +43,21 @@ def write_report(folder: Path, path: Path) -> Path:
     baselines, environment, and the digests of everything that is needed to repeat it.
     """
     run = read_run(folder)
+    closed = RunTail(folder).read()
     if not run.history:
         raise ConfigurationError(f"{folder} has no closed round to report on")
     parts = [
-        _summary(run, folder),
+        _summary(run, folder, closed),
         _learned(run, read_baselines(folder)),
-        _whom(run, folder),
+        _whom(run, closed),
         _fairness(run),
-        _communication(run, folder),
+        _communication(run, closed),
         _privacy(run),
         _failures(run),
         _how(run, folder),
         _again(run, folder),
     ]
-    title = f"{folder.resolve().name}: {run.data.get('name', 'a run')}"
+    title = ": ".join(dict.fromkeys((name_of(folder), str(run.data.get("name", "a run")))))
     style = resources.files("atoll.view").joinpath("report.css").read_text(encoding="utf-8")
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -68,12 +70,15 @@ def write_report(folder: Path, path: Path) -> Path:
     return path
 
 
-def _summary(run: Run, folder: Path) -> str:
+def _summary(run: Run, folder: Path, closed: Sequence[Closed]) -> str:
     metric = main_metric(run.metrics)
     last = run.history[-1]
     algorithm = str(run.config["algorithm"]["kind"]).rpartition(".")[2]
+    clients = run.data.get("clients")
+    if clients is None:
+        clients = len({part.client for each in closed for part in each.participants})
     sentence = (
-        f"{_count(run.data.get('clients'), 'client')} trained together for "
+        f"{_count(clients, 'site' if run.served else 'client')} trained together for "
         f"{_count(last.round, 'round')} with {algorithm}"
     )
     if metric in run.metrics:
@@ -82,7 +87,7 @@ def _summary(run: Run, folder: Path) -> str:
         f". They sent {human_bytes(run.bytes_up)} and received {human_bytes(run.bytes_down)}; "
         f"the run took {human_seconds(run.seconds)}"
     )
-    if last.clock:
+    if last.clock and not run.served:
         sentence += f" ({human_seconds(last.clock)} of simulated time)"
     status = read_status(folder)
     if status != "finished":
@@ -92,14 +97,14 @@ def _summary(run: Run, folder: Path) -> str:
 
 
 def _learned(run: Run, baselines: Mapping[str, Any]) -> str:
-    rows = []
+    rows, own = [], directions(run.config, run.data)
     for name in run.metrics:
         if "_client_" in name:
             continue
         rounds, values = run.series(name)
         finite = [value for value in values if math.isfinite(value)]
-        higher = name.endswith(tuple(HIGHER_IS_BETTER))
-        if finite and (higher or name.endswith("loss")):
+        higher = own.get(name, name.endswith(tuple(HIGHER_IS_BETTER)))
+        if finite and (higher or name in own or name.endswith("loss")):
             best = max(finite) if higher else min(finite)
             told = f"{_figure(best)} in round {rounds[values.index(best)]}"
         else:
@@ -127,13 +132,13 @@ def _learned(run: Run, baselines: Mapping[str, Any]) -> str:
     return f"<section><h2>What was learned</h2>{text}</section>"
 
 
-def _whom(run: Run, folder: Path) -> str:
-    data = {name: value for name, value in run.data.items() if name != "digest"}
+def _whom(run: Run, closed: Sequence[Closed]) -> str:
+    data = {name: value for name, value in run.data.items() if name not in ("digest", "served")}
     text = table(["data", ""], [[_words(k), _plain(v)] for k, v in data.items()])
     outcomes: Counter[str] = Counter()
     clients: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for line in read_lines(folder / "ledger.jsonl"):
-        for client, outcome, _, up in line.get("participants", ()):
+    for each in closed:
+        for client, outcome, _, up in each.participants:
             outcomes[outcome] += 1
             clients[client][0 if outcome == "accepted" else 1] += 1
             clients[client][2] += up
@@ -141,7 +146,7 @@ def _whom(run: Run, folder: Path) -> str:
         text += "<h3>Invitations</h3>" + table(
             ["what came of it", "how often"], [[k, str(v)] for k, v in outcomes.most_common()]
         )
-        rare = sorted(clients.items(), key=lambda each: (-each[1][1], each[1][0], each[0]))
+        rare = sorted(clients.items(), key=lambda one: (-one[1][1], one[1][0], one[0]))
         rows = [[name, str(a), str(b), human_bytes(up)] for name, (a, b, up) in rare[:LISTED]]
         said = f"the {LISTED} that missed most, of {len(rare)}" if len(rare) > LISTED else "all"
         text += f"<h3>Clients: {said}</h3>"
@@ -151,15 +156,16 @@ def _whom(run: Run, folder: Path) -> str:
 
 def _fairness(run: Run) -> str:
     if not run.per_client:
+        how = "; <code>Evaluation(clients_every=...)</code> does" * (not run.served)
         return (
-            "<section><h2>Clients apart</h2><p>Clients were not evaluated one by one; "
-            "<code>Evaluation(clients_every=...)</code> does.</p></section>"
+            f"<section><h2>Clients apart</h2><p>Clients were not evaluated one by one{how}.</p>"
+            "</section>"
         )
-    text = ""
+    text, own = "", directions(run.config, run.data)
     for metric, values in run.per_client.items():
         if not values:
             continue
-        worst_first = sorted(values.values(), reverse=metric not in HIGHER_IS_BETTER)
+        worst_first = sorted(values.values(), reverse=not more_is_better(metric, own))
         tail = max(1, math.ceil(len(worst_first) / 10))
         mean = sum(worst_first) / len(worst_first)
         deviation = math.sqrt(sum((v - mean) ** 2 for v in worst_first) / len(worst_first))
@@ -175,7 +181,7 @@ def _fairness(run: Run) -> str:
     return f"<section><h2>Clients apart</h2>{text}</section>"
 
 
-def _communication(run: Run, folder: Path) -> str:
+def _communication(run: Run, closed: Sequence[Closed]) -> str:
     rounds = len(run.history)
     invited = sum(record.invited for record in run.history)
     rows = [
@@ -188,8 +194,8 @@ def _communication(run: Run, folder: Path) -> str:
     if metric in run.metrics:
         text += _drawn(run, metric, "bytes", {})
     phases: dict[str, float] = defaultdict(float)
-    for line in read_lines(folder / "timings.jsonl"):
-        for name, seconds in line.get("phases", {}).items():
+    for each in closed:
+        for name, seconds in each.phases.items():
             phases[name] += seconds
     if phases:
         times = [[name, human_seconds(seconds)] for name, seconds in phases.items()]
@@ -242,12 +248,15 @@ def _how(run: Run, folder: Path) -> str:
 
 def _again(run: Run, folder: Path) -> str:
     config = read_config(folder)
-    digests = [["plan, data and seed", str(config.get("identity", ""))]]
+    # The rounds of a served run hold the time of day, and its data are known to its sites alone.
+    same = "plan and seed" if run.served else "plan, data and seed"
+    digests = [[same, str(config.get("identity", ""))]]
     digests += [["data", str(run.data["digest"])]] if "digest" in run.data else []
     for label, name in (("rounds", "rounds.jsonl"), ("model", "model.safetensors")):
-        if (folder / name).exists():
+        if (folder / name).exists() and not (run.served and label == "rounds"):
             digests.append([f"{label} ({name})", _file_digest(folder / name)])
-    text = "<p>The same plan, data and seed give the same bytes. SHA-256 of each:</p>"
+    what = "model" if run.served else "bytes"
+    text = f"<p>The same plan, data and seed give the same {what}. SHA-256 of each:</p>"
     text += table(["of", "digest"], digests)
     arguments = read_environment(folder).get("arguments")
     if isinstance(arguments, list) and arguments:
