@@ -149,7 +149,9 @@ def test_served_it_is_the_simulation(name, tmp_path):
     assert [record.measurements for record in here.history] == [
         record.measurements for record in run.history
     ]
-    assert here.bytes_up == run.bytes_up
+    for there, record in zip(here.history, run.history, strict=True):
+        assert sorted(there.participants) == sorted(record.participants)
+    assert (here.bytes_up, here.bytes_down) == (run.bytes_up, run.bytes_down)
 
 
 @pytest.mark.slow
@@ -237,3 +239,10 @@ def test_small_clients_send_less():
     inner, outer = (plan.schema.vectors[name].nbytes for name in ("inner", "outer"))
     sent = 3 * (8 * inner + 4 * outer)
     assert sent < run.bytes_up < sent + 3 * 8 * 700  # headers
+
+
+def test_only_those_who_trained_are_accepted():
+    run, _ = simulated("power_of_choice", "sequential(workers=1)")
+    for record in run.history:
+        outcomes = sorted(part.outcome for part in record.participants)
+        assert outcomes == ["accepted"] * 3 + ["no longer needed"] * 3

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import sqlalchemy as sa
 import urllib3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from atoll.core import safetensors
 from atoll.core.updates import Update
+from atoll.core.vectors import Vectors
 from atoll.protocol.certificates import client_context
 from atoll.protocol.identity import ENROL, OPEN, Token, public_key, seal
 from atoll.rounds.describe import plan_digest
@@ -33,6 +36,7 @@ from atoll.service.settings import Service
 from atoll.service.storage.blobs import blobs_at
 from atoll.service.storage.database import Store
 from atoll.service.storage.folder import StateFolder
+from atoll.service.storage.tables import metadata
 
 
 @dataclass
@@ -220,8 +224,8 @@ class Insider:
             time.sleep(0.02)
         raise AssertionError(f"{self.name} was asked for nothing: {order}")
 
-    def offer(self, assignment: str, size: int, digest: str) -> Any:
-        body = {"assignment": assignment, "size": size, "sha256": digest}
+    def offer(self, assignment: str, size: int, digest: str, exchange: int = 0) -> Any:
+        body = {"assignment": assignment, "size": size, "sha256": digest, "exchange": exchange}
         return self.ask("POST", "/v1/uploads", body)
 
     def patch(self, target: str, at: int, data: bytes) -> Any:
@@ -229,9 +233,9 @@ class Insider:
         sealed = self.headers("PATCH", target, f"{at}:{len(data)}")
         return self.target.ask("PATCH", target, data, {**sealed, **headers})
 
-    def upload(self, assignment: str, data: bytes) -> Any:
+    def upload(self, assignment: str, data: bytes, exchange: int = 0) -> Any:
         """Offer bytes and send them; the answer to the last request."""
-        offered = self.offer(assignment, len(data), sha256(data).hexdigest())
+        offered = self.offer(assignment, len(data), sha256(data).hexdigest(), exchange)
         if offered.status != 201:
             return offered
         return self.patch(offered.headers["Location"], 0, data)
@@ -285,6 +289,21 @@ class Inner(Target):
         """Why the server would have ended, if it would have."""
         assert self.loop is not None
         return self.loop.failed
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """What is in a table of the database."""
+        store = self.folder.store()
+        try:
+            return [*store.rows(sa.select(metadata.tables[table]))]
+        finally:
+            store.close()
+
+    def model(self) -> Vectors:
+        """The latest model."""
+        row = max(self.rows("versions"), key=lambda row: row["version"])
+        digest = row["model"]
+        data = (self.folder.path / "blobs" / digest[:2] / digest).read_bytes()
+        return safetensors.decode(data)[0]
 
     def close(self) -> None:
         super().close()

@@ -1,4 +1,4 @@
-"""The federation loop by itself, on our clock: crashes, failures and latecomers at chosen instants."""
+"""The federation loop on our clock: crashes, failures and latecomers at chosen instants."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from browser import browser, tab, until
 
 from atoll.service.storage import tables
 from atoll.service.storage.database import Store
+from atoll.tracking import read_run
 
 
 def ask(place, path, *, body=None, cookie="", kind="application/json", more=None):
@@ -177,6 +178,10 @@ def test_a_killed_server_leaves_no_gap_in_the_curve(place):
         kept = database.execute("SELECT record FROM rounds WHERE state = 'closed' ORDER BY round")
         assert shown == [json.loads(text)["measurements"]["train_loss"] for (text,) in kept]
         database.close()
+        # And so has the run folder, which was written anew in between.
+        history = read_run(place.state).history
+        assert [record.round for record in history] == list(range(1, 31))
+        assert [record.measurements["train_loss"] for record in history] == shown
         assert page.evaluate("Object.keys(rows[0].phases)") == ["clients", "step", "evaluation"]
         page.focus("#slider")
         page.keyboard.press("ArrowLeft")
@@ -202,7 +207,7 @@ def test_an_older_database_is_brought_up_to_date(tmp_path):
     assert found.has_table("visits") and store.site("a")["key"] == "k"
     names = {index["name"] for index in found.get_indexes("assignments")}
     assert {"assignments_round", "assignments_counted"} <= names
-    assert store.setting("format") == 2
+    assert store.setting("format") == 4
     store.close()
     # Nothing is done twice.
     Store(url).close()

@@ -224,6 +224,8 @@ class Split:
 
     def parts(self, model: Mapping[str, NDArray[Any]]) -> tuple[Vectors, Vectors]:
         """A whole model as its shared and its private sections; empty ones are left out."""
+        if self.trivial:
+            return {section: model[section] for section in self.whole.sizes}, {}
         shared: Vectors = {}
         private: Vectors = {}
         for section, (ours, own) in self.places.items():

@@ -105,7 +105,7 @@ class History:
         now: float,
         phases: Mapping[str, float],
     ) -> Closed:
-        """A round that has made its version, before that is known; `down` is what sites got."""
+        """A round that has made its version, not yet known; `down` is the size of its model."""
         parts, invited, accepted = self._participants(round, down)
         attempts = self._store.rows(sa.select(rounds).where(rounds.c.round == round))
         # Without rounds in lockstep, one begins where the last one ended.
@@ -170,7 +170,10 @@ class History:
         }
         parts = [
             Participant(
-                row["site"], OUTCOMES[row["state"]], down, sizes.get(row["id"], row["size"] or 0)
+                row["site"],
+                OUTCOMES[row["state"]],
+                row["told"] if self._plan.several else down,
+                sizes.get(row["id"], row["size"] or 0),
             )
             for row in rows
         ]
@@ -188,9 +191,7 @@ class History:
         found = [
             (row["round"], f"{row['site']}: {row['reason']}") for row in self._store.rows(gone)
         ]
-        found += [
-            (row["round"], f"abandoned: {row['reason']}") for row in self._store.rows(over)
-        ]
+        found += [(row["round"], f"abandoned: {row['reason']}") for row in self._store.rows(over)]
         return sorted(found, key=lambda each: each[0])
 
     def _untold(self) -> list[dict[str, Any]]:
@@ -205,7 +206,7 @@ class History:
                 file.writelines(_line(line) for line in each)
 
     def _config(self) -> dict[str, Any]:
-        plan = describe(self._plan)
+        plan = {**describe(self._plan), "kind": "atoll.Federation"}
         identity = {"plan": plan, "seed": self._seed, "id": self._store.setting("id")}
         project = self._store.setting("project") or "federation"
         return {

@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from atoll.aggregation.conversation import Ask
 from atoll.core.random import Key
-from atoll.core.vectors import Tree, Vector, Vectors, nest
-from atoll.errors import CheckpointError, RunError
+from atoll.core.room import room_in
+from atoll.core.vectors import Tree, Vector, Vectors
+from atoll.errors import CannotClose, CheckpointError, RunError
 from atoll.rounds.buffered import BufferedCoordinator
 from atoll.rounds.coordinator import Answer, Coordinator, Phase, Verdict
 from atoll.rounds.describe import describe, plan_digest
@@ -99,7 +101,9 @@ class FederationLoop:
         self._thread = ThreadPoolExecutor(1, "atoll-sums")
         self._work: asyncio.Queue[Callable[[], Any]]
         self._worker: asyncio.Task[None] | None = None
-        self._stepping = False
+        self._stepping = self._folding = False
+        #: Why what was accepted cannot be summed; the attempt is then abandoned.
+        self._spoilt = ""
         self._patient_until = 0.0
         self._retry_at = 0.0
         self._faults = 0
@@ -155,7 +159,8 @@ class FederationLoop:
             self._worker.cancel()
         self._thread.shutdown()
         self.members.write()
-        self.history.close(done=self.done, model=self.server.model() if self.done else None)
+        failed = self.coordinator.phase is Phase.FAILED
+        self.history.close(failed=failed, model=self.server.model() if self.done else None)
 
     @property
     def done(self) -> bool:
@@ -171,8 +176,13 @@ class FederationLoop:
     @property
     def largest(self) -> int:
         """Bytes that no honest answer to the open question exceeds."""
-        works = self.question is None or self.driver.ask.works
+        works = not self.driver.open or self.driver.ask.works
         return largest(self.plan.stages.message if works else self.driver.ask.schema)
+
+    def may_read(self, site: str, digest: str) -> bool:
+        """Whether a blob belongs to the question that this site owes an answer to."""
+        asked = self.question is not None and site in self.open
+        return asked and self.question is not None and self.question.may_read(site, digest)
 
     def memory_of(self, site: str) -> str | None:
         """The last assignment of a site whose update is in a model, so that its memory counts."""
@@ -238,6 +248,8 @@ class FederationLoop:
         path.unlink(missing_ok=True)
         if answer.accepted:
             self._work.put_nowait(partial(self._fold, id, upload["digest"]))
+        elif answer.verdict in ledger.REFUSED:
+            self.history.note(id, f"{site}: {answer.reason}")
         self._after_outcome()
         self._count_faults(answer)
         return answer
@@ -261,6 +273,7 @@ class FederationLoop:
         with Deciding(self) as change:
             ledger.lost(change, site, assignment, reason)
             self._record_outcome(change, now)
+        self.history.note(assignment, f"{site}: {reason}")
         del self.open[site]
         self._after_outcome()
         return True
@@ -313,6 +326,8 @@ class FederationLoop:
         """Open a round, or fill free places, when enough sites are there."""
         if self.stopping or self._busy or not self.coordinator.ready or now < self._retry_at:
             return
+        if self.plan.schedule.lockstep and (self._folding or not self._work.empty()):
+            return  # what is still to be summed is of an attempt that was abandoned
         first = self.coordinator.round == 1 and self.coordinator.phase is Phase.IDLE
         patient = now < self._patient_until
         roster = self.members.roster(self.open)
@@ -341,13 +356,36 @@ class FederationLoop:
             return
         self.rows = {row["id"]: row for row in rows}
         members = [(row["site"], row["turn"]) for row in rows]
-        ask = self.driver.begin(attempt[0], members, len(roster))
+        try:
+            ask = self._begin(*attempt, members, len(roster))
+        except CannotClose as error:
+            self._abandon(str(error))
+            return
         self._lockstep().need(ask.fewest, self._ids_of(ask.whom))
         if ask.told or ask.given or ask.mail:
             self._stepping = True
             self._work.put_nowait(self._asked)
         else:
             self._put(put_question(ask, self.models, 0))
+
+    def _begin(
+        self, round: int, attempt: int, members: Sequence[tuple[str, int]], population: int
+    ) -> Ask:
+        """Begin a round's conversation; raises `CannotClose` if it has nothing to ask."""
+        self._spoilt = ""
+        try:
+            return self.driver.begin(round, members, population, attempt)
+        except RunError as error:
+            raise CannotClose(str(error)) from error
+
+    def _abandon(self, reason: str) -> None:
+        """Nothing can come of this attempt."""
+        if self.coordinator.phase in (Phase.OPEN, Phase.HEARD):
+            self._lockstep().abandon(ledger.printable(reason))
+        with Deciding(self) as change:
+            self._record_outcome(change, self.clock())
+        self._stepping = False
+        self._after_outcome()
 
     async def _asked(self) -> None:
         """A question is open: hand out what it tells, and have those who are asked know."""
@@ -356,15 +394,27 @@ class FederationLoop:
         self._put(question)
 
     def _put(self, question: Question) -> None:
-        self.question, now = question, self.clock()
+        # Its deadline may have passed while it was being put down.
+        now, waiting = self.clock(), self.coordinator.phase is Phase.OPEN
+        self.question = question if waiting else None
         with Deciding(self) as change:
+            if self.plan.several:
+                ledger.told(change, question.step, self._told_sizes(question))
             self._record_outcome(change, now)
-        self.open = {
-            self.rows[id]["site"]: {**self.rows[id], "asked": now} for id in self.coordinator.owed
-        }
+        owed = self.coordinator.owed if waiting else ()
+        self.open = {self.rows[id]["site"]: {**self.rows[id], "asked": now} for id in owed}
         self._stepping = False
         self._after_outcome()
         self.notify()
+
+    def _told_sizes(self, question: Question) -> dict[str, int]:
+        """How much a question tells each of those it goes to, by assignment."""
+        size = self.models.size
+        all_are_told = size(question.told) if question.told else 0
+        if question.works or question.owner == "algorithm":
+            all_are_told += size(self.version["broadcast"])
+        mail = {id: question.mail.get(self.rows[id]["site"]) for id in self._lockstep().asked}
+        return {id: all_are_told + (size(own) if own else 0) for id, own in mail.items()}
 
     def _ids_of(self, whom: Sequence[tuple[str, int]] | None) -> list[str]:
         """The assignments of those a question goes to."""
@@ -412,6 +462,7 @@ class FederationLoop:
             self._work.put_nowait(partial(self._step, outcome.round, outcome.accepted))
             return
         logger.warning("round %d was abandoned: %s", outcome.round, outcome.reason)
+        self.history.note(str(outcome.round), f"abandoned: {outcome.reason}")
         self.open, self.question = {}, None
         self._retry_at = self.clock() + self.plan.schedule.pause
         if self.coordinator.phase is Phase.FAILED:
@@ -438,7 +489,15 @@ class FederationLoop:
         assert row is not None
         told = await self._told_of(id)
         sender, age = (row["site"], row["turn"]), row["staleness"]
-        await self._in_thread(lambda: self.models.fold(self.driver, digest, sender, told, age))
+        self._folding = True
+        try:
+            await self._in_thread(lambda: self.models.fold(self.driver, digest, sender, told, age))
+        except CannotClose as error:
+            if not self.plan.schedule.lockstep:
+                raise
+            self._spoilt = str(error)
+        finally:
+            self._folding = False
 
     async def _hear(self) -> None:
         """The open question has enough answers: what follows is the rule's to say."""
@@ -447,18 +506,19 @@ class FederationLoop:
             coordinator.worked()
         senders = [(self.rows[id]["site"], self.rows[id]["turn"]) for id in coordinator.heard]
         try:
+            if self._spoilt:
+                raise CannotClose(self._spoilt)
             ask = await self._in_thread(lambda: self.driver.hear(senders))
         except RunError as error:
-            coordinator.abandon(ledger.printable(str(error)))
-            ask = None
-        else:
-            if ask is not None:
-                heard = set(coordinator.heard)
-                whom = [id for id in self._ids_of(ask.whom) if id in heard]
-                coordinator.ask(ask.fewest, whom, self.clock())
-                await self._asked()
-                return
-            coordinator.finish()
+            self._abandon(str(error))
+            return
+        if ask is not None:
+            heard = set(coordinator.heard)
+            whom = [id for id in self._ids_of(ask.whom) if id in heard]
+            coordinator.ask(ask.fewest, whom, self.clock())
+            await self._asked()
+            return
+        coordinator.finish()
         now = self.clock()
         with Deciding(self) as change:
             self._record_outcome(change, now)
@@ -514,7 +574,7 @@ class FederationLoop:
         """The parameters that clients of a version began from."""
         row = self.store.version(version)
         assert row is not None
-        tree = nest(self.models.read(row["broadcast"]))
+        tree = self.models.read(row["broadcast"])
         params: Vector = Received.of(self.plan, tree).algorithm["params"]
         return params
 
@@ -528,7 +588,7 @@ class FederationLoop:
             known = self.store.version(version)
             assert known is not None
             digest = known["broadcast"]
-            tree = nest(await self._in_thread(lambda: self.models.read(digest)))
+            tree = await self._in_thread(lambda: self.models.read(digest))
             self._told[version] = tree.get("stages", {})
         return self._told[version]
 
@@ -590,7 +650,11 @@ class FederationLoop:
             change.set("plan", describe(self.plan))
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, job)
+        def housed() -> T:
+            with room_in(self.models.scratch):
+                return job()
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, housed)
 
 
 def _secret_of(store: Store) -> int:

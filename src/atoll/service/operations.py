@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -36,7 +37,6 @@ def status(store: Store, project: str, waiting: str | None = None) -> dict[str, 
     if store.setting("stop") and phase not in (Phase.DONE, Phase.FAILED):
         phase = "stopping" if led else "stopped"
     member = (tables.sites.c.status == "active") & (tables.sites.c.role == "site")
-    owes = tables.assignments.c.state == "open"
     return {
         "project": project,
         "server": "running" if led else "not running",
@@ -45,11 +45,19 @@ def status(store: Store, project: str, waiting: str | None = None) -> dict[str, 
         "phase": phase,
         "waiting_for": waiting,
         "sites": len(store.rows(sa.select(tables.sites.c.name).where(member))),
-        "at_work": sorted(
-            row["site"] for row in store.rows(sa.select(tables.assignments.c.site).where(owes))
-        ),
+        "at_work": _at_work(state),
         "model": version["model"] if version else None,
     }
+
+
+def _at_work(state: Mapping[str, Any]) -> list[str]:
+    """Who owes an answer, by the coordinator's saved state."""
+    if "buffer" in state:  # of an asynchronous schedule
+        return sorted(client for client, _ in state["open"].values())
+    if state.get("phase") != Phase.OPEN:
+        return []
+    gone = {*state["accepted"], *state["lost"]}
+    return sorted(client for id, client in state["open"].items() if id not in gone)
 
 
 def rounds(store: Store, since: int = 0) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from atoll.errors import RunError
+from atoll.errors import CannotClose, RunError
 from atoll.rounds.coordinator import Coordinator, Phase
 from atoll.service.storage import rounds as ledger
 
@@ -24,7 +24,11 @@ async def replay(loop: FederationLoop) -> None:
         return
     if coordinator.phase not in (Phase.OPEN, Phase.HEARD):
         return
-    await _converse(loop, coordinator.round, coordinator.attempt, coordinator.step)
+    try:
+        await _converse(loop, coordinator.round, coordinator.attempt, coordinator.step)
+    except CannotClose as error:
+        loop._abandon(str(error))
+        return
     loop._stepping = True
     if coordinator.phase is Phase.OPEN:
         if not coordinator.step:
@@ -42,7 +46,7 @@ async def _converse(loop: FederationLoop, round: int, attempt: int, step: int | 
     kept = ledger.answered(loop.store, list(loop.rows))
     members = [(row["site"], row["turn"]) for row in rows]
     population = ledger.population_of(loop.store, round, attempt)
-    loop.driver.begin(round, members, population)
+    loop._begin(round, attempt, members, population)
     place = 0
     while True:
         answers = kept.get(place, {})

@@ -147,6 +147,7 @@ class _Process:
         with self.store.change() as change:
             change.set("blobs", self.listening.blobs)
             change.set("port", self.listening.port)
+            change.set("project", self.folder.project)
         renewing = asyncio.create_task(self._keep_lease(loop))
         try:
             await loop.start()

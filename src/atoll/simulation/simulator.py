@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from atoll.aggregation.conversation import Ask
@@ -90,6 +90,14 @@ class _Attempt:
         self.parts[invitation.id] = Participant(
             invitation.client, outcome, before.down + down, before.up + up
         )
+
+    def close(self, accepted: Collection[str]) -> None:
+        """It closed, with the updates of these; whoever only answered a question was not needed."""
+        for id, part in self.parts.items():
+            if id in accepted:
+                self.parts[id] = part._replace(outcome=Verdict.ACCEPTED)
+            elif part.outcome == Verdict.ACCEPTED:
+                self.parts[id] = part._replace(outcome=Verdict.NOT_NEEDED)
 
 
 class Simulator:
@@ -318,6 +326,8 @@ class Simulator:
                 asked = whom_of(ask, answered)
                 coordinator.ask(ask.fewest, [each.id for each in asked], self.clock)
         coordinator.finish()
+        assert coordinator.outcome is not None
+        attempt.close(coordinator.outcome.accepted)
         return attempt
 
     def _exchange(
@@ -331,7 +341,7 @@ class Simulator:
         coordinator, step = self.coordinator, self.coordinator.step
         told = with_question(attempt.received, ask)
         up = self._up if ask.works else schema_size(ask.schema)
-        load = Load(safetensors.size(flatten(told)), up, ask.works)
+        load = Load(sum(map(safetensors.size, _blobs(told))), up, ask.works)
         mail = {each.id: ask.mail.get((each.client, each.turn), {}) for each in asked}
         arrivals = self.timing.arrivals(
             asked, load, self.clock, coordinator.deadline, step,
@@ -536,6 +546,13 @@ def _attacked(plan: Plan, attackers: Attackers | None, data: FederatedData, key:
         raise ConfigurationError(f"attackers must be Attackers, not {attackers!r}")
     names = attackers.among(data.names, key)
     return replace(plan, algorithm=Attacked(plan.algorithm, attackers.attack, names))
+
+
+def _blobs(told: Tree) -> list[Vectors]:
+    """What a client fetches for a question: the model and what is told travel apart."""
+    model = {name: part for name, part in told.items() if name != "question"}
+    parts = [model, {name: part for name, part in told.items() if name == "question"}]
+    return [flatten(part) for part in parts if part]
 
 
 def _gave_up(round: int, attempts: int, reason: str, parts: Sequence[Participant]) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import mmap
 import os
 import random
 import secrets
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll import __version__
-from atoll.core import files, safetensors
+from atoll.core import files, room, safetensors
 from atoll.core.files import file_digest
 from atoll.core.random import Key
 from atoll.core.updates import Update
@@ -50,6 +49,7 @@ from atoll.rounds.task import (
     ClientTask,
     Received,
     answer_question,
+    as_told,
     assignment_for,
     first_state,
     run_task,
@@ -187,6 +187,8 @@ class Site:
         finally:
             self.leaving.set()
             self.link.close()
+            if sys.platform != "win32":
+                self._held.close()
         self.report("stopped; start again to go on")
         return None
 
@@ -222,8 +224,8 @@ class Site:
             return
         # The memory first: an answer that is delivered must find it.
         kept = state.pop("kept", {})
-        if kept:
-            files.save(self._kept(order.assignment), "kept", {}, kept)
+        if kept or task.state.get("kept"):
+            files.save(self._kept(order.assignment, order.exchange), "kept", {}, kept)
         if order.works:
             files.save(self._memory(order.assignment), "memory", {}, flatten(state))
         files.write_atomically(waiting, pack(update))
@@ -264,7 +266,7 @@ class Site:
                     old.unlink(missing_ok=True)
                 self.link.fetch(digest, size, path)
             found[kind] = _mapped(path)
-        tree = {**nest(found.get("model", {})), **nest(found.get("told", {}))}
+        tree = {**as_told(found.get("model", {})), **nest(found.get("told", {}))}
         return tree, found.get("mail", {})
 
     def _assignment(self, order: messages.Order) -> Assignment:
@@ -275,18 +277,24 @@ class Site:
             order.mail or "",
         )  # fmt: skip
         return assignment_for(
-            Key(order.seed), self.link.site, order.round, order.turn, order.fraction, secret
-        )
+            Key(order.seed), self.link.site, order.round, order.turn, order.fraction, secret,
+            order.exchange,
+        )  # fmt: skip
 
     def _state(self, order: messages.Order, received: Received) -> Tree:
-        """What this site keeps: of the update that counted last, and of the open round."""
+        """What this site keeps: of the update that counted last, and of the open round.
+
+        A question that is put twice finds what was kept before it was answered.
+        """
         assert order.assignment is not None
         state = self._remembered(order, received)
-        path = self._kept(order.assignment)
+        mine = [self._kept(order.assignment, exchange) for exchange in range(order.exchange)]
+        now = self._kept(order.assignment, order.exchange)
         for other in (self.folder / "kept").glob("*.safetensors"):
-            if other != path:
+            if other not in (*mine, now):
                 other.unlink()
-        kept = files.load(path, "kept")[1] if path.exists() else {}
+        there = [path for path in mine if path.exists()]
+        kept = files.load(there[-1], "kept")[1] if there else {}
         return {**state, "kept": kept} if kept else state
 
     def _send_outbox(self) -> None:
@@ -359,8 +367,11 @@ class Site:
         )
 
     def _summary(self) -> dict[str, str]:
-        shape = " x ".join(str(side) for side in self.data.shape)
-        return {"atoll": __version__, "task": self.data.task, "inputs": shape}
+        shape = self.data.shape
+        named = shape if isinstance(shape, dict) else {"": shape}
+        sides = {name: " x ".join(map(str, each)) for name, each in named.items()}
+        told = ", ".join(f"{name} {each}".strip() for name, each in sides.items())
+        return {"atoll": __version__, "task": self.data.task.name, "inputs": told}
 
     def _heartbeat(self) -> None:
         """While a long training goes on, say that it does, and hear whether it still counts."""
@@ -397,8 +408,8 @@ class Site:
     def _memory(self, assignment: str) -> Path:
         return self.folder / "memory" / f"{assignment}.safetensors"
 
-    def _kept(self, assignment: str) -> Path:
-        return self.folder / "kept" / f"{assignment}.safetensors"
+    def _kept(self, assignment: str, exchange: int) -> Path:
+        return self.folder / "kept" / f"{assignment}-{exchange}.safetensors"
 
     def _outgoing(self, assignment: str, exchange: int) -> Path:
         return self.folder / "outbox" / f"{assignment}-{exchange}.safetensors"
@@ -439,9 +450,7 @@ class Site:
 
 def _mapped(path: Path) -> Vectors:
     """The arrays in a file, read where they are needed; what is written to them stays here."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return safetensors.decode(memoryview(mapped))[0]
+    return safetensors.decode(memoryview(room.opened(path, writable=True)))[0]
 
 
 def _secret(path: Path) -> bytes:

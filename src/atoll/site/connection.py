@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from atoll.core.files import file_digest
+from atoll.core.files import file_digest, file_hash
 from atoll.errors import AtollError, CheckpointError, ConfigurationError, require
 from atoll.protocol import messages
 from atoll.protocol.certificates import client_context, fingerprint
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 CHUNK = 1 << 20
+#: One first contact at a time.
+FIRST_CONTACT = threading.Lock()
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 60.0
 TIMEOUT = 30.0
 #: Times that one request may be told that there is no such session, before that is believed.
@@ -120,6 +123,7 @@ class Connection:
             if have > size:
                 partial.unlink()
                 have = 0
+            body = file_hash(partial) if have else sha256()
             if have < size:
                 answer = self._sealed(
                     "GET", f"/v1/blobs/{digest}", b"", {"Range": f"bytes={have}-"}, stream=True
@@ -127,14 +131,16 @@ class Connection:
                 try:
                     with _on_disk():
                         file = partial.open("ab" if answer.status == 206 else "wb")
+                    if answer.status != 206:
+                        body = sha256()
                     with file:
                         for piece in answer.stream(CHUNK):
                             with _on_disk():
                                 file.write(piece)
+                            body.update(piece)
                 finally:
                     answer.release_conn()
-            found = file_digest(partial)
-            if found != digest:
+            if body.hexdigest() != digest:
                 short = partial.stat().st_size < size
                 if not short:
                     partial.unlink()
@@ -277,7 +283,8 @@ def find_authority(url: str, token: Token) -> bytes:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with warnings.catch_warnings(), _pool(context) as pool:
+    # Python's warnings are one for all threads.
+    with FIRST_CONTACT, warnings.catch_warnings(), _pool(context) as pool:
         # The fingerprint in the token is the check that the warning misses.
         warnings.simplefilter("ignore", InsecureRequestWarning)
         answer = pool.request(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import Any
 from atoll.core.files import write_atomically
 from atoll.errors import AtollError, CheckpointError, require
 
-CHUNK = 1 << 20
+CHUNK = 1 << 22
 MARK = "federation.id"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -36,7 +37,7 @@ class Blobs(ABC):
 
     @abstractmethod
     def read(self, digest: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The bytes from `start` to `stop` in pieces of at most 1 MiB."""
+        """The bytes from `start` to `stop` in pieces of at most 4 MiB."""
 
     @abstractmethod
     def local(self, digest: str, scratch: Path) -> Path:
@@ -56,12 +57,10 @@ class Blobs(ABC):
 
     def put(self, pieces: Iterable[bytes | memoryview], scratch: Path) -> str:
         """Keep new contents; returns their digest once they are durable."""
-        body, kept = sha256(), list(pieces)
-        for piece in kept:
-            body.update(piece)
+        partial = scratch / f"put-{secrets.token_hex(16)}"
+        body = sha256()
+        write_atomically(partial, pieces, body)
         digest = body.hexdigest()
-        partial = scratch / f"put-{digest}"
-        write_atomically(partial, kept)
         self.take(partial, digest)
         return digest
 

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
 from atoll.aggregation.conversation import Ask
 from atoll.aggregation.validate import validate
-from atoll.core import safetensors
+from atoll.core import room, safetensors
 from atoll.core.updates import Sender, Update
 from atoll.core.vectors import Tree, Vectors, flatten
-from atoll.errors import UpdateRefused
+from atoll.errors import CannotClose, UpdateRefused
 from atoll.rounds.driver import Driver
 from atoll.rounds.messages import unpack
 from atoll.rounds.plan import Plan
 from atoll.rounds.server import Server
+from atoll.rounds.task import as_told, is_model
 from atoll.service.storage.blobs import Blobs
 from atoll.service.storage.database import Row, Store
 from atoll.service.storage.tables import answers, assignments, uploads, versions
 
 #: Files from here on are not left in memory; seconds between two times of letting go.
 SMALL, PAUSE = 1 << 24, 0.002
+#: In a state's metadata: the blob in which some of its arrays lie, and under which names.
+LINK = "elsewhere"
 #: Seconds after which something that nobody names was left behind.
 LEFT_BEHIND = 3600.0
 
@@ -42,7 +49,7 @@ class ModelStore:
         # Digests of what this process knows to be there.
         self._put: set[str] = set()
         self._sizes: dict[str, int] = {}
-        self._resting: mmap.mmap | None = None
+        self._resting: list[room.Mapping] = []
 
     def part(self, upload: str) -> Path:
         """The file that an upload grows in."""
@@ -61,7 +68,17 @@ class ModelStore:
         """Take an accepted answer into what the open question gathers."""
         path = self.blobs.local(digest, self.scratch)
         with _passing(path) as data:
-            driver.fold(self._read(data, driver.ask, told), sender, staleness)
+            update = self._read(data, driver.ask, told)
+            try:
+                driver.fold(update, sender, staleness)
+            except (OSError, MemoryError):
+                raise
+            except Exception as error:
+                # What a client sent must not be able to end a federation.
+                name, text = type(error).__name__, str(error).partition("\n")[0][:100]
+                raise CannotClose(
+                    f"the answer of {sender[0]} could not be summed ({name}: {text})"
+                ) from error
         if path.parent == self.scratch:
             path.unlink()
 
@@ -75,8 +92,9 @@ class ModelStore:
 
     def step(self, work: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Take a step at the server; the old model goes through memory, and does not stay."""
-        assert self._resting is not None
-        with _letting_go(self._resting):
+        with ExitStack() as stack:
+            for mapped in self._resting:
+                stack.enter_context(_letting_go(mapped))
             return work()
 
     def hand_out(self, tree: Tree) -> str:
@@ -87,31 +105,53 @@ class ModelStore:
 
     def keep(self, server: Server, version: int) -> dict[str, str]:
         """Put the server's vectors, what sites receive and the model into blobs."""
-        told = flatten(server.broadcast(version))
-        made = {
-            "state": self.blobs.put(safetensors.encode(server.vectors()), self.scratch),
-            "broadcast": self.blobs.put(safetensors.encode(told), self.scratch),
-            "model": self.blobs.put(safetensors.encode(server.model()), self.scratch),
+        model, told, state = server.model(), server.broadcast(version), server.vectors()
+        made = {"model": self._keep(model)}
+        if _large(model) and is_model(told, model):
+            # One large file for sites, for people and for the state.
+            made["broadcast"], sent = made["model"], model
+        else:
+            sent = flatten(told)
+            made["broadcast"] = self._keep(sent)
+        same = {
+            name: other
+            for name, vector in state.items()
+            for other, lies in sent.items()
+            if vector.nbytes >= room.LARGE and _same(vector, lies)
         }
+        rest = {name: vector for name, vector in state.items() if name not in same}
+        link = {LINK: json.dumps([made["broadcast"], same])} if same else {}
+        made["state"] = self._keep(rest, link)
         self._put |= set(made.values())
         return made
 
+    def _keep(self, vectors: Vectors, about: Mapping[str, str] | None = None) -> str:
+        """Put arrays into a blob; what of them lies in mapped files leaves memory on the way."""
+        return self.blobs.put(_passed(vectors, about or {}), self.scratch)
+
     def vectors(self, digest: str) -> Vectors:
         """The arrays in a blob, mapped: a model that is not looked at takes no memory."""
-        path = self.blobs.local(digest, self.scratch)
-        self._resting = _mapped(path)
-        vectors, _ = safetensors.decode(memoryview(self._resting))
-        if path.parent == self.scratch:
-            path.unlink()
+        own, vectors, about = self._mapped(digest)
+        self._resting = [own]
+        if LINK in about:
+            blob, same = json.loads(about[LINK])
+            other, sent, _ = self._mapped(blob)
+            self._resting.append(other)
+            vectors |= {name: sent[place] for name, place in same.items()}
         return vectors
 
-    def read(self, digest: str) -> Vectors:
-        """The arrays in a blob, mapped, beside the model at rest."""
+    def read(self, digest: str) -> Tree:
+        """What a blob of a broadcast says, mapped, beside the model at rest."""
+        return as_told(self._mapped(digest)[1])
+
+    def _mapped(self, digest: str) -> tuple[room.Mapping, Vectors, dict[str, str]]:
+        """A blob with its arrays and metadata, mapped."""
         path = self.blobs.local(digest, self.scratch)
-        vectors, _ = safetensors.decode(memoryview(_mapped(path)))
+        mapped = room.opened(path)
+        vectors, about = safetensors.decode(memoryview(mapped))
         if path.parent == self.scratch:
             path.unlink()
-        return vectors
+        return mapped, vectors, about
 
     def needed(self, newest: int, at_work: Mapping[str, Row], kept: int) -> set[str]:
         """Digests that something may still refer to."""
@@ -166,16 +206,30 @@ class ModelStore:
                 path.unlink(missing_ok=True)
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    """A file's bytes, read where they are needed; unmapped with the last view of them."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _large(vectors: Vectors) -> bool:
+    return any(vector.nbytes >= room.LARGE for vector in vectors.values())
+
+
+def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Whether two arrays are the same memory."""
+    return one.__array_interface__ == other.__array_interface__
+
+
+def _passed(vectors: Vectors, about: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The pieces of a file of these arrays, of which large ones leave memory as they are taken."""
+    vectors = dict(safetensors.ordered(vectors))
+    yield safetensors.header(vectors, about)
+    for vector in vectors.values():
+        flat = np.ascontiguousarray(vector).reshape(-1)
+        for start, stop in room.pieces(len(flat), flat.itemsize):
+            yield flat[start:stop].data.cast("B")
+            room.rest(flat, start, stop)
 
 
 @contextmanager
 def _passing(path: Path) -> Iterator[memoryview]:
     """A file's bytes to be gone through once."""
-    mapped = _mapped(path)
+    mapped = room.opened(path)
     with _letting_go(mapped):
         yield memoryview(mapped)
 

@@ -13,12 +13,9 @@ from atoll.rounds.coordinator import Answer, Invitation, Outcome, Verdict
 from atoll.service.storage.database import Change, Row, Store
 from atoll.service.storage.tables import answers, assignments, rounds, uploads, versions
 
+REFUSED = (Verdict.MALFORMED, Verdict.STALE)
 #: What an assignment is after a verdict; whatever else it was, it was no longer needed.
-ENDS = {
-    Verdict.ACCEPTED: "accepted",
-    Verdict.MALFORMED: "refused",
-    Verdict.STALE: "refused",
-}
+ENDS = {Verdict.ACCEPTED: "accepted", **dict.fromkeys(REFUSED, "refused")}
 
 
 def opened(
@@ -45,6 +42,16 @@ def opened(
     return rows
 
 
+def told(change: Change, step: int, sizes: Mapping[str, int]) -> None:
+    """A question tells each of these assignments so many bytes; put twice, it counts once."""
+    mine = (assignments.c.id == sa.bindparam("mine")) & (assignments.c.asked <= step)
+    total = assignments.c.told + sa.bindparam("more")
+    change.many(
+        assignments.update().where(mine).values(told=total, asked=step + 1),
+        [{"mine": id, "more": size} for id, size in sizes.items()],
+    )
+
+
 def delivered(
     change: Change, upload: Row, answer: Answer, round: int, now: float, *, works: bool
 ) -> None:
@@ -52,19 +59,18 @@ def delivered(
 
     With `works` it is the update itself, and not the answer to a question beside it.
     """
-    mine = assignments.c.id == upload["assignment"]
+    # What comes too late for a later question changes nothing about an update that was taken.
+    still = (assignments.c.id == upload["assignment"]) & (assignments.c.state == "open")
+    end = {"state": ENDS.get(answer.verdict, "spared"), "reason": answer.reason}
     if works:
         change.run(
-            assignments.update().where(mine).values(
-                state=ENDS.get(answer.verdict, "spared"), delivered=now, digest=upload["digest"],
-                size=upload["size"], staleness=answer.staleness, reason=answer.reason,
-                counted=round if answer.accepted else None,
+            assignments.update().where(still).values(
+                **end, delivered=now, digest=upload["digest"], size=upload["size"],
+                staleness=answer.staleness, counted=round if answer.accepted else None,
             )
         )  # fmt: skip
     elif not answer.accepted:
-        still = mine & (assignments.c.state == "open")
-        end = ENDS.get(answer.verdict, "spared")
-        change.run(assignments.update().where(still).values(state=end, reason=answer.reason))
+        change.run(assignments.update().where(still).values(**end))
     if answer.accepted:
         change.run(
             answers.insert().values(

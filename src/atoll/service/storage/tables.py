@@ -54,7 +54,7 @@ rounds = sa.Table(
 )
 #: `state` is open, accepted, refused, lost or spared; `version` is the model it began from and
 #: `staleness` how many versions came between, once it has delivered; `counted` is the round whose
-#: mean it is in.
+#: mean it is in. Where rounds have several questions, the first `asked` of them told `told` bytes.
 assignments = sa.Table(
     "assignments",
     metadata,
@@ -72,6 +72,8 @@ assignments = sa.Table(
     sa.Column("staleness", sa.Integer, nullable=False, default=0),
     sa.Column("counted", sa.Integer),
     sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("asked", sa.Integer, nullable=False, default=0, server_default="0"),
+    sa.Column("told", sa.BigInteger, nullable=False, default=0, server_default="0"),
 )
 uploads = sa.Table(
     "uploads",
@@ -161,8 +163,18 @@ def _third(connection: sa.Connection) -> None:
         )
 
 
+def _fourth(connection: sa.Connection) -> None:
+    """What each site was told with the questions of a round."""
+    columns = {column["name"] for column in sa.inspect(connection).get_columns("assignments")}
+    for name, kind in (("asked", "INTEGER"), ("told", "BIGINT")):
+        if name not in columns:
+            connection.execute(
+                sa.text(f"ALTER TABLE assignments ADD COLUMN {name} {kind} NOT NULL DEFAULT 0")
+            )
+
+
 #: What turns format n into format n + 1; a change of tables adds one and never edits another.
-MIGRATIONS: Sequence[Callable[[sa.Connection], None]] = (_first, _second, _third)
+MIGRATIONS: Sequence[Callable[[sa.Connection], None]] = (_first, _second, _third, _fourth)
 
 
 def migrate(connection: sa.Connection) -> None:
