@@ -283,8 +283,8 @@ def test_a_resumed_run_takes_the_engine_that_began_it(clients, tmp_path):
     ("text", "match"),
     [
         ("fast", "use 'auto', 'sequential', 'stacked'"),
-        ("stacked(block=x)", "says nothing about an engine"),
-        ("stacked(colour=3)", "says nothing about an engine"),
+        ("stacked(block=x)", "says nothing about the engine 'stacked'"),
+        ("stacked(colour=3)", "says nothing about the engine 'stacked'"),
         ("stacked(block=0)", "block must be a whole number of at least 1"),
         (7, "engine 7 is not known"),
     ],

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atoll.aggregation.schema import Schema
 from atoll.aggregation.stage import Setting, Stage
+from atoll.core import room
 from atoll.core.random import Key
 from atoll.core.updates import Bounds, Update
 from atoll.core.vectors import Vectors
@@ -107,4 +109,13 @@ class _Bound(Stage):
 def l2_norm(update: Update, names: Iterable[str]) -> float:
     """The L2 norm of these vectors together; those that were left out count as zeros."""
     there = [update.vectors[name] for name in names if name in update.vectors]
-    return math.sqrt(sum(float(np.square(v, dtype=np.float64).sum()) for v in there))
+    return math.sqrt(sum(_square(vector) for vector in there))
+
+
+def _square(vector: NDArray[np.floating]) -> float:
+    """The sum of squares; of a large vector piece by piece, which client and server do alike."""
+    if vector.nbytes < room.LARGE:
+        return float(np.square(vector, dtype=np.float64).sum())
+    flat = vector.reshape(-1)
+    parts = (flat[start:stop] for start, stop in room.pieces(len(flat), flat.itemsize))
+    return math.fsum(float(np.square(part, dtype=np.float64).sum()) for part in parts)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core import room
 from atoll.core.vectors import Vectors
 
 UNIT_BITS = 40
@@ -30,29 +31,45 @@ MAGIC_BITS = int(np.float64(MAGIC).view(np.int64))
 MAGIC_LIMIT = float(1 << 51)
 #: Whole numbers up to here are exact in float64.
 EXACT = float(1 << 53)
+#: Vectors in mapped files that wait to be added together, at most.
+AT_ONCE = 16
 
 
 class FixedSum:
     """The running sum of `weight * vector` for vectors of one size.
 
     What is too large for fixed point goes to a float64 sum, for which order matters in the last
-    bits; `exact` says whether that has happened.
+    bits; `exact` says whether that has happened. Large vectors that lie in mapped files are not
+    added as they come but some at a time, piece by piece; if those are all, then there is never a
+    sum of the whole size.
     """
 
     def __init__(self, size: int) -> None:
-        self._low = np.zeros(size, np.int64)
+        self._size = size
+        self._words = None if 8 * size >= room.LARGE else np.zeros(size, np.int64)
+        self._later: list[tuple[NDArray[Any], float, int]] = []
         self._magic = 0
         self.high: NDArray[np.int64] | None = None
         self.floating: NDArray[np.float64] | None = None
         self._taken = 0
 
     @property
+    def _low(self) -> NDArray[np.int64]:
+        """The words of the sum, as they are now."""
+        if self._words is None:
+            self._words = room.zeros(self._size, np.int64)
+        return self._words
+
+    @property
     def low(self) -> NDArray[np.int64]:
         """The sum in units, without what was carried."""
+        self._settle()
         if self._magic:
-            # Modulo 2^64, as all of this is.
-            surplus = (self._magic * MAGIC_BITS + (1 << 63)) % (1 << 64) - (1 << 63)
-            np.subtract(self._low, np.int64(surplus), out=self._low)
+            surplus = _signed(self._magic * MAGIC_BITS)
+            for start, stop in room.pieces(self._size, 8):
+                part = self._low[start:stop]
+                np.subtract(part, np.int64(surplus), out=part)
+                room.rest(self._low, start, stop)
             self._magic = 0
         return self._low
 
@@ -65,8 +82,12 @@ class FixedSum:
         if not vector.size:
             return
         scale = weight * float(1 << UNIT_BITS)
-        peak = max(float(vector.max()), -float(vector.min())) * scale
-        if peak >= LIMIT:
+        peak = _peak(vector) * scale
+        if peak < MAGIC_LIMIT and room.lies_in_file(vector):
+            self._later.append((vector, scale, int(peak) + 1))
+            if len(self._later) == AT_ONCE:
+                self._settle()
+        elif peak >= LIMIT:
             if self.floating is None:
                 self.floating = np.zeros(len(vector))
             self.floating += weight * vector.astype(np.float64)
@@ -74,7 +95,8 @@ class FixedSum:
             self._add_wide(vector, scale)
         else:
             self._make_room(int(peak) + 1)
-            self._add_narrow(vector, scale)
+            _add_narrow(vector, scale, self._low)
+            self._magic += 1
 
     def add_rows(self, rows: NDArray[Any], weights: Sequence[float]) -> None:
         """Add `weight * row` of every row [C, size], to the bit as if one after the other."""
@@ -116,13 +138,14 @@ class FixedSum:
 
     def restore(self, state: Vectors) -> None:
         """Become the sum that `state` gave."""
-        self._low, self._magic = state["low"].copy(), 0
+        self._words, self._magic, self._later = state["low"].copy(), 0, []
         self._taken = int(state["taken"][0])
         self.high = state["high"].copy() if "high" in state else None
         self.floating = state["floating"].copy() if "floating" in state else None
 
     def merge(self, other: FixedSum) -> None:
         """Add another sum, as if its vectors had been added here."""
+        other._settle()
         self._make_room(other._taken)
         np.add(self.low, other.low, out=self._low)
         if other.high is not None:
@@ -132,20 +155,28 @@ class FixedSum:
 
     def value(self) -> NDArray[np.float64]:
         """The sum, rounded once to float64."""
-        total: NDArray[np.float64] = self.low.astype(np.float64)
         if self.high is not None:
             self._carry()
-            total = self.high.astype(np.float64) * float(1 << CARRY_BITS) + self.low
+        return self._value(0, self._size)
+
+    def _value(self, start: int, stop: int) -> NDArray[np.float64]:
+        """The sum from `start` to `stop`; what can be carried has been."""
+        total: NDArray[np.float64] = self.low[start:stop].astype(np.float64)
+        if self.high is not None:
+            upper = self.high[start:stop].astype(np.float64) * float(1 << CARRY_BITS)
+            total = upper + self._low[start:stop]
         total *= 2.0**-UNIT_BITS
-        return total if self.floating is None else total + self.floating
+        return total if self.floating is None else total + self.floating[start:stop]
 
     def quotient(self, weight: float) -> NDArray[np.float32]:
         """The sum over `weight`, float32, in the sum's own memory: it is used up by this."""
-        low, size = self.low, len(self.low)
-        if self.high is not None or self.floating is not None or not low.flags.owndata:
-            with np.errstate(over="ignore"):
-                return (self.value() / weight).astype(np.float32)
-        self._low = np.zeros(0, np.int64)
+        plain = self.high is None and self.floating is None
+        if plain and self._later and self._words is None:
+            return self._quotient_of_files(weight)
+        low, size = self.low, self._size
+        if not plain or not low.flags.owndata:
+            return self._quotient_beside(weight)
+        self._words = np.zeros(0, np.int64)
         out = low.view(np.float32)
         # A tile is written where only tiles before it were.
         for start in range(0, size, TILE):
@@ -158,24 +189,58 @@ class FixedSum:
         mean: NDArray[np.float32] = low.view(np.float32)[:size]
         return mean
 
-    def _add_narrow(self, vector: NDArray[Any], scale: float) -> None:
-        # Tiles keep the scratch in the processor's cache.
-        scratch = np.empty(min(TILE, len(vector)), np.float64)
-        for start in range(0, len(vector), TILE):
-            part = vector[start : start + TILE]
-            floats = scratch[: len(part)]
-            np.multiply(part, scale, out=floats, dtype=np.float64)
-            floats += MAGIC
-            total = self._low[start : start + TILE]
-            np.add(total, floats.view(np.int64), out=total)
-        self._magic += 1
+    def _quotient_beside(self, weight: float) -> NDArray[np.float32]:
+        """The quotient in memory of its own."""
+        if self.high is not None:
+            self._carry()
+        mean = np.empty(self._size, np.float32)
+        with np.errstate(over="ignore"):
+            for start, stop in room.pieces(self._size, 8):
+                mean[start:stop] = self._value(start, stop) / weight
+                room.rest(self._low, start, stop)
+        self._words = np.zeros(0, np.int64)
+        return mean
+
+    def _quotient_of_files(self, weight: float) -> NDArray[np.float32]:
+        """The quotient of what lies in mapped files, of which there is no sum yet."""
+        later, self._later = self._later, []
+        mean = np.empty(self._size, np.float32)
+        part = np.empty(TILE, np.int64)
+        for first, last in room.pieces(self._size, 4):
+            for start in range(first, last, TILE):
+                tile = part[: min(TILE, last - start)]
+                tile.fill(_signed(-len(later) * MAGIC_BITS))
+                for vector, scale, _ in later:
+                    _add_narrow(vector[start : start + len(tile)], scale, tile)
+                floats = tile.astype(np.float64)
+                floats *= 2.0**-UNIT_BITS
+                floats /= weight
+                mean[start : start + len(tile)] = floats
+            for vector, _, _ in later:
+                room.rest(vector, first, last)
+        return mean
+
+    def _settle(self) -> None:
+        """Add what waits."""
+        if not self._later:
+            return
+        later, self._later = self._later, []
+        # Each of them is below 2^51, so that these few come to less than any bound.
+        self._make_room(sum(peak for _, _, peak in later))
+        for start, stop in room.pieces(self._size, 8):
+            for vector, scale, _ in later:
+                _add_narrow(vector[start:stop], scale, self._low[start:stop])
+                room.rest(vector, start, stop)
+            room.rest(self._low, start, stop)
+        self._magic += len(later)
 
     def _add_wide(self, vector: NDArray[Any], scale: float) -> None:
         units = np.rint(vector.astype(np.float64) * scale)
         upper = np.floor(units / float(1 << CARRY_BITS))
         lower = units - upper * float(1 << CARRY_BITS)
         self._make_room(1 << CARRY_BITS)
-        self._low += lower.astype(np.int64)
+        words = self._low
+        words += lower.astype(np.int64)
         self._upper()[...] += upper.astype(np.int64)
 
     def _make_room(self, magnitude: int) -> None:
@@ -186,14 +251,42 @@ class FixedSum:
     def _carry(self) -> None:
         """Move whole multiples of 2^32 units up; leaves 0 <= low < 2^32, which is unique."""
         upper, low = self._upper(), self.low
-        upper += low >> CARRY_BITS
-        low &= (1 << CARRY_BITS) - 1
+        for start, stop in room.pieces(self._size, 8):
+            upper[start:stop] += low[start:stop] >> CARRY_BITS
+            low[start:stop] &= (1 << CARRY_BITS) - 1
         self._taken = 1 << CARRY_BITS
 
     def _upper(self) -> NDArray[np.int64]:
         if self.high is None:
-            self.high = np.zeros_like(self._low)
+            self.high = room.zeros(self._size, np.int64)
         return self.high
+
+
+def _signed(value: int) -> int:
+    """A whole number as an int64 holds it: modulo 2^64, as all sums are."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _peak(vector: NDArray[Any]) -> float:
+    """The largest magnitude in a vector that is not empty, gone through once."""
+    peak = 0.0
+    for start in range(0, len(vector), TILE):
+        part = vector[start : start + TILE]
+        peak = max(peak, float(part.max()), -float(part.min()))
+    return peak
+
+
+def _add_narrow(vector: NDArray[Any], scale: float, total: NDArray[np.int64]) -> None:
+    """Add a vector to these words; each of them then exceeds the sum by MAGIC_BITS."""
+    # Tiles keep the scratch in the processor's cache.
+    scratch = np.empty(min(TILE, len(vector)), np.float64)
+    for start in range(0, len(vector), TILE):
+        part = vector[start : start + TILE]
+        floats = scratch[: len(part)]
+        np.multiply(part, scale, out=floats, dtype=np.float64)
+        floats += MAGIC
+        words = total[start : start + TILE]
+        np.add(words, floats.view(np.int64), out=words)
 
 
 def unit_scale(weight: float) -> float:

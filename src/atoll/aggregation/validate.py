@@ -15,7 +15,7 @@ from atoll.core.vectors import Vectors, describe_names
 from atoll.errors import UpdateRefused
 
 NAME_LIMIT = 64
-TILE = 1 << 18
+TILE = 1 << 16
 
 
 def validate(update: Update, schema: Schema) -> None:
@@ -132,10 +132,18 @@ def _array(name: str, array: NDArray[Any], spec: Spec) -> None:
     if array.dtype.kind == "f":
         flat = array.reshape(-1)
         # In tiles: a mask of a whole model is a quarter of it.
-        tiles = (flat[start : start + TILE] for start in range(0, len(flat), TILE))
-        wrong = sum(len(tile) - int(np.isfinite(tile).sum()) for tile in tiles)
+        wrong = sum(_wrong(flat[start : start + TILE]) for start in range(0, len(flat), TILE))
         if wrong:
             raise UpdateRefused(f"{name!r} holds {wrong} values that are NaN or infinite")
+
+
+def _wrong(tile: NDArray[Any]) -> int:
+    """How many values are NaN or infinite."""
+    # A sum is if anything in it is; it may also overflow.
+    with np.errstate(all="ignore"):
+        if np.isfinite(tile.sum()):
+            return 0
+    return len(tile) - int(np.isfinite(tile).sum())
 
 
 def _short(name: str) -> str:

@@ -71,6 +71,9 @@ class Algorithm(ABC):
     passes: float = 1.0
     #: Whether updates carry weights of their own; a private mean cannot have that.
     weighted: bool = True
+    #: Whether `step` does the same to every entry of its vectors, which are all [P], and measures
+    #: nothing: it may then be called for pieces of them, as large models are stepped.
+    elementwise: bool = False
     #: The figures that clients report, and between which numbers they lie.
     metrics: ClassVar[Mapping[str, tuple[float, float]]] = {
         "train_loss": (-math.inf, math.inf),

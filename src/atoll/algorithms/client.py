@@ -234,8 +234,11 @@ class Client:
         for section in STATISTICS:
             if section not in statistics:
                 continue
-            ours, own = self.split.places[section]
             value = statistics[section]
+            if self.split.trivial:
+                shared[section] = value
+                continue
+            ours, own = self.split.places[section]
             if len(own):
                 self.private = {**self.private, section: value[..., own]}
             if len(ours):

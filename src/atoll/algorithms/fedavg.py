@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from atoll.aggregation.schema import Shape
 from atoll.algorithms.algorithm import Algorithm, Start
+from atoll.algorithms.checks import elementwise
 from atoll.algorithms.client import Client
 from atoll.algorithms.local import LocalRule, Plain
 from atoll.algorithms.server import SGD, ServerOptimizer
@@ -74,6 +75,14 @@ class FedAvg(Algorithm):
     @property
     def weighted(self) -> bool:  # type: ignore[override]
         return self.weighting != "uniform"
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        return (
+            type(self).step is FedAvg.step
+            and elementwise(self.server)
+            and elementwise(self.local, "step")
+        )
 
     def reports(self, shared: Layout) -> Mapping[str, Shape]:
         more = self.local.reports(shared)

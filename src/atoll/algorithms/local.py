@@ -14,6 +14,7 @@ from typing import ClassVar
 from atoll.aggregation.schema import Shape
 from atoll.algorithms.checks import at_least_zero, plain_numbers
 from atoll.algorithms.client import Client
+from atoll.core.room import difference
 from atoll.core.updates import Aggregate
 from atoll.core.vectors import Array, Layout, Vectors
 from atoll.learners.base import Ability, Affine, At, Correction, Learner, LocalResult, Objective
@@ -25,6 +26,8 @@ class LocalRule:
 
     needs: ClassVar[frozenset[Ability]] = frozenset()
     passes: ClassVar[float] = 1.0
+    #: As `Algorithm.elementwise`, of `step`; a rule with another `step` must say it again.
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -59,7 +62,7 @@ class LocalRule:
             got["params"], self.correction(got, mine), objective=self.objective(client, got, mine)
         )
         vectors, kept = self.finish(client, local, got, mine)
-        return local, {"delta": local.params - got["params"], **vectors}, kept
+        return local, {"delta": difference(local.params, got["params"]), **vectors}, kept
 
     def finish(
         self, client: Client, local: LocalResult, got: dict[str, Array], mine: dict[str, Array]

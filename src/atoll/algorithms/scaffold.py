@@ -31,6 +31,7 @@ class ControlVariates(LocalRule):
     option: Literal["I", "II"] = "II"
 
     needs: ClassVar[frozenset[Ability]] = frozenset({"gradient"})
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

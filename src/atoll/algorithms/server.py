@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,9 @@ class ServerOptimizer(ABC):
     """`lr` is what the step is multiplied by."""
 
     lr: float
+
+    #: As `Algorithm.elementwise`, of `step`; a class that is derived must say it again.
+    elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -43,6 +47,8 @@ class SGD(ServerOptimizer):
 
     lr: float = 1.0
 
+    elementwise: ClassVar[bool] = True
+
     def step(self, params: Vector, delta: Vector, memory: Vectors) -> tuple[Vector, Vectors]:
         return params + self.lr * delta, {}
 
@@ -57,6 +63,8 @@ class Momentum(ServerOptimizer):
 
     lr: float = 1.0
     momentum: float = 0.9
+
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +93,8 @@ class Adagrad(ServerOptimizer):
     beta1: float = 0.0
     tau: float = 1e-3
 
+    elementwise: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         below_one("beta1", self.beta1)
@@ -111,6 +121,8 @@ class Adam(Adagrad):
     beta1: float = 0.9
     beta2: float = 0.99
 
+    elementwise: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         below_one("beta2", self.beta2)
@@ -122,6 +134,8 @@ class Adam(Adagrad):
 @dataclass(frozen=True)
 class Yogi(Adam):
     """Adagrad with v <- v - (1 - beta2) * d^2 * sign(v - d^2) (ICLR 2021, algorithm 2, line 10)."""
+
+    elementwise: ClassVar[bool] = True
 
     def second(self, second: Vector, squared: Vector) -> Vector:
         return np.asarray(second - (1 - self.beta2) * squared * np.sign(second - squared))

@@ -99,6 +99,8 @@ class Plan:
             object.__setattr__(self, "stop", (self.stop,))
         if not all(isinstance(rule, StopRule) for rule in self.stop):
             raise ConfigurationError(f"stop must be rules of atoll.stopping, not {self.stop!r}")
+        own = {name: metric.higher for name, metric in (self.learner.metrics or {}).items()}
+        object.__setattr__(self, "stop", tuple(rule.knowing(own) for rule in self.stop))
         self.schedule.check(self.algorithm.reports(self.split.shared), self.split.shared)
         self.algorithm.check(self.learner)
         self._check_reducer()

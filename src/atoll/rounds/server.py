@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from atoll.aggregation.conversation import Ask, Conversation, Heard, Talk
 from atoll.algorithms.algorithm import Gather, Start
 from atoll.algorithms.client import Client, Holder
+from atoll.core import room
 from atoll.core.random import Key
 from atoll.core.updates import Aggregate, Sender
 from atoll.core.vectors import Tree, Vector, Vectors, describe_names, flatten, nest
@@ -152,13 +153,51 @@ class Server:
         aggregate, self.stages = self.plan.stages.release(
             aggregate, self.stages, public, self._key(round, digest)
         )
-        found = self.plan.algorithm.step(self.state, aggregate, self._public_client(round))
-        stepped, measured = found if isinstance(found, tuple) else (found, {})
-        self.state = _alike(stepped, self.state)
+        self.state, measured = self._stepped(aggregate, self._public_client(round))
         self.statistics = {
             name: vector + aggregate.statistics[name] for name, vector in self.statistics.items()
         }
         return {**aggregate.measurements, **measured}
+
+    def _stepped(self, aggregate: Aggregate, public: Client) -> tuple[Vectors, Mapping[str, float]]:
+        """The algorithm's next state, and what it measured; large ones are stepped in pieces."""
+        algorithm, size = self.plan.algorithm, self.plan.split.shared.size
+        flat = {*map(np.shape, (*self.state.values(), *aggregate.vectors.values()))} == {(size,)}
+        if 4 * size < room.LARGE or not flat or not algorithm.elementwise:
+            found = algorithm.step(self.state, aggregate, public)
+            stepped, measured = found if isinstance(found, tuple) else (found, {})
+            return _alike(stepped, self.state), measured
+        places = self._places(aggregate)
+        for start, stop in room.pieces(size, 4):
+            before = _cut(self.state, start, stop)
+            mean = replace(
+                aggregate,
+                vectors=_cut(aggregate.vectors, start, stop),
+                sums=_cut(aggregate.sums, start, stop),
+            )
+            after = algorithm.step(before, mean, public)
+            assert not isinstance(after, tuple), f"{algorithm!r} is elementwise, and measures"
+            for name, vector in _alike(after, before).items():
+                places[name][start:stop] = vector
+                room.rest(places[name], start, stop)
+                room.rest(self.state[name], start, stop)
+        return places, {}
+
+    def _places(self, aggregate: Aggregate) -> Vectors:
+        """Where the next state goes: over the mean, a piece of which is not needed any more."""
+        kept = flatten(self.stages).values()
+        free = [
+            vector
+            for vector in aggregate.vectors.values()
+            if vector.flags.writeable and not any(np.may_share_memory(vector, v) for v in kept)
+        ]
+        places: Vectors = {}
+        for name, vector in self.state.items():
+            if free and free[-1].dtype == vector.dtype:
+                places[name] = free.pop()
+            else:
+                places[name] = room.zeros(len(vector), vector.dtype)
+        return places
 
     def vectors(self) -> Vectors:
         """Everything that `restore` needs."""
@@ -200,6 +239,11 @@ class Server:
         model: Vectors = {"params": np.zeros(plan.split.shared.size, np.float32), **self.statistics}
         holder = Holder("server", public, assignment)
         return Client(plan.learner, model, plan.split, holder, dict(self.blank), plan.public)
+
+
+def _cut(vectors: Vectors, start: int, stop: int) -> Vectors:
+    """The same piece of vectors of one length."""
+    return {name: vector[start:stop] for name, vector in vectors.items()}
 
 
 def _checked(state: Vectors) -> Vectors:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from atoll.errors import ConfigurationError
@@ -39,6 +39,10 @@ class StopRule(ABC):
     def reason(self, history: Sequence[Round]) -> str:
         """Why the run ends after these rounds, in words; empty if it goes on."""
 
+    def knowing(self, own: Mapping[str, bool]) -> StopRule:
+        """The same rule where it is known which way the learner's own metrics are good."""
+        return self
+
 
 @dataclass(frozen=True)
 class Patience(StopRule):
@@ -48,7 +52,7 @@ class Patience(StopRule):
         rounds: evaluated or not; the model of the best round is kept beside the final one.
         metric: None is accuracy, or the loss where there is none.
         least: an improvement by less than this counts for none.
-        higher: whether more is better; None knows it of atoll's own metrics, and takes others so.
+        higher: whether more is better; None knows it of atoll's own metrics and the learner's.
     """
 
     rounds: int
@@ -73,6 +77,9 @@ class Patience(StopRule):
         waited = history[-1].round - since if history and not math.isnan(best) else 0
         return f"{metric} has not improved for {waited} rounds" if waited >= self.rounds else ""
 
+    def knowing(self, own: Mapping[str, bool]) -> Patience:
+        return replace(self, higher=_told(self.metric, self.higher, own))
+
 
 @dataclass(frozen=True)
 class Target(StopRule):
@@ -89,6 +96,9 @@ class Target(StopRule):
         high = better_high(self.metric, self.higher)
         reached = found >= self.value if high else found <= self.value
         return f"{self.metric} has reached {found:.4g}" if reached else ""
+
+    def knowing(self, own: Mapping[str, bool]) -> Target:
+        return replace(self, higher=_told(self.metric, self.higher, own))
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,13 @@ def stop_reason(rules: Sequence[StopRule], history: Sequence[Round]) -> str:
 def better_high(metric: str, higher: bool | None = None) -> bool:
     """Whether more of a metric is better."""
     return more_is_better(metric) if higher is None else higher
+
+
+def _told(metric: str | None, higher: bool | None, own: Mapping[str, bool]) -> bool | None:
+    """Whether more of a metric is better, where that was said of the metric or of the rule."""
+    if higher is not None or metric is None or metric.partition("_client_")[0] not in own:
+        return higher
+    return more_is_better(metric, own)
 
 
 def _value(record: Round, metric: str) -> float | None:

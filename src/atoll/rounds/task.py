@@ -20,7 +20,7 @@ from atoll.aggregation.schema import Spec
 from atoll.algorithms.client import Client, Holder
 from atoll.core.random import Key
 from atoll.core.updates import Update
-from atoll.core.vectors import Array, Tree, Vectors, describe_names
+from atoll.core.vectors import Array, Tree, Vectors, describe_names, flatten, nest
 from atoll.data.examples import Examples
 from atoll.errors import RunError
 from atoll.learners.base import Assignment, Learner
@@ -100,6 +100,23 @@ class Received:
             question.get("told", {}),
             question.get("given", {}),
         )
+
+
+def is_model(broadcast: Tree, model: Vectors) -> bool:
+    """Whether clients are told the model, whole and as it is, and nothing beside it."""
+    told = flatten(broadcast)
+    plain = {name: f"statistics/{name}" for name in model} | {"params": "algorithm/params"}
+    return {plain[name] for name in model} == set(told) and all(
+        told[plain[name]] is vector for name, vector in model.items()
+    )
+
+
+def as_told(vectors: Vectors) -> Tree:
+    """What clients are told from the arrays of a file, which may be a model's (see `is_model`)."""
+    if "params" not in vectors:
+        return nest(vectors)
+    others = {name: vector for name, vector in vectors.items() if name != "params"}
+    return {"algorithm": {"params": vectors["params"]}, "statistics": others}
 
 
 def with_question(broadcast: Tree, ask: Ask) -> Tree:
