@@ -7,12 +7,14 @@ import socket
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from atoll.core import files, safetensors
+from atoll.errors import RunError
 from atoll.federation import invite
 from atoll.tracking import Observer
 
@@ -246,3 +248,13 @@ def test_only_those_who_trained_are_accepted():
     for record in run.history:
         outcomes = sorted(part.outcome for part in record.participants)
         assert outcomes == ["accepted"] * 3 + ["no longer needed"] * 3
+
+
+def test_a_reducer_that_forgets_the_statistics_is_told():
+    from torch import nn
+
+    module = load("krum")
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    normed = replace(module.federation, learner=replace(module.federation.learner, module=model))
+    with pytest.raises(RunError, match="made no mean of the model's"):
+        normed.simulate(module.clients(), seed=1, engine="sequential(workers=1)")

@@ -13,6 +13,7 @@ class Mixture(algorithms.LocalRule):
     alpha: float = 0.5
 
     needs = frozenset({"gradient", "at"})
+    passes = 2.0
 
     def remember(self, got, shared):
         return {"own": got["params"]}

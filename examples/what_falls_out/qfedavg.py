@@ -13,6 +13,8 @@ from atoll.learners import TorchLearner
 class QFedAvg(algorithms.FedAvg):
     q: float = 1.0
 
+    needs = frozenset({"outputs"})
+
     def work(self, client, got, mine):
         loss = client.loss(got["params"])
         local = client.train(got["params"])

@@ -159,8 +159,8 @@ class Algorithm(ABC):
                 "outputs": "looks at losses or outputs",
             }[ability]
             raise ConfigurationError(
-                f"{self!r} {reason}, but {type(learner).__name__} cannot do that; use FedAvg or "
-                "another server optimiser with it, or another learner"
+                f"{self!r} {reason}, but {type(learner).__name__} cannot do that; use "
+                "plain FedAvg with it, or another learner"
             )
 
 

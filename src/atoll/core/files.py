@@ -90,10 +90,10 @@ def save(
     )
 
 
-def load(path: Path, kind: str) -> tuple[dict[str, Any], Vectors]:
+def load(path: str | Path, kind: str) -> tuple[dict[str, Any], Vectors]:
     """Read what `save` wrote; `CheckpointError` says what is wrong with the file."""
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:

@@ -117,10 +117,11 @@ class Plan:
             )
         fewest, most = reducer.fewest(), self.schedule.sampling().cohort
         have = None if most is None else self.schedule.fewest(most)
-        if fewest > 1 and have is not None and have < fewest:
+        if fewest > 1 and most is not None and have is not None and have < fewest:
+            more = f"minimum={fewest}" if most >= fewest else f"cohort={fewest}"
             raise ConfigurationError(
                 f"{reducer!r} needs {fewest} updates, but a round may close with {have}; set "
-                f"minimum={fewest} or more"
+                f"{more} or more"
             )
 
     @cached_property

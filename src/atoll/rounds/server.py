@@ -153,6 +153,11 @@ class Server:
         aggregate, self.stages = self.plan.stages.release(
             aggregate, self.stages, public, self._key(round, digest)
         )
+        if self.statistics.keys() - aggregate.statistics.keys():
+            raise RunError(
+                f"{self.plan.stages.reducer!r} made no mean of the model's "
+                f"{describe_names(self.statistics)}; its aggregate must hold it in `statistics`"
+            )
         self.state, measured = self._stepped(aggregate, self._public_client(round))
         self.statistics = {
             name: vector + aggregate.statistics[name] for name, vector in self.statistics.items()

@@ -77,6 +77,8 @@ class Terms:
             name: describe(getattr(plan, name))
             for name in ("learner", "algorithm", "pipeline", "schedule")
         }
+        more = {name: describe(getattr(plan, name)) for name in ("private", "download", "public")}
+        parts |= {name: value for name, value in more.items() if value}
         return Terms(sha256(file.read_bytes()).hexdigest(), plan_digest(plan), parts)
 
 
