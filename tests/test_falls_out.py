@@ -109,7 +109,9 @@ def served(name: str, root: Path):
     copies, found = [load(name) for _ in names], {}
 
     def server():
-        found["run"] = module.federation.serve(root / "state", port=port, seed=1, linger=30)
+        found["run"] = module.federation.serve(
+            root / "state", port=port, seed=1, sites=len(names), linger=30
+        )
 
     def site(place):
         federation, data = copies[place].federation, copies[place].clients().subset([place])

@@ -139,12 +139,13 @@ def test_a_weight_that_is_no_number_is_refused_in_a_stack_too():
     np.testing.assert_allclose(runs[0].model["params"], runs[1].model["params"], atol=1e-6)
 
 
-class Flat(algorithms.FedAvg):
+class Flat(algorithms.LocalRule):
     """A rule that loses the cohort's axis."""
 
-    def finish(self, client, local, got, mine):
-        delta = local.params - got["params"]
-        return self.report(local, delta=delta[:1] if delta.ndim == 2 else delta), mine
+    def work(self, client, got, mine):
+        local, vectors, kept = super().work(client, got, mine)
+        delta = vectors["delta"]
+        return local, {**vectors, "delta": delta[:1] if delta.ndim == 2 else delta}, kept
 
 
 def test_a_rule_that_loses_clients_is_said_in_words():
@@ -152,7 +153,7 @@ def test_a_rule_that_loses_clients_is_said_in_words():
     clients = data.from_columns(x, y, [0, 10, 20, 30, 40], classes=4)
     plan = Federation(
         learner=TorchLearner(cnn(), lr=0.1, batch_size=4),
-        algorithm=Flat(),
+        algorithm=algorithms.FedAvg(local=Flat()),
         schedule=schedules.Synchronous(rounds=1, cohort=4),
     )
     run = plan.simulate(clients, engine=Stacked(block=4, workers=1, threads=1))

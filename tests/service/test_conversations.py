@@ -194,12 +194,21 @@ def walk(root, monkeypatch, who, every):
         with killing(monkeypatch, world):
             asyncio.run(story())
         assert state_of(world) == state_of(expected), at
+        assert moved(world) == moved(expected), at
         check_answers(world)
         World.close_all()
         shutil.rmtree(world.root)
         if not instants.dead:
             return instants.count
         at += every
+
+
+def moved(world):
+    """Bytes each way, as they are kept of the rounds."""
+    store = world.store()
+    found = [row["record"] for row in operations.rounds(store)]
+    store.close()
+    return [(record["bytes_up"], record["bytes_down"]) for record in found]
 
 
 def check_answers(world):

@@ -400,9 +400,10 @@ class Simulator:
         interruption: Interruption,
     ) -> dict[str, TaskResult]:
         """Have a group answer a question; what came of each, by invitation."""
-        # Whoever comes for the first time begins from what it receives now, as a site would.
-        opened = Received.of(self.plan, told)
-        blank = first_state(self.plan, opened, self.driver.server.blank) if group else {}
+        opened, blank = Received.of(self.plan, told), {}
+        if group and (ask.works or ask.owner == "algorithm"):
+            # Whoever comes for the first time begins from what it receives now, as a site would.
+            blank = first_state(self.plan, opened, self.driver.server.blank)
         tasks = []
         for each in group:
             task = self._task(each, blank)

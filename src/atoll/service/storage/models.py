@@ -253,3 +253,4 @@ def _letting_go(mapped: mmap.mmap) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        mapped.madvise(mmap.MADV_DONTNEED)
