@@ -329,7 +329,7 @@ def test_misfits_are_said_before_training():
         DataError, match="inputs of four have 4 values, but the first layer takes 5"
     ):
         NumpyLearner(layers=(5, 3)).check(four)
-    with pytest.raises(DataError, match="3 classes, but the last layer gives 2"):
+    with pytest.raises(DataError, match="3 classes, but the model gives 2 outputs"):
         NumpyLearner(layers=(4, 2)).check(four)
     with pytest.raises(DataError, match="the module does not fit four"):
         TorchLearner(nn.Linear(5, 3)).check(four)

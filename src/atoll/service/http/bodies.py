@@ -19,7 +19,7 @@ from atoll.service.storage.tables import versions
 
 #: Seconds between two pieces of a body, after which the sender is given up.
 BODY_PATIENCE = 30.0
-BLOCK = 1 << 21
+BLOCK = 1 << 20
 
 
 class Refused(HTTPException):
@@ -62,7 +62,7 @@ async def streamed(request: Request) -> AsyncIterator[bytes]:
 
 
 async def gathered(request: Request, most: int) -> AsyncIterator[bytes]:
-    """A long body in blocks of about 2 MiB; what came before a break is handed out too."""
+    """A long body in blocks of about 1 MiB; what came before a break is handed out too."""
     held: list[bytes] = []
     came = length = 0
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from atoll.core.files import write_atomically
 from atoll.errors import AtollError, CheckpointError, require
 
-CHUNK = 1 << 21
+CHUNK = 1 << 20
 MARK = "federation.id"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -37,7 +37,7 @@ class Blobs(ABC):
 
     @abstractmethod
     def read(self, digest: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The bytes from `start` to `stop` in pieces of at most 2 MiB."""
+        """The bytes from `start` to `stop` in pieces of at most 1 MiB."""
 
     @abstractmethod
     def local(self, digest: str, scratch: Path) -> Path:
