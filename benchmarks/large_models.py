@@ -328,6 +328,8 @@ def machine(root: Path) -> dict[str, Any]:
 
 
 def main() -> int:
+    # Whoever ends this ends its processes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="of layers and words")
     parser.add_argument("--sites", type=int, nargs="+", default=[1, 2, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from atoll.backends.allocator import share_freed_memory
 from atoll.cli.files import read_data, read_plan
 from atoll.cli.logs import log_to
 from atoll.cli.overrides import override
@@ -16,6 +17,7 @@ from atoll.service.storage.folder import StateFolder
 
 def run(options: argparse.Namespace) -> int:
     """Serve a federation until it is done or told to stop."""
+    share_freed_memory()
     federation = override(read_plan(options.file), options.set)
     folder = StateFolder.open(Path(options.state))
     if options.database:
