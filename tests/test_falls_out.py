@@ -43,7 +43,7 @@ def load(name: str):
 
 
 class Keep(Observer):
-    """The server's vectors and the clients' states after the last round, and what became of whom."""
+    """What became of whom; the server's vectors and clients' states after the last round."""
 
     def __init__(self):
         self.participants = []

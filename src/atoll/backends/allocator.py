@@ -32,7 +32,7 @@ def share_freed_memory() -> None:
     By itself each thread keeps what passed through it: tens of megabytes for every site. To give it
     back to the kernel each time would cost a page fault for every 4 KiB that come or go.
     """
-    _set({MMAP_THRESHOLD: 4 << 20, TRIM_THRESHOLD: 32 << 20, ARENA_MAX: 1})
+    _set({MMAP_THRESHOLD: 4 << 20, TRIM_THRESHOLD: 8 << 20, ARENA_MAX: 1})
 
 
 def _set(options: Mapping[int, int]) -> None:

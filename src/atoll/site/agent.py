@@ -314,11 +314,7 @@ class Site:
 
     def _remembered(self, order: messages.Order, received: Received) -> Tree:
         """What is remembered of the update that counted last; older files go."""
-        path = None if order.memory is None else self._memory(order.memory)
-        own = self._memory(order.assignment or "")
-        for other in (self.folder / "memory").glob("*.safetensors"):
-            if other not in (path, own):
-                other.unlink()
+        path = self._only_memory(order)
         if not (order.works or order.owner == "algorithm"):
             return {}
         if path is not None and path.exists():
@@ -328,6 +324,15 @@ class Site:
                 "the memory of update %s is lost; the algorithm begins anew here", order.memory
             )
         return first_state(self.plan, received, self._blank(order.seed))
+
+    def _only_memory(self, order: messages.Order) -> Path | None:
+        """Where the memory is that counts, if any is; others go, but one in the making."""
+        path = None if order.memory is None else self._memory(order.memory)
+        own = self._memory(order.assignment or "")
+        for other in (self.folder / "memory").glob("*.safetensors"):
+            if other not in (path, own):
+                other.unlink()
+        return path
 
     def _blank(self, seed: int) -> Vectors:
         """What this site's private part of the model begins from."""
@@ -349,6 +354,8 @@ class Site:
 
     def _finish(self, order: messages.Order) -> Path | None:
         """Keep the federation's model, and say goodbye."""
+        if order.round >= order.rounds:
+            self._only_memory(order)  # after a stop more may count than is known yet
         target = None
         if order.model is not None and order.round > 0:
             target = self.folder / "model.safetensors"
