@@ -202,7 +202,7 @@ def test_an_existing_cluster_is_joined_by_its_address():
         test = f"""
 import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
 import ray
-from test_ray import LOCAL, federation, RayCluster, population
+from test_ray import LOCAL, RayCluster, Stacked, federation, population
 held = population()
 engine = RayCluster(method=Stacked(block=3), actors=2, address="127.0.0.1:6399")
 runs = [federation().simulate(held, seed=3, engine=each) for each in (LOCAL, engine)]
