@@ -9,6 +9,7 @@ import pytest
 
 from atoll import algorithms, schedules
 from atoll.aggregation import Clip, Mean
+from atoll.algorithms import Algorithm
 from atoll.data.examples import Examples
 from atoll.learners import rates
 from atoll.rounds.describe import describe, plan_digest
@@ -61,3 +62,17 @@ def test_the_plans_digest_is_of_all_that_clients_must_agree_on(federation, other
 def test_the_plans_digest_leaves_the_servers_own_affairs_out(federation):
     longer = replace(federation, schedule=schedules.Synchronous(rounds=60))
     assert plan_digest(longer) == plan_digest(federation)
+
+
+def test_parts_of_a_plan_that_are_no_dataclasses_have_their_kind():
+    class Bare(Algorithm):
+        def init(self, start):
+            return {}
+
+        def work(self, client, got, mine):
+            return None
+
+        def step(self, state, mean, server):
+            return state
+
+    assert describe(Bare())["kind"].endswith("Bare")

@@ -14,24 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.aggregation.stage import Pipeline
+from atoll.algorithms.algorithm import Algorithm
 from atoll.learners.base import Learner
 from atoll.rounds.plan import Plan
+from atoll.rounds.schedules import Schedule
 
 
 def describe(value: Any) -> Any:
-    """A JSON value that says what `value` is; dataclasses say their kind and every field."""
+    """A JSON value that says what `value` is: dataclasses by their kind and every field."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Pipeline):
         return [describe(stage) for stage in value.stages]
-    if is_dataclass(value) and not isinstance(value, type):
-        plain: dict[str, Any] = {"kind": _name(type(value))}
-        plain |= {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}
-        if isinstance(value, Learner):
-            plain["layout"] = {"digest": value.layout.digest, **value.layout.sizes}
-            if value.fixed():
-                plain["fixed"] = value.fixed()
-        return plain
+    part = isinstance(value, Learner | Algorithm | Schedule)
+    if (part or is_dataclass(value)) and not isinstance(value, type):
+        return _fields(value)
     if isinstance(value, np.generic):
         return value.item()
     array = _array(value)
@@ -56,6 +53,18 @@ def describe(value: Any) -> Any:
     text = repr(value)
     # The default repr holds an address, which differs from process to process.
     return _name(type(value)) if " at 0x" in text else text
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A part's kind, its fields if it is a dataclass, and a learner's layout."""
+    plain: dict[str, Any] = {"kind": _name(type(value))}
+    if is_dataclass(value):
+        plain |= {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}
+    if isinstance(value, Learner):
+        plain["layout"] = {"digest": value.layout.digest, **value.layout.sizes}
+        if value.fixed():
+            plain["fixed"] = value.fixed()
+    return plain
 
 
 def short(value: Any) -> str:

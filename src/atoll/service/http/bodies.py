@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -87,11 +88,11 @@ async def pieces(
     loop: FederationLoop, site: str, digest: str, start: int, stop: int
 ) -> AsyncIterator[bytes]:
     """A blob's bytes from `start` to `stop`; a site that receives them is there."""
-    source = loop.models.blobs.read(digest, start, stop)
-    while piece := await asyncio.to_thread(next, source, b""):
-        if site in loop.members.seen:
-            loop.members.saw(site)
-        yield piece
+    with contextlib.closing(loop.models.blobs.read(digest, start, stop)) as source:
+        while piece := await asyncio.to_thread(next, source, b""):
+            if site in loop.members.seen:
+                loop.members.saw(site)
+            yield piece
 
 
 def versions_named(digest: str) -> sa.Select[Any]:

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -36,7 +36,7 @@ class Blobs(ABC):
         """Bytes of a blob; raises `BlobMissing`."""
 
     @abstractmethod
-    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Generator[bytes]:
         """The bytes from `start` to `stop` in pieces of at most 1 MiB."""
 
     @abstractmethod
@@ -90,7 +90,7 @@ class Folder(Blobs):
         except FileNotFoundError:
             raise BlobMissing(f"there is no blob {digest}") from None
 
-    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Generator[bytes]:
         left = (self.size(digest) if stop is None else stop) - start
         with self._path(digest).open("rb") as file:
             file.seek(start)
@@ -151,7 +151,7 @@ class Bucket(Blobs):
         except FileNotFoundError:
             raise BlobMissing(f"there is no blob {digest}") from None
 
-    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    def read(self, digest: str, start: int = 0, stop: int | None = None) -> Generator[bytes]:
         end = self.size(digest) if stop is None else stop
         for at in range(start, end, CHUNK):
             piece = self._obstore.get_range(
