@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,3 +117,26 @@ def test_a_file_of_a_room_ends_with_its_array(tmp_path):
     del array
     gc.collect()
     assert str(tmp_path) not in maps.read_text()
+
+
+@linux
+def test_a_piece_of_a_file_is_read_without_looking_at_the_rest(tmp_path):
+    plain = np.arange(SIZE, dtype=np.float32)
+    array, into = in_a_file(tmp_path, plain), np.empty(100, np.float32)
+    before = resident()
+    found = room.read(array, SIZE - 90, SIZE, into)
+    np.testing.assert_array_equal(found, plain[-90:])
+    assert np.shares_memory(found, into) and resident() - before < 1 << 20
+    np.testing.assert_array_equal(room.read(array[7:], 3, 9, into), plain[10:16])
+    assert np.shares_memory(room.read(plain, 3, 9, into), plain)
+
+
+@linux
+def test_the_file_is_closed_with_the_last_view_of_it(tmp_path):
+    array = in_a_file(tmp_path, np.ones(SIZE, np.float32))
+    file = array.base.obj.file if isinstance(array.base, memoryview) else array.base.file
+    os.fstat(file)
+    del array
+    gc.collect()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(file)

@@ -205,19 +205,16 @@ class FixedSum:
         """The quotient of what lies in mapped files, of which there is no sum yet."""
         later, self._later = self._later, []
         mean = np.empty(self._size, np.float32)
-        part = np.empty(TILE, np.int64)
-        for first, last in room.pieces(self._size, 4):
-            for start in range(first, last, TILE):
-                tile = part[: min(TILE, last - start)]
-                tile.fill(_signed(-len(later) * MAGIC_BITS))
-                for vector, scale, _ in later:
-                    _add_narrow(vector[start : start + len(tile)], scale, tile)
-                floats = tile.astype(np.float64)
-                floats *= 2.0**-UNIT_BITS
-                floats /= weight
-                mean[start : start + len(tile)] = floats
-            for vector, _, _ in later:
-                room.rest(vector, first, last)
+        words = np.empty(TILE, np.int64)
+        for start in range(0, self._size, TILE):
+            stop = min(start + TILE, self._size)
+            tile = words[: stop - start]
+            tile.fill(_signed(-len(later) * MAGIC_BITS))
+            _add_files(later, start, stop, tile)
+            floats = tile.astype(np.float64)
+            floats *= 2.0**-UNIT_BITS
+            floats /= weight
+            mean[start:stop] = floats
         return mean
 
     def _settle(self) -> None:
@@ -227,11 +224,11 @@ class FixedSum:
         later, self._later = self._later, []
         # Each of them is below 2^51, so that these few come to less than any bound.
         self._make_room(sum(peak for _, _, peak in later))
-        for start, stop in room.pieces(self._size, 8):
-            for vector, scale, _ in later:
-                _add_narrow(vector[start:stop], scale, self._low[start:stop])
-                room.rest(vector, start, stop)
-            room.rest(self._low, start, stop)
+        for first, last in room.pieces(self._size, 8):
+            for start in range(first, last, TILE):
+                stop = min(start + TILE, last)
+                _add_files(later, start, stop, self._low[start:stop])
+            room.rest(self._low, first, last)
         self._magic += len(later)
 
     def _add_wide(self, vector: NDArray[Any], scale: float) -> None:
@@ -270,9 +267,11 @@ def _signed(value: int) -> int:
 def _peak(vector: NDArray[Any]) -> float:
     """The largest magnitude in a vector that is not empty, gone through once."""
     peak = 0.0
-    for start in range(0, len(vector), TILE):
-        part = vector[start : start + TILE]
-        peak = max(peak, float(part.max()), -float(part.min()))
+    for first, last in room.pieces(len(vector), vector.itemsize):
+        for start in range(first, last, TILE):
+            part = vector[start : min(start + TILE, last)]
+            peak = max(peak, float(part.max()), -float(part.min()))
+        room.rest(vector, first, last)
     return peak
 
 
@@ -287,6 +286,18 @@ def _add_narrow(vector: NDArray[Any], scale: float, total: NDArray[np.int64]) ->
         floats += MAGIC
         words = total[start : start + TILE]
         np.add(words, floats.view(np.int64), out=words)
+
+
+def _add_files(
+    vectors: Sequence[tuple[NDArray[Any], float, int]],
+    start: int,
+    stop: int,
+    total: NDArray[np.int64],
+) -> None:
+    """Add this piece of vectors that lie in files to these words, as `_add_narrow` does."""
+    for vector, scale, _ in vectors:
+        into = np.empty(stop - start, vector.dtype)
+        _add_narrow(room.read(vector, start, stop, into), scale, total)
 
 
 def unit_scale(weight: float) -> float:

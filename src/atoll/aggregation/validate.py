@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.aggregation.schema import Schema, Spec
+from atoll.core import room
 from atoll.core.updates import Update
 from atoll.core.vectors import Vectors, describe_names
 from atoll.errors import UpdateRefused
@@ -132,7 +133,11 @@ def _array(name: str, array: NDArray[Any], spec: Spec) -> None:
     if array.dtype.kind == "f":
         flat = array.reshape(-1)
         # In tiles: a mask of a whole model is a quarter of it.
-        wrong = sum(_wrong(flat[start : start + TILE]) for start in range(0, len(flat), TILE))
+        wrong = 0
+        for first, last in room.pieces(len(flat), flat.itemsize):
+            tiles = (flat[start : min(start + TILE, last)] for start in range(first, last, TILE))
+            wrong += sum(map(_wrong, tiles))
+            room.rest(flat, first, last)
         if wrong:
             raise UpdateRefused(f"{name!r} holds {wrong} values that are NaN or infinite")
 

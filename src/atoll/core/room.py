@@ -12,6 +12,7 @@ import contextlib
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,9 @@ _able = hasattr(mmap.mmap, "madvise") and hasattr(os, "posix_fallocate")
 
 class Mapping(mmap.mmap):
     """A mapped file whose pages may be let go at any time, because the file says the same."""
+
+    #: The file itself, open for as long as this is, where it is only read.
+    file: int | None = None
 
 
 @contextmanager
@@ -61,7 +65,11 @@ def opened(path: Path, *, writable: bool = False) -> Mapping:
     """
     access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
     with path.open("rb") as file:
-        return Mapping(file.fileno(), 0, access=access)
+        mapping = Mapping(file.fileno(), 0, access=access)
+        if not writable and hasattr(os, "preadv"):
+            mapping.file = os.dup(file.fileno())
+            weakref.finalize(mapping, os.close, mapping.file)
+    return mapping
 
 
 def lies_in_file(array: NDArray[Any]) -> bool:
@@ -71,16 +79,32 @@ def lies_in_file(array: NDArray[Any]) -> bool:
 
 def rest(array: NDArray[Any], start: int = 0, stop: int | None = None) -> None:
     """Let entries [start, stop) of a flat array leave memory, if it lies in a mapped file."""
-    mapping = _mapping(array) if _able else None
+    mapping = _mapping(array) if _able and array.nbytes >= LARGE else None
     if mapping is None:
         return
-    origin = np.frombuffer(mapping, np.uint8).ctypes.data
+    origin = _origin(mapping)
     first = array.ctypes.data - origin + start * array.itemsize
     last = array.ctypes.data - origin + (len(array) if stop is None else stop) * array.itemsize
     first -= first % mmap.PAGESIZE
     last = min(last + -last % mmap.PAGESIZE, len(mapping))
     if last > first:
         mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def read(array: NDArray[Any], start: int, stop: int, into: NDArray[Any]) -> NDArray[Any]:
+    """Entries [start, stop) of a flat array; what lies in a file is read `into` another array.
+
+    To look at it where it is mapped would bring in more than is asked for, as much as the system
+    likes to at a time, and from every file.
+    """
+    mapping = _mapping(array)
+    if mapping is None or mapping.file is None:
+        return array[start:stop]
+    part = into[: stop - start]
+    place = array.ctypes.data - _origin(mapping) + start * array.itemsize
+    if os.preadv(mapping.file, [part.view(np.uint8).data], place) != part.nbytes:
+        return array[start:stop]
+    return part
 
 
 def difference(after: Any, before: Any) -> Any:
@@ -105,6 +129,11 @@ def pieces(size: int, itemsize: int) -> Iterator[tuple[int, int]]:
     step = STEP // itemsize
     for start in range(0, size, step):
         yield start, min(start + step, size)
+
+
+def _origin(mapping: Mapping) -> int:
+    """Where the first of its bytes lies."""
+    return int(np.frombuffer(mapping, np.uint8).ctypes.data)
 
 
 def _mapping(array: NDArray[Any]) -> Mapping | None:
