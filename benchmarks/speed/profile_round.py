@@ -21,12 +21,11 @@ from workloads import WORKLOADS, Data, cohort, make_model
 
 from atoll import Evaluation, Federation, algorithms, data, schedules
 from atoll.aggregation import mean
-from atoll.backends import stacks as turns
-from atoll.backends import work
+from atoll.backends import stacks, work
 from atoll.learners import TorchLearner
 from atoll.learners.torch import learner
 from atoll.learners.torch.stacking import cohort as training
-from atoll.learners.torch.stacking import layers, tape
+from atoll.learners.torch.stacking import layers, steps, tape
 from atoll.rounds import coordinator, server
 from atoll.simulation import simulator
 
@@ -36,15 +35,15 @@ ENGINES = {"W1": "sequential(workers=1, threads=1)", "W3": "stacked(block=100, w
 PARTS = {
     "W3": [
         ("open the round, draw the cohort", coordinator.Coordinator, "open"),
-        ("make the turns", simulator.Simulator, "_turn"),
+        ("make the tasks", simulator.Simulator, "_task"),
         ("train the stack", learner, "train_cohort"),
         ("> shuffle", training, "batches"),
         ("> gather inputs", training.Columns, "take"),
-        ("> loss", training, "cohort_loss"),
+        ("> loss", steps, "cohort_loss"),
         ("> backward and update", tape.Tape, "back"),
         ("check and exact sum", learner, "fold"),
-        ("make the deliveries", turns, "_deliveries"),
-        ("hand them in", simulator.Simulator, "_deliver"),
+        ("make rows and states", stacks, "_states"),
+        ("note the answers", simulator._Attempt, "note"),
         ("server's step", server.Server, "close"),
     ],
     "W1": [
@@ -57,7 +56,7 @@ PARTS = {
         ),
         ("> pooling, forward", layers, "max_pool"),
         ("> dense, forward", layers, "linear"),
-        ("> loss", training, "cohort_loss"),
+        ("> loss", steps, "cohort_loss"),
         ("> whole backward and update", tape.Tape, "back"),
         ("exact sum", mean._RunningMean, "add"),
         ("server's step", server.Server, "close"),
@@ -110,7 +109,7 @@ def main() -> None:
     whole = (time.perf_counter() - started) / ROUNDS[name]
     for label, owner, function in PARTS[name]:
         wrap(label, owner, function)
-    work.together = turns.together
+    work.together = stacks.together
     plan.simulate(clients, engine=engine)
     print(f"{name}: {whole * 1e3:.2f} ms a round, {engine}, torch {torch.__version__}")
     for label, _, _ in PARTS[name]:

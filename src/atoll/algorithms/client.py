@@ -124,10 +124,10 @@ class Client:
         if statistics is not None:
             whole |= {name: vector for name, vector in statistics.items() if name in whole}
         holders = [
-            replace(
-                holder,
-                examples=on or holder.examples,
-                assignment=self._assignment(holder.assignment, _at(share, c), draws),
+            Holder(
+                holder.name,
+                on or holder.examples,
+                self._assignment(holder.assignment, _at(share, c), draws),
             )
             for c, holder in enumerate(self.holders)
         ]
@@ -312,6 +312,8 @@ def _more(objective: Objective | None) -> tuple[Objective, ...]:
 
 def _at(value: Any, place: int) -> float:
     """A number, or the entry of a column at this place."""
+    if isinstance(value, int | float):
+        return value
     flat = np.asarray(value, np.float64).reshape(-1)
     return float(flat[place] if len(flat) > 1 else flat[0])
 

@@ -13,7 +13,7 @@ from atoll.core.vectors import Tree, Vector, flatten, nest
 from atoll.errors import RunError
 from atoll.rounds.buffered import BufferedCoordinator
 from atoll.rounds.coordinator import Invitation, Verdict
-from atoll.rounds.task import ClientTask, Received, TaskResult, first_state
+from atoll.rounds.task import Received, TaskResult, first_state
 from atoll.simulation.interrupt import Interrupted, Interruption
 from atoll.simulation.simulator import Gathered, Simulator
 from atoll.simulation.timing import Arrival, Load
@@ -209,11 +209,9 @@ class AsynchronousSimulator(Simulator):
             if not result.fault and result.state:
                 self._learned[invitation.member] = result.state
 
-    def _task(self, invitation: Invitation, blank: Tree, discount: float = 1.0) -> ClientTask:
-        task = super()._task(invitation, blank, discount)
+    def _state(self, member: int, blank: Tree) -> Tree:
         # An accepted update is never dropped here, so what its client learned holds at once.
-        learned = self._learned.get(invitation.member)
-        return task if learned is None else task._replace(state=learned)
+        return self._learned.get(member) or super()._state(member, blank)
 
     def _weigh(self, received: Tree) -> None:
         self._load = Load(safetensors.size(flatten(received)), self._up)

@@ -86,7 +86,7 @@ class _Attempt:
 
     def note(self, invitation: Invitation, outcome: str, down: int, up: int) -> None:
         """Add a message each way to a client's part in it."""
-        before = self.parts.get(invitation.id, Participant(invitation.client, "", 0, 0))
+        before = self.parts[invitation.id]
         self.parts[invitation.id] = Participant(
             invitation.client, outcome, before.down + down, before.up + up
         )
@@ -94,10 +94,10 @@ class _Attempt:
     def close(self, accepted: Collection[str]) -> None:
         """It closed, with the updates of these; whoever only answered a question was not needed."""
         for id, part in self.parts.items():
-            if id in accepted:
-                self.parts[id] = part._replace(outcome=Verdict.ACCEPTED)
-            elif part.outcome == Verdict.ACCEPTED:
-                self.parts[id] = part._replace(outcome=Verdict.NOT_NEEDED)
+            counted = part.outcome == Verdict.ACCEPTED
+            if counted != (id in accepted):
+                verdict = Verdict.NOT_NEEDED if counted else Verdict.ACCEPTED
+                self.parts[id] = part._replace(outcome=verdict)
 
 
 class Simulator:
@@ -404,12 +404,10 @@ class Simulator:
         if group and (ask.works or ask.owner == "algorithm"):
             # Whoever comes for the first time begins from what it receives now, as a site would.
             blank = first_state(self.plan, opened, self.driver.server.blank)
-        tasks = []
-        for each in group:
-            task = self._task(each, blank)
-            kept = attempt.kept.get(each.id, {})
-            state = {**task.state, "kept": kept} if kept else task.state
-            tasks.append(task._replace(state=state, mail=mail[each.id]))
+        tasks = [
+            self._task(each, blank, kept=attempt.kept.get(each.id), mail=mail[each.id])
+            for each in group
+        ]
         found: dict[str, TaskResult] = {}
         if not ask.works:
             for each, task in zip(group, tasks, strict=True):
@@ -449,14 +447,22 @@ class Simulator:
         self.driver.sums.add(message, task.sender)
         return TaskResult("", message_size(message), {})
 
-    def _task(self, invitation: Invitation, blank: Tree, discount: float = 1.0) -> ClientTask:
+    def _task(
+        self,
+        invitation: Invitation,
+        blank: Tree,
+        discount: float = 1.0,
+        kept: Vectors | None = None,
+        mail: Vectors | None = None,
+    ) -> ClientTask:
+        """A client's task, with what it `kept` of the round's questions so far and its mail."""
         member = invitation.member
         state = self._state(member, blank)
         row = (
             member, invitation.client, invitation.round, invitation.turn, invitation.fraction,
             discount, self.driver.coordinator.step,
         )  # fmt: skip
-        return ClientTask.read(row, self.key, state)
+        return ClientTask.read(row, self.key, {**state, "kept": kept} if kept else state, mail)
 
     def _state(self, member: int, blank: Tree) -> Tree:
         """What a client keeps, or what it begins from."""
