@@ -133,7 +133,7 @@ def test_runs_use_them_and_know_which_way_is_good(clients, tmp_path):
     assert not more_is_better("brier_client_mean", own) and more_is_better("top3", own)
     assert not more_is_better("accuracy_client_std") and not more_is_better("brier_client_std", own)
     assert more_is_better("accuracy_client_worst")
-    best = (tmp_path / "run" / "checkpoints" / "best.safetensors").read_bytes()
+    best = (tmp_path / "run" / "best.safetensors").read_bytes()
     header = json.loads(best[8 : 8 + int.from_bytes(best[:8], "little")])
     about = json.loads(header["__metadata__"]["atoll"])
     assert about["metrics"]["brier"] == min(values)

@@ -24,6 +24,7 @@ from atoll.federation import invite
 from atoll.learners import NumpyLearner
 from atoll.rounds import Coordinator, Roster
 from atoll.rounds.messages import pack
+from atoll.rounds.stopping import Patience
 from atoll.service import operations
 from atoll.service.history import History
 from atoll.service.http.watching import ServedSource
@@ -122,6 +123,28 @@ def same(mine, theirs):
         assert vector.tobytes() == theirs.model[name].tobytes(), name
     assert (mine.seed, mine.rounds, mine.metrics) == (theirs.seed, theirs.rounds, theirs.metrics)
     assert mine.config == theirs.config
+
+
+def impatient():
+    """Its first model is the best, and by the end no longer among the latest few."""
+    return replace(
+        fedavg(),
+        learner=NumpyLearner(layers=(2, 3), lr=2.0, batch_size=10),
+        schedule=schedules.Synchronous(rounds=12),
+        evaluation=Evaluation(best="loss", clients_every=None),
+        stop=Patience(6, "loss"),
+    )
+
+
+def test_the_best_model_is_kept_beside_the_final_one(tmp_path):
+    run = served(impatient, tmp_path / "hospitals")
+    simulated = impatient().simulate(population(), seed=5, folder=tmp_path / "alone")
+    same(run, simulated)
+    assert len(run.history) == 7 and "loss" in run.stopped
+    assert run.stopped == simulated.stopped == read_run(tmp_path / "alone").stopped
+    (number, model), (_, theirs) = run.best(), simulated.best()
+    assert number == 1 == read_run(tmp_path / "hospitals").best()[0]
+    assert model["params"].tobytes() == theirs["params"].tobytes() != run.model["params"].tobytes()
 
 
 def test_a_served_run_is_the_simulated_one_but_for_time(runs):
@@ -372,13 +395,13 @@ def test_whatever_is_done_to_the_folder_a_start_makes_it_the_databases(tmp_path)
                 (world.folder / name).write_bytes(bad)
                 history = History(world.plan, 0, store, world.folder)
                 history.begin(2)
-                history.close(failed=False)
+                history.close(failed=False, models={})
                 assert world.contents() == good, (name, bad)
         for name in [*LINES, "config.json", "status.json"]:
             (world.folder / name).unlink()
         history = History(world.plan, 0, store, world.folder)
         history.begin(2)
-        history.close(failed=False)
+        history.close(failed=False, models={})
     assert world.contents() == good and len(read_run(world.folder).history) == 2
 
 

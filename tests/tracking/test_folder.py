@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import safetensors.numpy
 from tapped import Tapped
 
 from atoll import Federation, algorithms, data, schedules
-from atoll.core import files
+from atoll.algorithms import ServerOptimizer
 from atoll.errors import CheckpointError
 from atoll.learners import NumpyLearner
 from atoll.simulation import LogNormal, RandomDevices
@@ -184,7 +184,7 @@ def test_what_a_folder_holds(blobs, federation, tmp_path):
     theirs = safetensors.numpy.load_file(tmp_path / "r" / "model.safetensors")
     np.testing.assert_array_equal(theirs["params"], run.model["params"])
     names = sorted(path.name for path in (tmp_path / "r" / "checkpoints").iterdir())
-    assert names == ["00000004.safetensors", "00000006.safetensors", "best.safetensors"]
+    assert names == ["00000004.safetensors", "00000006.safetensors"]
     ledger = [
         json.loads(line) for line in (tmp_path / "r" / "ledger.jsonl").read_text().splitlines()
     ]
@@ -209,6 +209,17 @@ def test_only_memories_that_are_needed_stay(blobs, federation, tmp_path):
     assert files == [f"{i:08d}-{r:08d}.safetensors" for i in range(8) for r in (15, 20)]
 
 
+@dataclass(frozen=True)
+class Growing(ServerOptimizer):
+    """A step of mean change times -2 to the power of the round."""
+
+    def init(self, params):
+        return {"factor": np.ones(1, np.float32)}
+
+    def step(self, params, delta, memory):
+        return params + memory["factor"] * delta, {"factor": -2 * memory["factor"]}
+
+
 def test_the_best_model_is_the_best_rounds(blobs, federation, tmp_path):
     models = []
 
@@ -216,13 +227,24 @@ def test_the_best_model_is_the_best_rounds(blobs, federation, tmp_path):
         def round(self, run, end):
             models.append(run.model["params"].copy())
 
-    run = federation.simulate(
-        blobs, folder=RunFolder(tmp_path / "r", best="loss"), observers=[Keep()]
-    )
-    about, vectors = files.load(tmp_path / "r" / "checkpoints" / "best.safetensors", "model")
+    # From the optimum on, ever larger steps at the server lead away from it.
+    wild = replace(federation, algorithm=algorithms.FedAvg(server=Growing(1.0)))
+    run = wild.simulate(blobs, folder=RunFolder(tmp_path / "r", best="loss"), observers=[Keep()])
+    number, model = run.best()
     losses = run.series("loss")[1]
-    assert about["round"] == losses.index(min(losses)) + 1
-    np.testing.assert_array_equal(vectors["params"], models[about["round"] - 1])
+    assert number == losses.index(min(losses)) + 1 < len(losses)
+    np.testing.assert_array_equal(model["params"], models[number - 1])
+    assert read_run(tmp_path / "r").best()[0] == number
+    first = federation.learner.load_into(model, {})
+    loaded = run.load_into({}, best=True)
+    assert loaded.keys() == first.keys() == run.load_into({}).keys()
+    assert all(np.array_equal(loaded[name], first[name]) for name in first)
+    assert any(not np.array_equal(loaded[name], run.load_into({})[name]) for name in first)
+
+
+def test_without_a_folder_there_is_no_best_model(blobs, federation):
+    with pytest.raises(CheckpointError, match="folder="):
+        federation.simulate(blobs).best()
 
 
 def prepared(blobs, federation, tmp_path):

@@ -30,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
     engine = read_engine(folder)
     if engine is not None:
         print(f"  engine     {engine}")
+    if shown.stopped:
+        print(f"  stopped    {shown.stopped}")
     print_run(shown)
     if options.plot:
         metric = options.metric or main_metric(shown.metrics)

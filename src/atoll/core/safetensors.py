@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core import room
 from atoll.core.vectors import Vectors
 from atoll.errors import AtollError
 
@@ -79,6 +80,19 @@ def encode(
         if vector.size
     ]
     return pieces
+
+
+def passed(
+    vectors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """What `encode` makes, in pieces; large arrays that lie in files leave memory as they go."""
+    vectors = ordered(vectors)
+    yield header(vectors, metadata)
+    for vector in vectors.values():
+        flat = np.ascontiguousarray(vector).reshape(-1)
+        for start, stop in room.pieces(len(flat), flat.itemsize):
+            yield flat[start:stop].data.cast("B")
+            room.rest(flat, start, stop)
 
 
 def size(vectors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> int:

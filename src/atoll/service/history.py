@@ -18,14 +18,16 @@ import sqlalchemy as sa
 from atoll.core import files
 from atoll.core.vectors import Vectors
 from atoll.errors import CheckpointError
+from atoll.learners.metrics import directions
 from atoll.rounds.describe import describe, digest
 from atoll.rounds.plan import Plan
 from atoll.rounds.stopping import stop_reason
 from atoll.service.storage.database import Row, Store
 from atoll.service.storage.tables import answers, assignments, rounds
-from atoll.tracking.folder import environment
+from atoll.tracking.best import Best
+from atoll.tracking.folder import environment, save_best, write_status
 from atoll.tracking.reading import hold
-from atoll.tracking.record import Closed, Participant, Record
+from atoll.tracking.record import BEST, Closed, Participant, Record
 from atoll.tracking.tail import LINES
 
 OUTCOMES = {
@@ -49,6 +51,7 @@ class History:
         #: Why updates were refused, sites lost and attempts abandoned so far, each with its round.
         self.refusals: list[tuple[int, str]] = []
         self._closed: list[Closed] = []
+        self.best = Best(plan.evaluation.best, directions(describe(plan), {}))
         self._begun = 0.0
         self._kept = 0
         self._held: TextIO | None = None
@@ -70,6 +73,8 @@ class History:
         query = sa.select(rounds.c.record).where(rounds.c.state == "closed")
         rows = self._store.rows(query.order_by(rounds.c.round))
         self._closed = [Closed.read(json.loads(row["record"])) for row in rows]
+        for record in self.records:
+            self.best.note(record)
         self.refusals = self._refusals()
         if self._folder is None:
             return
@@ -81,7 +86,8 @@ class History:
         # What it was called with may hold the database's password.
         about = {name: value for name, value in environment().items() if name != "arguments"}
         files.write_json(self._folder / "environment.json", about)
-        (self._folder / "model.safetensors").unlink(missing_ok=True)
+        for name in ("model.safetensors", BEST):
+            (self._folder / name).unlink(missing_ok=True)
         lines: dict[str, list[Any]] = {name: [] for name in LINES}
         for closed in self._closed:
             for name, line in closed.lines().items():
@@ -130,6 +136,7 @@ class History:
         closed = Closed(record, parts, seconds, shown)
         self._closed = [each for each in self._closed if each.record.round < round]
         self._closed.append(closed)
+        self.best.note(record)
         return closed
 
     def add(self, round: int) -> None:
@@ -139,17 +146,21 @@ class History:
         lines = {name: [line] for name, line in self._closed[-1].lines().items()}
         self._append({"refusals.jsonl": self._untold(), **lines})
 
-    def close(self, *, failed: bool, model: Vectors | None = None) -> None:
-        """The server leaves; with the model, if there will be no more rounds for now."""
+    def close(self, *, failed: bool, models: Mapping[str, Vectors]) -> None:
+        """The server leaves; with the final "model" and the "best", if there are no more rounds."""
         if self._folder is None:
             return
         self._append({"refusals.jsonl": self._untold()})
-        if model:
-            about = {"identity": self._config()["identity"]}
-            files.save(self._folder / "model.safetensors", "model", about, model)
-        done = len(self._closed) >= self._plan.schedule.rounds
-        done = done or bool(stop_reason(self._plan.stop, self.records))
-        self._status("failed" if failed else "finished" if done else "interrupted")
+        run = self._config()["identity"]
+        if "model" in models:
+            files.save(
+                self._folder / "model.safetensors", "model", {"identity": run}, models["model"]
+            )
+        if "best" in models and self.best.record is not None:
+            save_best(self._folder, run, self.best.record, models["best"])
+        stopped = stop_reason(self._plan.stop, self.records)
+        done = stopped or len(self._closed) >= self._plan.schedule.rounds
+        self._status("failed" if failed else "finished" if done else "interrupted", stopped)
         if self._held is not None:
             self._held.close()
 
@@ -217,9 +228,9 @@ class History:
             "plan": plan,
         }
 
-    def _status(self, status: str) -> None:
+    def _status(self, status: str, stopped: str = "") -> None:
         assert self._folder is not None
-        files.write_json(self._folder / "status.json", {"status": status, "time": time.time()})
+        write_status(self._folder, status, stopped)
 
 
 def _place(row: Row) -> tuple[int, ...]:

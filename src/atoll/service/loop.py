@@ -147,9 +147,8 @@ class FederationLoop:
         await self._refold()
         self._worker = asyncio.create_task(self._work_off(), name="atoll-sums")
         await self._work.join()  # what was due is done before anyone is answered
-        await self._in_thread(
-            lambda: self.models.tidy(self.version["version"], self.open, self.service.kept)
-        )
+        names = self._needed()
+        await self._in_thread(lambda: self.models.tidy(names))
         self._ticked = self.clock()
 
     async def close(self) -> None:
@@ -160,7 +159,7 @@ class FederationLoop:
         self._thread.shutdown()
         self.members.write()
         failed = self.coordinator.phase is Phase.FAILED
-        self.history.close(failed=failed, model=self.server.model() if self.done else None)
+        self.history.close(failed=failed, models=self._made() if self.done else {})
 
     @property
     def done(self) -> bool:
@@ -561,7 +560,7 @@ class FederationLoop:
             self._begin_buffer()
         shown = ", ".join(f"{n} {v:.4g}" for n, v in (metrics or measurements).items())
         logger.info("round %d closed with %d updates: %s", round, len(accepted), shown)
-        names = self.models.needed(round, self.open, self.service.kept)
+        names = self._needed()
         await self._in_thread(lambda: self.models.sweep(names))
         self._told = {}
         reason = stop_reason(self.plan.stop, self.history.records)
@@ -591,6 +590,21 @@ class FederationLoop:
             tree = await self._in_thread(lambda: self.models.read(digest))
             self._told[version] = tree.get("stages", {})
         return self._told[version]
+
+    def _needed(self) -> set[str]:
+        """Digests of what may still be asked for."""
+        newest, best = self.version["version"], self.history.best.record
+        return self.models.needed(
+            newest, self.open, self.service.kept, None if best is None else best.round
+        )
+
+    def _made(self) -> dict[str, Vectors]:
+        """The final and the best model."""
+        made, best = {"model": self.server.model()}, self.history.best.record
+        row = None if best is None else self.store.version(best.round)
+        if row is not None:
+            made["best"] = self.models.vectors(row["model"])
+        return {name: model for name, model in made.items() if model}
 
     async def _first_version(self) -> None:
         made = await self._in_thread(lambda: self.models.keep(self.server, 0))

@@ -175,9 +175,11 @@ class _Process:
         try:
             await self._run_rounds(loop, listening)
         finally:
-            with contextlib.suppress(AtollError):
+            try:
                 await loop.close()
                 self.store.resign()
+            except AtollError as error:
+                logger.error("the server could not put everything in order: %s", error)
 
     async def _run_rounds(self, loop: FederationLoop, listening: asyncio.Task[None]) -> None:
         ends: float | None = None

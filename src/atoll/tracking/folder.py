@@ -6,11 +6,12 @@ ledger.jsonl        who took part in each round, and the bytes it sent and recei
 timings.jsonl       real seconds per round and phase, which are nobody's promise
 refusals.jsonl      why updates were refused and attempts abandoned, in words
 environment.json    versions and machine
-checkpoints/        the last few, and the best model
+checkpoints/        the last few
 clients/            what clients remember, one file per client and round that changed it
 engine.json         the engine that ran it, in the words that ask for it again, and why
 spread.json         the last evaluation on each client's own test part
 model.safetensors   the final model
+best.safetensors    the best one so far
 baselines.json      what training apart and in one place gave, if that was tried
 figures/            pictures, once the run is complete
 """
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import re
@@ -35,12 +35,13 @@ import numpy as np
 from atoll.core import files
 from atoll.core.vectors import Vectors
 from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
-from atoll.learners.metrics import directions, main_metric, more_is_better
+from atoll.learners.metrics import directions
 from atoll.rounds.client_states import ClientStates
 from atoll.rounds.describe import digest
+from atoll.tracking.best import Best
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.reading import hold, read_config, read_rounds, read_spread
-from atoll.tracking.record import Closed, Record, Run
+from atoll.tracking.record import BEST, Closed, Record, Run
 from atoll.tracking.tail import LINES, Tail
 
 #: What results may depend on, where it is installed.
@@ -58,6 +59,18 @@ def identity(run: Run) -> str:
         "schedule": {**run.config["schedule"], "rounds": None},
     }
     return digest({"plan": plan, "data": run.data, "seed": run.seed})
+
+
+def save_best(folder: Path, run: str, record: Record, model: Vectors) -> None:
+    """Write the best model of a run of this identity, with its round and figures."""
+    about = {"identity": run, "round": record.round, "metrics": dict(record.metrics)}
+    files.save(folder / BEST, "model", about, model)
+
+
+def write_status(folder: Path, status: str, stopped: str = "") -> None:
+    """Write how a run stands and why it `stopped` before its last round, if it did."""
+    about = {"status": status, "stopped": stopped, "time": time.time()}
+    files.write_json(folder / "status.json", about)
 
 
 class RunFolder(Observer):
@@ -84,11 +97,11 @@ class RunFolder(Observer):
         if (every is not None and every < 1) or keep < 1:
             raise ConfigurationError("every and keep must be at least 1")
         self.path = Path(path)
-        self.every, self.keep, self.best, self.figures = every, keep, best, figures
+        self.every, self.keep, self.figures = every, keep, figures
+        self._metric = best
         self._files: dict[str, TextIO] = {}
         self._written: dict[int, int] = {}
         self._kept: dict[int, dict[int, int]] = {}
-        self._best: float | None = None
         self._saved = -1
         self._refused = 0
         self._held: TextIO | None = None
@@ -106,7 +119,8 @@ class RunFolder(Observer):
                     raise CheckpointError(
                         f"{self.path} already holds a run; resume it, or choose another folder"
                     )
-                self._written, self._kept, self._best, self._saved = {}, {}, None, -1
+                self._written, self._kept, self._saved = {}, {}, -1
+                self._best = self._no_best(run)
             files.write_json(
                 self.path / "config.json",
                 {
@@ -138,7 +152,8 @@ class RunFolder(Observer):
         if run.per_client is not self._spread:
             files.write_json(self.path / "spread.json", run.per_client)
             self._spread = run.per_client
-        self._keep_best(run, record)
+        if run.model and self._best.note(record):
+            save_best(self.path, identity(run), record, run.model)
         if self.every and (record.round % self.every == 0 or record.round == run.rounds):
             self._checkpoint(run, end.snapshot)
 
@@ -162,7 +177,7 @@ class RunFolder(Observer):
             )
         if self.figures:
             self._draw(run)
-        self._status("finished")
+        self._status("finished", run.stopped)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -218,8 +233,9 @@ class RunFolder(Observer):
                 f"{self.path / 'rounds.jsonl'} does not hold the {snapshot.round} rounds up to the "
                 "checkpoint; it was changed or cut off"
             )
+        self._best = self._no_best(run)
         for record in run.history:
-            self._note_best(run, record)
+            self._best.note(record)
         for path in found:
             self._kept[int(path.stem)] = self._index(path)
         self._written = snapshot.states.rounds()
@@ -311,26 +327,8 @@ class RunFolder(Observer):
     def _client(self, member: int, round: int) -> Path:
         return self.path / "clients" / f"{member:08d}-{round:08d}.safetensors"
 
-    def _keep_best(self, run: Run, record: Record) -> None:
-        if self._note_best(run, record):
-            about = {
-                "identity": identity(run),
-                "round": record.round,
-                "metrics": dict(record.metrics),
-            }
-            files.save(self.path / "checkpoints" / "best.safetensors", "model", about, run.model)
-
-    def _note_best(self, run: Run, record: Record) -> bool:
-        metric = self.best or main_metric(record.metrics)
-        value = record.metrics.get(metric)
-        if value is None or math.isnan(value) or not run.model:
-            return False
-        higher = more_is_better(metric, directions(run.config, run.data))
-        score = value if higher else -value
-        better = self._best is None or score > self._best
-        if better:
-            self._best = score
-        return better
+    def _no_best(self, run: Run) -> Best:
+        return Best(self._metric, directions(run.config, run.data))
 
     def _line(self, name: str, value: Any) -> None:
         try:
@@ -352,8 +350,8 @@ class RunFolder(Observer):
                 text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
                 files.write_atomically(path, [text.encode()])
 
-    def _status(self, status: str) -> None:
-        files.write_json(self.path / "status.json", {"status": status, "time": time.time()})
+    def _status(self, status: str, stopped: str = "") -> None:
+        write_status(self.path, status, stopped)
 
     def _draw(self, run: Run) -> None:
         from atoll.view.plots import draw_run

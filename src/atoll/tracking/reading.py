@@ -27,6 +27,7 @@ def read_run(path: str | Path) -> Run:
     if (folder / "model.safetensors").exists():
         run.model = files.load(folder / "model.safetensors", "model")[1]
     run.per_client = read_spread(folder)
+    run.stopped = _told(folder, "stopped") or ""
     return run
 
 
@@ -81,10 +82,15 @@ def read_engine(path: Path) -> str | None:
 
 def read_status(path: Path) -> str:
     """How a run ended: finished, interrupted, failed, or running (as a killed one says too)."""
+    return _told(path, "status") or "unknown"
+
+
+def _told(path: Path, name: str) -> str | None:
+    """What a run folder's status says under a name."""
     try:
-        return str(json.loads((path / "status.json").read_text(encoding="utf-8"))["status"])
+        return str(json.loads((path / "status.json").read_text(encoding="utf-8"))[name])
     except (OSError, ValueError, KeyError, TypeError):
-        return "unknown"
+        return None
 
 
 def in_use(path: Path) -> bool:

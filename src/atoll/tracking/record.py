@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from atoll.core import files
 from atoll.core.vectors import Vectors
-from atoll.errors import ConfigurationError
+from atoll.errors import CheckpointError, ConfigurationError
 from atoll.learners.base import Learner
 from atoll.learners.metrics import main_metric
 from atoll.view import html as display
+
+#: The best model's file in a run folder.
+BEST = "best.safetensors"
 
 
 class Participant(NamedTuple):
@@ -135,8 +139,21 @@ class Run:
     #: Whose model it is, where that is known: a run read from a folder does not.
     learner: Learner | None = None
 
-    def load_into(self, target: Any) -> Any:
-        """Write the model into the framework's own object (a torch module, say), and return it."""
+    def best(self) -> tuple[int, Vectors]:
+        """The round of the best model, by `Evaluation(best=...)`, and that model.
+
+        It is kept in the run's folder; `CheckpointError` says if there is none.
+        """
+        if self.folder is None:
+            raise CheckpointError("the best model is kept in a run's folder; give it one: folder=")
+        about, model = files.load(self.folder / BEST, "model")
+        return int(about["round"]), model
+
+    def load_into(self, target: Any, *, best: bool = False) -> Any:
+        """Write the final or the best model into a framework's own object, and return that.
+
+        A torch module, for one. `best` takes the model that `best()` gives.
+        """
         if self.learner is None:
             raise ConfigurationError(
                 "this run was read from its folder and does not know its learner; use "
@@ -144,7 +161,7 @@ class Run:
             )
         if not self.model:
             raise ConfigurationError("this run has no one model: its clients have their own")
-        return self.learner.load_into(self.model, target)
+        return self.learner.load_into(self.best()[1] if best else self.model, target)
 
     @property
     def served(self) -> bool:

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
@@ -127,7 +126,7 @@ class ModelStore:
 
     def _keep(self, vectors: Vectors, about: Mapping[str, str] | None = None) -> str:
         """Put arrays into a blob; what of them lies in mapped files leaves memory on the way."""
-        return self.blobs.put(_passed(vectors, about or {}), self.scratch)
+        return self.blobs.put(safetensors.passed(vectors, about or {}), self.scratch)
 
     def vectors(self, digest: str) -> Vectors:
         """The arrays in a blob, mapped: a model that is not looked at takes no memory."""
@@ -153,8 +152,10 @@ class ModelStore:
             path.unlink()
         return mapped, vectors, about
 
-    def needed(self, newest: int, at_work: Mapping[str, Row], kept: int) -> set[str]:
-        """Digests that something may still refer to."""
+    def needed(
+        self, newest: int, at_work: Mapping[str, Row], kept: int, best: int | None = None
+    ) -> set[str]:
+        """Digests that something may still refer to; of the `best` version, its model."""
         waiting = self.store.rows(sa.select(assignments).where(assignments.c.counted > newest))
         needed = {row["version"] for row in (*at_work.values(), *waiting)}
         names = {row["digest"] for row in waiting}
@@ -167,6 +168,8 @@ class ModelStore:
         query = sa.select(versions).where(recent | versions.c.version.in_(needed))
         for row in self.store.rows(query):
             names |= {row["state"], row["broadcast"], row["model"]}
+        for row in self.store.rows(sa.select(versions).where(versions.c.version == best)):
+            names.add(row["model"])
         return names | {row["digest"] for row in self.store.rows(sa.select(uploads))}
 
     def sweep(self, names: set[str]) -> None:
@@ -188,13 +191,12 @@ class ModelStore:
         self.blobs.take(path, digest)
         self._put.add(digest)
 
-    def tidy(self, newest: int, at_work: Mapping[str, Row], kept: int) -> None:
-        """At the start: remove what earlier processes left behind.
+    def tidy(self, names: set[str]) -> None:
+        """At the start: remove what earlier processes left behind, but for these.
 
         What is younger than an hour may be another process's, about to be spoken of.
         """
         there = self.blobs.all()
-        names = self.needed(newest, at_work, kept)
         self._put |= set(there) & names
         for digest, since in there.items():
             if digest not in names and time.time() - since > LEFT_BEHIND:
@@ -213,17 +215,6 @@ def _large(vectors: Vectors) -> bool:
 def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
     """Whether two arrays are the same memory."""
     return one.__array_interface__ == other.__array_interface__
-
-
-def _passed(vectors: Vectors, about: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The pieces of a file of these arrays, of which large ones leave memory as they are taken."""
-    vectors = dict(safetensors.ordered(vectors))
-    yield safetensors.header(vectors, about)
-    for vector in vectors.values():
-        flat = np.ascontiguousarray(vector).reshape(-1)
-        for start, stop in room.pieces(len(flat), flat.itemsize):
-            yield flat[start:stop].data.cast("B")
-            room.rest(flat, start, stop)
 
 
 @contextmanager
