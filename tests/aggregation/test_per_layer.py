@@ -197,3 +197,28 @@ def test_a_vector_that_is_left_out_may_be_cut():
     update = Update({"delta": delta()}, shares={"control": 0.0})
     found, _, _ = there_and_back(pipeline, update)
     assert set(found.vectors) == {"delta"} and found.shares == {"control": 0.0}
+
+
+@dataclass(frozen=True)
+class Half(Stage):
+    """Sends halves."""
+
+    def encode(self, update, told, memory, key):
+        halves = {name: vector / 2 for name, vector in update.vectors.items()}
+        return replace(update, vectors=halves), memory
+
+    def decode(self, update, schema):
+        whole = {name: vector * 2 for name, vector in update.vectors.items()}
+        return replace(update, vectors=whole)
+
+
+@pytest.mark.parametrize("shares", [{"delta.0": 0.0, "delta.1": 0.5}, {"delta.0": 0.0}])
+def test_an_array_of_which_a_part_is_missing_is_refused(shares):
+    schema = Schema.of({"delta": Spec((23,), optional=True)})
+    pipeline = bind(PerLayer(("body.*", Half())) >> Mean(), schema, SHARED, Sampling())
+    message, _ = pipeline.encode(Update({"delta": delta()}, 1.0), {}, {}, Key(0), Key(1))
+    assert set(message.vectors) == {"delta.0", "delta.1"}
+    pipeline.decode(message, {})
+    part = replace(message, vectors={"delta.1": message.vectors["delta.1"]}, shares=shares)
+    with pytest.raises(UpdateRefused, match="parts"):
+        pipeline.decode(part, {})

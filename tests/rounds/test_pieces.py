@@ -114,3 +114,29 @@ def test_what_is_not_elementwise_is_stepped_whole(monkeypatch):
     monkeypatch.setattr(room, "LARGE", 256)
     whole = stepped(algorithms.FedAvg(server=Normed()), 1)
     assert len(set(whole["state/server.second"].tolist())) == 1
+
+
+@dataclass(frozen=True)
+class Optimistic(optimisers.ServerOptimizer):
+    """Keeps the mean change as it came: x + 2 d_t - d_(t-1)."""
+
+    elementwise: ClassVar[bool] = True
+
+    def init(self, params):
+        return {"last": np.zeros_like(params)}
+
+    def step(self, params, delta, memory):
+        return params + 2 * delta - memory["last"], {"last": delta}
+
+
+def test_what_is_kept_of_the_mean_is_not_overwritten_by_the_next_model(monkeypatch, tmp_path):
+    algorithm = algorithms.FedAvg(server=Optimistic(1.0))
+    whole = stepped(algorithm)
+    monkeypatch.setattr(room, "LARGE", 256)
+    monkeypatch.setattr(room, "STEP", 400)
+    with room.room_in(tmp_path):
+        pieces = stepped(algorithm)
+    assert all(pieces[key].tobytes() == whole[key].tobytes() for key in whole)
+    rng = np.random.default_rng(1)
+    draws = [rng.standard_normal(634, dtype=np.float32) for _ in range(3)]
+    np.testing.assert_array_equal(pieces["state/server.last"], draws[-1])

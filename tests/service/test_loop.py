@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atoll import Federation, algorithms, schedules
+from atoll import Federation, algorithms, schedules, stopping
 from atoll.core.updates import Update
 from atoll.errors import CheckpointError, RunError
 from atoll.learners import NumpyLearner
@@ -299,3 +299,30 @@ def test_a_given_up_federation_may_be_given_more_tries(tmp_path):
     again.restore(machine.state())
     assert again.phase is Phase.IDLE
     assert len(again.open(roster, 2.0)) == 1
+
+
+def test_a_stop_rule_that_held_when_the_server_died_holds_when_it_is_back(tmp_path):
+    world = World(tmp_path, rounds=5, minimum=3)
+    rule = stopping.Target("float_fallback", 0.0, higher=False)
+    world.plan = replace(world.plan, stop=rule)
+
+    async def play(loop):
+        loop.tick()
+        for site in list(loop.open):
+            await loop.deliver(world.offer(loop, site, 1))
+        await settled(loop)
+
+    def killed(names):
+        raise OSError("killed here")
+
+    async def story():
+        async with world.loop() as loop:
+            loop.models.sweep = killed
+            await play(loop)
+            assert loop.version["version"] == 1 and not loop.stopping
+        async with world.loop() as loop:
+            assert loop.stopping and loop.done
+            await play(loop)
+            assert loop.version["version"] == 1
+
+    asyncio.run(story())

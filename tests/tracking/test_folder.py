@@ -15,14 +15,16 @@ import pytest
 import safetensors.numpy
 from tapped import Tapped
 
-from atoll import Federation, algorithms, data, schedules
+from atoll import Federation, algorithms, data, schedules, stopping
 from atoll.algorithms import ServerOptimizer
 from atoll.errors import CheckpointError
 from atoll.learners import NumpyLearner
 from atoll.simulation import LogNormal, RandomDevices
 from atoll.tracking import Observer, RunFolder, find_runs, read_run
+from atoll.tracking.best import Best
 from atoll.tracking.folder import new_folder
 from atoll.tracking.reading import read_status
+from atoll.tracking.record import Record
 
 
 class Stop(Exception):
@@ -450,3 +452,43 @@ def test_one_keeper_can_keep_two_runs(blobs, federation, tmp_path):
     federation.simulate(blobs, folder=keeper)
     longer = replace(federation, schedule=schedules.Synchronous(rounds=8, cohort=4))
     longer.simulate(blobs, folder=tmp_path / "b", resume=True)
+
+
+def test_after_a_resume_the_best_model_is_still_the_best(blobs, federation, tmp_path):
+    wild = replace(federation, algorithm=algorithms.FedAvg(server=Growing(1.0)))
+    whole = wild.simulate(blobs, folder=RunFolder(tmp_path / "a", every=2, best="loss"))
+    for record in wild.rounds(blobs, folder=RunFolder(tmp_path / "b", every=2, best="loss")):
+        if record.round == 5:
+            break
+    wild.simulate(blobs, folder=RunFolder(tmp_path / "b", every=2, best="loss"), resume=True)
+    assert whole.best()[0] <= 5 < len(whole.history)
+    files = [(tmp_path / name / "best.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_a_run_that_a_rule_ended_is_kept_to_its_end(blobs, federation, tmp_path):
+    plan = replace(
+        federation, algorithm=algorithms.Scaffold(), stop=stopping.Target("accuracy", 0.5)
+    )
+    run = plan.simulate(blobs, folder=RunFolder(tmp_path / "r", every=100))
+    assert run.stopped and len(run.history) < run.rounds
+    number = len(run.history)
+    assert [path.name for path in (tmp_path / "r" / "checkpoints").iterdir()] == [
+        f"{number:08d}.safetensors"
+    ]
+    assert any((tmp_path / "r" / "clients").iterdir())
+    again = plan.simulate(blobs, folder=RunFolder(tmp_path / "r", every=100), resume=True)
+    assert again.history == run.history and again.stopped == run.stopped
+
+
+def test_the_best_model_is_chosen_by_one_metric_throughout():
+    best = Best(None, {})
+
+    def record(round, **metrics):
+        return Record(round, metrics, {}, 1, 1, 1, 0, 0, 0.0)
+
+    assert not best.note(record(1))
+    assert best.note(record(2, accuracy=0.5, loss=1.0))
+    assert not best.note(record(3, accuracy_client_mean=0.9))
+    assert not best.note(record(4, accuracy=0.4))
+    assert best.note(record(5, accuracy=0.6)) and best.record.round == 5

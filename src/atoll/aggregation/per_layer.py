@@ -15,7 +15,7 @@ from atoll.aggregation.stage import Reducer, Setting, Stage
 from atoll.core.random import Key
 from atoll.core.updates import Aggregate, Bounds, Update
 from atoll.core.vectors import Tree, Vectors, flatten, nest
-from atoll.errors import ConfigurationError, LayoutError
+from atoll.errors import ConfigurationError, LayoutError, UpdateRefused
 
 #: How one part of a message is brought back by its stage.
 Back = Callable[[Stage, Update, Schema], Update]
@@ -158,12 +158,15 @@ class _PerLayer(Stage):
         """The parts of a message put together again, each brought back by its own stage."""
         parts: dict[str, list[tuple[NDArray[np.int64], NDArray[Any]]]] = {}
         taken, shares = set[str](), dict[str, float]()
+        told: dict[str, set[float]] = {}
         for number, at, stage, inner in self._each(schema):
             long = {f"{name}.{number}": name for name in stage.sends(inner).vectors}
             own = {short: update.vectors[n] for n, short in long.items() if n in update.vectors}
             mine = {short: update.shares[n] for n, short in long.items() if n in update.shares}
             taken |= set(long)
             shares |= {name: share for name, share in mine.items() if name in self.names}
+            for name in set(inner.vectors) & set(self.names):
+                told.setdefault(name, set()).add(mine.get(name, 1.0))
             found = back(stage, replace(update, vectors=own, shares=mine), inner)
             for name, vector in found.vectors.items():
                 parts.setdefault(name, []).append((at, vector))
@@ -171,6 +174,8 @@ class _PerLayer(Stage):
         shares |= {n: s for n, s in update.shares.items() if n not in taken}
         for name, pieces in parts.items():
             spec = schema.vectors[name]
+            if len(told.get(name, ())) > 1 or sum(len(at) for at, _ in pieces) != spec.size:
+                raise UpdateRefused(f"{name!r} came without some of its parts, or not equally")
             vectors[name] = np.empty(spec.shape, spec.dtype)
             for at, piece in pieces:
                 vectors[name][at] = piece

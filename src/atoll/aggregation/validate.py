@@ -39,6 +39,7 @@ def validate_rows(
     vectors: Vectors,
     statistics: Vectors,
     weights: Sequence[float],
+    metrics: Mapping[str, Sequence[float]],
     schema: Schema,
     finite: Container[str] = (),
 ) -> list[str]:
@@ -60,6 +61,10 @@ def validate_rows(
         if rows.dtype.kind == "f" and name not in finite:
             with np.errstate(all="ignore"):
                 doubtful |= ~np.isfinite(rows.reshape(len(rows), -1).sum(axis=1))
+    for name, column in metrics.items():
+        low, high = schema.metrics[name]
+        values = np.asarray(column, np.float64)
+        doubtful |= np.isfinite(values) & ((values < low) | (values > high))
     least, most = schema.weights
     for c, weight in enumerate(weights):
         if doubtful[c] or not least <= weight <= most:
@@ -69,6 +74,7 @@ def validate_rows(
                         {name: rows[c] for name, rows in vectors.items()},
                         weight,
                         {name: rows[c] for name, rows in statistics.items()},
+                        {name: column[c] for name, column in metrics.items()},
                     ),
                     schema,
                 )

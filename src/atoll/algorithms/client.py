@@ -135,7 +135,12 @@ class Client:
         local = self._loop(whole, holders, self._corrected(correction, only), objective)
         if statistics is None:
             self._keep(local.statistics)
-        return self._shared_of(local, keep=statistics is None)
+        after = self._shared_of(local, keep=statistics is None and only != "shared")
+        if only != "private":
+            return after
+        # The optimiser's own terms, weight decay for one, move what has no gradient too.
+        still = np.broadcast_to(self._numpy(params), after.params.shape)
+        return replace(after, params=self.learner.asarray(still.copy()))
 
     def gradient(self, params: Array, *, keep_statistics: bool = False) -> Array:
         """The gradient [P] of the client's mean loss at shared parameters; [C, P] for a stack."""

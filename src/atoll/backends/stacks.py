@@ -102,13 +102,15 @@ def together(
         return _each(plan, update, stack, opened, tasks, states, sums)
     rows = _rows(plan, update, stack, opened, tasks, sums)
     faults = validate_rows(
-        rows.vectors, rows.statistics, rows.weights, plan.stages.gathers,
+        rows.vectors, rows.statistics, rows.weights, rows.metrics, plan.stages.gathers,
         finite=rows.folds or (),
     )  # fmt: skip
     if rows.folds is not None and any(faults):
         # The sum is of all of them: look at each by itself.
         rows = _rows(plan, update, stack, opened, tasks, None)
-        faults = validate_rows(rows.vectors, rows.statistics, rows.weights, plan.stages.gathers)
+        faults = validate_rows(
+            rows.vectors, rows.statistics, rows.weights, rows.metrics, plan.stages.gathers
+        )
     passed = [c for c, fault in enumerate(faults) if not fault]
     if passed:
         sums.add_rows(rows.chosen(passed))
@@ -148,7 +150,7 @@ def _memories(states: Sequence[Vectors]) -> Vectors:
 def _states(
     plan: Plan, kept: dict[str, Any], stack: Stack, tasks: Sequence[ClientTask]
 ) -> list[Tree]:
-    """Each client's new state, without what stages keep."""
+    """Each client's new state; what it keeps of stages and questions is as it was."""
     clients = len(tasks)
     rows: dict[str, NDArray[Any]] = {}
     for name, value, spec in remembered(kept, tasks[0].state):
@@ -156,7 +158,13 @@ def _states(
     for section, value in stack.private.items():
         spread = value if value.ndim == 2 else np.broadcast_to(value, (clients, len(value)))
         rows[f"private/{section}"] = spread
-    return [nest({name: row[c].copy() for name, row in rows.items()}) for c in range(clients)]
+    return [
+        {
+            **nest({name: row[c].copy() for name, row in rows.items()}),
+            **{name: task.state[name] for name in ("stages", "kept") if name in task.state},
+        }
+        for c, task in enumerate(tasks)
+    ]
 
 
 def _rows(

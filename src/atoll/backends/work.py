@@ -70,7 +70,8 @@ class Workers(Backend):
     ) -> Generator[list[Result]]:
         if not self._checked:
             self._check(received, tasks)
-            self._checked = True
+            # One row alone cannot show that rules mix rows.
+            self._checked = len(tasks) > 1
         groups = grouped(self.engine, self._plan, self._data, tasks)
         return self._run(received, tasks, groups, sums)
 

@@ -116,7 +116,9 @@ class Plan:
                 "Synchronous"
             )
         fewest, most = reducer.fewest(), self.schedule.sampling().cohort
-        have = None if most is None else self.schedule.fewest(most)
+        # A buffer closes with all it is to hold.
+        lockstep = self.schedule.lockstep
+        have = self.schedule.fewest(most) if lockstep and most is not None else most
         if fewest > 1 and most is not None and have is not None and have < fewest:
             more = f"minimum={fewest}" if most >= fewest else f"cohort={fewest}"
             raise ConfigurationError(

@@ -160,7 +160,8 @@ class Server:
             )
         self.state, measured = self._stepped(aggregate, self._public_client(round))
         self.statistics = {
-            name: vector + aggregate.statistics[name] for name, vector in self.statistics.items()
+            name: _moved(vector, aggregate.statistics[name])
+            for name, vector in self.statistics.items()
         }
         return {**aggregate.measurements, **measured}
 
@@ -182,7 +183,12 @@ class Server:
             )
             after = algorithm.step(before, mean, public)
             assert not isinstance(after, tuple), f"{algorithm!r} is elementwise, and measures"
-            for name, vector in _alike(after, before).items():
+            made = {
+                # What is kept of the mean lies where another vector is about to go.
+                name: vector.copy() if _shared(vector, places) else vector
+                for name, vector in _alike(after, before).items()
+            }
+            for name, vector in made.items():
                 places[name][start:stop] = vector
                 room.rest(places[name], start, stop)
                 room.rest(self.state[name], start, stop)
@@ -249,6 +255,17 @@ class Server:
 def _cut(vectors: Vectors, start: int, stop: int) -> Vectors:
     """The same piece of vectors of one length."""
     return {name: vector[start:stop] for name, vector in vectors.items()}
+
+
+def _shared(vector: Vector, places: Vectors) -> bool:
+    return any(np.may_share_memory(vector, place) for place in places.values())
+
+
+def _moved(vector: Vector, change: Vector) -> Vector:
+    """The statistics after a change; integer counters stay integers, whatever a reducer made."""
+    if vector.dtype.kind in "iu" and change.dtype.kind == "f":
+        change = np.rint(change)
+    return np.asarray(vector + change.astype(vector.dtype), vector.dtype)
 
 
 def _checked(state: Vectors) -> Vectors:

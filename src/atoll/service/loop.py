@@ -149,6 +149,7 @@ class FederationLoop:
         await self._work.join()  # what was due is done before anyone is answered
         names = self._needed()
         await self._in_thread(lambda: self.models.tidy(names))
+        self._heed()
         self._ticked = self.clock()
 
     async def close(self) -> None:
@@ -563,9 +564,7 @@ class FederationLoop:
         names = self._needed()
         await self._in_thread(lambda: self.models.sweep(names))
         self._told = {}
-        reason = stop_reason(self.plan.stop, self.history.records)
-        if reason and not self.stopping:
-            self.stop(f"the plan: {reason}")
+        self._heed()
         self._invite(self.clock())
         self.notify()
 
@@ -590,6 +589,12 @@ class FederationLoop:
             tree = await self._in_thread(lambda: self.models.read(digest))
             self._told[version] = tree.get("stages", {})
         return self._told[version]
+
+    def _heed(self) -> None:
+        """Stop where the plan says so."""
+        reason = stop_reason(self.plan.stop, self.history.records)
+        if reason and not self.stopping:
+            self.stop(f"the plan: {reason}")
 
     def _needed(self) -> set[str]:
         """Digests of what may still be asked for."""

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from atoll.aggregation.conversation import Talk
 from atoll.aggregation.schema import Shape
 from atoll.algorithms.algorithm import Algorithm, Questions, Start
@@ -156,12 +159,16 @@ class Attacked(Algorithm):
         update, kept = self.inner.work(client, got, mine)
         if not any(holder.name in self.names for holder in client.holders):
             return update, kept
-        # A column of ones and zeros; arithmetic with it leaves honest rows to the bit.
-        mask = client.each(lambda holder: [float(holder.name in self.names)])
         bad = self.attack.tamper(update.vectors, client)
-        mixed = {
-            name: bad[name] * mask + vector * (1 - mask) for name, vector in update.vectors.items()
-        }
+        if not client.stacked:
+            return replace(update, vectors={**update.vectors, **bad}), kept
+        whose = np.array([holder.name in self.names for holder in client.holders])
+        mixed = {}
+        for name, vector in update.vectors.items():
+            good, wrong = _numpy(vector, client), _numpy(bad[name], client)
+            # Rows are chosen, not weighed: an attack may be infinite.
+            chosen = np.where(whose.reshape(-1, *[1] * (good.ndim - 1)), wrong, good)
+            mixed[name] = client.learner.asarray(chosen)
         return replace(update, vectors=mixed), kept
 
     def own(self, client: Client, got: dict[str, Array], mine: dict[str, Array]) -> Array:
@@ -188,3 +195,8 @@ class Attacked(Algorithm):
 
     def __repr__(self) -> str:
         return repr(self.inner)
+
+
+def _numpy(value: Any, client: Client) -> NDArray[Any]:
+    plain = isinstance(value, int | float | np.ndarray)
+    return np.asarray(value if plain else client.learner.asnumpy(value))

@@ -24,7 +24,10 @@ class Best:
 
     def note(self, record: Record) -> bool:
         """Whether this round is the best now."""
-        metric = self.metric or main_metric(record.metrics)
+        if record.metrics and self.metric is None:
+            # One metric throughout: figures of two cannot be compared.
+            self.metric = main_metric(record.metrics)
+        metric = self.metric or ""
         value = record.metrics.get(metric, math.nan)
         score = value if more_is_better(metric, self.own) else -value
         better = not math.isnan(score) and (self.record is None or score > self._score)

@@ -154,7 +154,8 @@ class RunFolder(Observer):
             self._spread = run.per_client
         if run.model and self._best.note(record):
             save_best(self.path, identity(run), record, run.model)
-        if self.every and (record.round % self.every == 0 or record.round == run.rounds):
+        last = record.round == run.rounds or run.stopped
+        if self.every and (record.round % self.every == 0 or last):
             self._checkpoint(run, end.snapshot)
 
     def _refusals(self, run: Run, round: int) -> None:
