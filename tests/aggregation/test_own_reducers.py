@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from atoll import Federation, algorithms, data, schedules
-from atoll.aggregation import Gathered, Reducer
+from atoll.aggregation import Gathered, Mean, Reducer, Stage
 from atoll.core.updates import Aggregate
-from atoll.errors import ConfigurationError
+from atoll.errors import ConfigurationError, RunError
 from atoll.learners import NumpyLearner
 
 
@@ -76,3 +76,44 @@ def test_a_buffer_closes_with_all_it_holds(blobs):
     assert [record.accepted for record in plan.simulate(blobs).history] == [4, 4, 4]
     with pytest.raises(ConfigurationError, match="needs 3 updates"):
         replace(plan, schedule=schedules.Buffered(rounds=3, concurrency=5, buffer=2))
+
+
+@dataclass(frozen=True)
+class Noise(Stage):
+    """Covers the aggregate with noise that only the server knows."""
+
+    secret = True
+    hides_metrics = True
+
+    def release(self, aggregate, state, key):
+        rng = key.generator()
+        covered = {
+            name: vector + rng.standard_normal(vector.shape).astype(np.float32)
+            for name, vector in aggregate.vectors.items()
+        }
+        return replace(aggregate, vectors=covered), state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twice(algorithms.FedAvg):
+    """Tells everyone the mean of a first pass."""
+
+    def talk(self, state, talk):
+        first = yield algorithms.Gather({})
+        return (yield algorithms.Gather({"direction": first["delta"]}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Once(algorithms.FedAvg):
+    """One pass, asked for in a conversation."""
+
+    def talk(self, state, talk):
+        return (yield algorithms.Gather({}))
+
+
+def test_nobody_is_told_an_aggregate_that_noise_has_not_covered(blobs, federation):
+    twice = replace(federation, algorithm=Twice())
+    twice.simulate(blobs)
+    with pytest.raises(RunError, match="could tell clients the aggregate before"):
+        replace(twice, pipeline=Mean() >> Noise()).simulate(blobs)
+    replace(federation, algorithm=Once(), pipeline=Mean() >> Noise()).simulate(blobs)

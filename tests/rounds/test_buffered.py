@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll import Federation, algorithms, schedules
+from atoll.aggregation import Spec
 from atoll.core.random import Key
 from atoll.errors import ConfigurationError, RunError
 from atoll.learners import NumpyLearner
@@ -190,7 +191,8 @@ def by_hand(plan, data, devices, seed):
 
 
 def test_same_bytes_on_every_engine_and_after_a_restart(blobs, slow_and_quick, tmp_path):
-    plan = federation(Buffered(rounds=8, concurrency=5, buffer=3), algorithm=algorithms.Scaffold())
+    schedule = Buffered(rounds=8, concurrency=5, buffer=3, staleness=Constant())
+    plan = federation(schedule, algorithm=algorithms.Scaffold())
     given = {"seed": 5, "devices": slow_and_quick}
     whole = plan.simulate(blobs, engine="sequential(workers=1)", **given)
     for engine in ("sequential(workers=4)", "sequential(processes=2)"):
@@ -200,6 +202,33 @@ def test_same_bytes_on_every_engine_and_after_a_restart(blobs, slow_and_quick, t
     rest = plan.simulate(blobs, folder=tmp_path / "run", resume=True, **given)
     assert same(rest, whole)
     assert [r.clock for r in rest.history] == [r.clock for r in whole.history]
+
+
+def test_the_control_of_the_server_is_the_mean_of_its_clients(blobs, slow_and_quick):
+    schedule = Buffered(rounds=12, concurrency=5, buffer=3, staleness=Constant())
+    rounds = federation(schedule, algorithm=algorithms.Scaffold()).rounds(
+        blobs, seed=5, devices=slow_and_quick
+    )
+    run = rounds.go()
+    assert run.metrics
+    simulator = rounds._simulator
+    own = sum(state["algorithm/control"].astype(float) for _, state in simulator.states.values())
+    (control,) = (v for name, v in simulator.driver.server.state.items() if "control" in name)
+    np.testing.assert_allclose(control, own / len(blobs), atol=1e-6)
+    assert np.abs(control).max() > 1e-3
+
+
+def test_what_a_discount_would_falsify_is_refused():
+    for algorithm in (algorithms.Scaffold(), Counting()):
+        with pytest.raises(ConfigurationError, match=r"staleness=schedules.Constant"):
+            federation(Buffered(rounds=8, concurrency=5, buffer=3), algorithm=algorithm)
+
+
+class Counting(algorithms.FedAvg):
+    """Counts beside its change."""
+
+    def reports(self, shared):
+        return {"delta": shared.size, "counts": Spec((1,), "int64")}
 
 
 def same(a, b):

@@ -61,7 +61,8 @@ def test_a_loop_that_fails_leaves_one_too(blobs, plan, tmp_path):
 
 
 def test_an_asynchronous_run_can_be_left_too(blobs, plan, tmp_path):
-    plan = replace(plan, schedule=schedules.Buffered(rounds=6, concurrency=4, buffer=2))
+    schedule = schedules.Buffered(rounds=6, concurrency=4, buffer=2, staleness=schedules.Constant())
+    plan = replace(plan, schedule=schedule)
     whole = plan.simulate(blobs, engine="sequential")
     for record in plan.rounds(blobs, engine="sequential", folder=tmp_path / "run"):
         if record.round == 3:

@@ -99,6 +99,13 @@ class BoundPipeline:
         )
         return plain and type(self.reducer).seal is Reducer.seal
 
+    @cached_property
+    def covers(self) -> bool:
+        """Whether a stage covers the aggregate with what only the server knows, as noise does."""
+        return any(
+            stage.secret and type(stage).release is not Stage.release for stage in self.stages
+        )
+
     def init(self) -> Tree:
         """The server's state of all stages."""
         first = self.schemas[0]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 from atoll.aggregation.stage import Sampling
-from atoll.core.vectors import Layout
+from atoll.core.vectors import Layout, describe_names
 from atoll.errors import ConfigurationError
 from atoll.rounds.selection import (
     ByResources,
@@ -85,7 +85,7 @@ class Schedule(ABC):
         """What an update that is so many versions old is multiplied by."""
         return 1.0
 
-    def check(self, reports: Container[str], shared: Layout) -> None:
+    def check(self, reports: Iterable[str], shared: Layout) -> None:
         """Raise `ConfigurationError` if updates like these do not fit this schedule."""
 
 
@@ -308,9 +308,18 @@ class Buffered(Schedule):
     def discount(self, staleness: int) -> float:
         return self.staleness.discount(staleness)
 
-    def check(self, reports: Container[str], shared: Layout) -> None:
+    def check(self, reports: Iterable[str], shared: Layout) -> None:
         if self.pull and "delta" not in reports:
             raise ConfigurationError("pull=True needs an algorithm that reports a delta")
+        others = sorted(set(reports) - {"delta"})
+        if others and not isinstance(self.staleness, Constant):
+            # A control variate that the server takes half of and its client keeps whole no longer
+            # adds up; a product or a count is discounted twice, or cut off.
+            raise ConfigurationError(
+                f"the algorithm reports {describe_names(others)} beside its change, and what these "
+                "mean does not survive the discount of stale updates; use "
+                "Buffered(staleness=schedules.Constant()), with limit= against very stale ones"
+            )
         statistics = [section for section in shared.sizes if section != "params"]
         if statistics:
             raise ConfigurationError(

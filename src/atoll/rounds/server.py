@@ -98,6 +98,7 @@ class Server:
         questions = self.plan.algorithm.talk(self.state, talk)
         members: Sequence[Sender] = talk.members
         answer: Heard | Aggregate | None = None
+        gathered = 0
         while True:
             try:
                 question = questions.send(answer)
@@ -107,11 +108,19 @@ class Server:
             except Exception as error:
                 name = type(error).__name__
                 raise RunError(f"{self.plan.algorithm!r} failed: {name}: {error}") from error
+            if gathered and self.plan.stages.covers:
+                raise RunError(
+                    f"{self.plan.algorithm!r} asks on after it has gathered, and could tell clients "
+                    "the aggregate before a stage of the pipeline has covered it; let it gather "
+                    "last, or leave out the secret stage"
+                )
             if isinstance(question, Ask):
                 heard = yield replace(question, owner="algorithm")
                 members, answer = heard.senders, heard
             else:
-                answer = yield from self._gather(question, members, talk.population, key)
+                own = key.fold("gather", gathered) if gathered else key
+                answer = yield from self._gather(question, members, talk.population, own)
+                gathered += 1
 
     def _gather(
         self, gather: Gather, members: Sequence[Sender], population: int, key: Key
