@@ -97,6 +97,7 @@ class Slow(FedAvg):
         return super().work(client, got, mine)
 
 
+@pytest.mark.slow
 def test_actors_that_are_killed_change_no_byte(cluster, clients):
     plan = federation(Slow(), rounds=6)
     quiet = plan.simulate(clients, seed=3, engine=LOCAL)

@@ -108,6 +108,7 @@ def test_killed_thirty_times_between_keys_and_masks(place):
     assert "Traceback" not in place.log("server")
 
 
+@pytest.mark.slow
 def test_given_up_it_says_why_and_goes_on_with_more_attempts(place):
     write(place, "Shut(questions=1)", "rounds=2, attempts=2, pause=0.1")
     tokens = {name: place.invite(name) for name in NAMES}

@@ -160,6 +160,7 @@ def test_an_analyst_reads_and_an_admin_acts(place):
     finished(place, "0")
 
 
+@pytest.mark.slow
 def test_backup_while_it_runs_and_restore(place):
     place.write(schedule="Synchronous(rounds=60)")
     place.serve("--linger", "20", "--seed", "4")
@@ -180,6 +181,7 @@ def test_backup_while_it_runs_and_restore(place):
     assert (place.root / "0" / "model.safetensors").read_bytes() == model
 
 
+@pytest.mark.slow
 def test_a_second_server_stands_by_and_takes_over(place):
     place.write(schedule="Synchronous(rounds=5000)")
     first = place.serve("--linger", "20")
@@ -198,6 +200,7 @@ def test_a_second_server_stands_by_and_takes_over(place):
     place.until(lambda: len(rounds_of(place)) > before + 2, what="going on")
 
 
+@pytest.mark.slow
 def test_a_site_that_vanishes_is_given_up_and_may_come_back(place):
     place.write(schedule="Synchronous(rounds=30, minimum=1)")
     place.serve("--linger", "20", "--lease", "2")
@@ -212,6 +215,7 @@ def test_a_site_that_vanishes_is_given_up_and_may_come_back(place):
     finished(place, "0", "1")
 
 
+@pytest.mark.slow
 def test_fedbuff_over_the_network(place):
     place.write(
         "FedAvg(weighting='uniform')", "Buffered(rounds=12, concurrency=3, buffer=2, limit=5)"
@@ -227,6 +231,7 @@ def test_fedbuff_over_the_network(place):
     assert len(models) == 1
 
 
+@pytest.mark.slow
 def test_over_selection_spares_whoever_comes_late(place):
     place.write(schedule="Synchronous(rounds=6, cohort=2, invite=3)")
     place.serve("--linger", "20")
@@ -240,6 +245,7 @@ def test_over_selection_spares_whoever_comes_late(place):
     assert found == {"accepted": 12, "spared": 6}
 
 
+@pytest.mark.slow
 def test_a_cohort_of_fewer_is_the_simulations(place):
     """Members are numbered by name, so the draws of cohorts are the simulator's too."""
     place.write(schedule="Synchronous(rounds=10, cohort=5)")
@@ -282,6 +288,7 @@ def test_blobs_are_what_was_put(tmp_path, kind):
         list(place.read("../../etc/passwd"))
 
 
+@pytest.mark.slow
 def test_a_federation_over_a_bucket(place):
     place.write(schedule="Synchronous(rounds=3)")
     (place.root / "bucket").mkdir()
@@ -313,6 +320,7 @@ def test_an_invitation_can_be_withdrawn(place):
     assert "there is no such token" in place.log("0")
 
 
+@pytest.mark.slow
 def test_a_long_training_is_not_silence(place):
     """A lease of three seconds, and a site that works for longer than that."""
     place.write(schedule="Synchronous(rounds=1)")

@@ -200,6 +200,7 @@ def test_what_is_seen_is_the_same_either_way(served, capsys):
         assert inner.analyst.ask("GET", f"/v1/rounds?since={since}").status == 400
 
 
+@pytest.mark.slow
 def test_the_command_says_the_same_by_folder_and_by_identity(place):
     place.write(schedule="Synchronous(rounds=3, cohort=1)")
     place.serve("--linger", "1")

@@ -144,6 +144,7 @@ def test_sites_have_no_business_there(place):
     assert "for the role analyst" in place.cli("page", "0", check=False)
 
 
+@pytest.mark.slow
 def test_a_killed_server_leaves_no_gap_in_the_curve(place):
     place.write(schedule="Synchronous(rounds=30)")
     place.serve("--sites", "3", "--linger", "60")

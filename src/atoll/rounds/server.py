@@ -110,9 +110,9 @@ class Server:
                 raise RunError(f"{self.plan.algorithm!r} failed: {name}: {error}") from error
             if gathered and self.plan.stages.covers:
                 raise RunError(
-                    f"{self.plan.algorithm!r} asks on after it has gathered, and could tell clients "
-                    "the aggregate before a stage of the pipeline has covered it; let it gather "
-                    "last, or leave out the secret stage"
+                    f"{self.plan.algorithm!r} asks on after it has gathered, and could tell "
+                    "clients the aggregate before a stage of the pipeline has covered it; let it "
+                    "gather last, or leave out the secret stage"
                 )
             if isinstance(question, Ask):
                 heard = yield replace(question, owner="algorithm")
