@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from atoll import Federation, algorithms, schedules, stopping
+from atoll import Federation, algorithms, data, schedules, stopping
 from atoll.core.updates import Update
 from atoll.errors import CheckpointError, RunError
 from atoll.learners import NumpyLearner
@@ -64,12 +64,12 @@ class World:
                 await made.close()
                 store.resign()
 
-    def offer(self, loop, site, value, id=None):
+    def offer(self, loop, site, value, id=None, step=0):
         """A site's update, all of it on disk, not yet decided upon."""
         row = loop.open[site] if id is None else {"id": id}
         delta = np.full(self.plan.learner.layout.size, value, np.float32)
         data = b"".join(bytes(piece) for piece in pack(Update({"delta": delta}, 1.0)))
-        upload = loop.offer(site, row["id"], len(data), sha256(data).hexdigest(), 0)
+        upload = loop.offer(site, row["id"], len(data), sha256(data).hexdigest(), step)
         loop.models.part(upload["id"]).write_bytes(data)
         return upload
 
@@ -324,5 +324,51 @@ def test_a_stop_rule_that_held_when_the_server_died_holds_when_it_is_back(tmp_pa
             assert loop.stopping and loop.done
             await play(loop)
             assert loop.version["version"] == 1
+
+    asyncio.run(story())
+
+
+@dataclass(frozen=True)
+class Counting(algorithms.LocalRule):
+    """Remembers how often its work has counted."""
+
+    def remember(self, got, shared):
+        return {"times": np.zeros(1, np.float32)}
+
+    def finish(self, client, local, got, mine):
+        return {}, {"times": mine["times"] + 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twice(algorithms.FedAvg):
+    """Everyone works, and then the first two once more; the second aggregate counts."""
+
+    def talk(self, state, talk):
+        yield algorithms.Gather({})
+        return (yield algorithms.Gather({}, talk.members[:2]))
+
+
+def test_only_who_worked_for_the_aggregate_counts_and_keeps_what_it_learned(tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
+    pieces = zip("abc", np.split(x, 3), strict=True)
+    parts = {name: (own, (own[:, 0] > 0) * 1) for name, own in pieces}
+    world = World(tmp_path)
+    world.plan = replace(world.plan, algorithm=Twice(local=Counting()))
+    simulated = world.plan.rounds(data.from_clients(parts, test=0.2))
+    record = next(iter(simulated))
+    assert sorted(simulated._simulator.states) == [0, 1] and record.accepted == 2
+
+    async def story():
+        async with world.loop() as loop:
+            loop.tick()
+            await settled(loop)
+            for step in (0, 1):
+                for site in sorted(loop.open):
+                    await loop.deliver(world.offer(loop, site, 1 + step, step=step))
+                await settled(loop)
+            assert loop.history.records[-1].accepted == 2
+            kept = {site: loop.memory_of(site) for site in "abc"}
+            assert kept["a"] and kept["b"] and not kept["c"]
+            assert world.moved(loop) == pytest.approx(2)
 
     asyncio.run(story())

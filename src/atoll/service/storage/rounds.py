@@ -63,6 +63,10 @@ def delivered(
     still = (assignments.c.id == upload["assignment"]) & (assignments.c.state == "open")
     end = {"state": ENDS.get(answer.verdict, "spared"), "reason": answer.reason}
     if works:
+        if answer.accepted:
+            # Who works twice in a round is in the aggregate with what came last.
+            mine, states = assignments.c.id == upload["assignment"], ("open", "accepted")
+            still = mine & assignments.c.state.in_(states)
         change.run(
             assignments.update().where(still).values(
                 **end, delivered=now, digest=upload["digest"], size=upload["size"],
@@ -122,7 +126,15 @@ def ended(change: Change, outcome: Outcome, population: int, now: float, *, spar
         .where(mine, assignments.c.state == "open")
         .values(state="spared", reason=f"round {outcome.round} is over")
     )
-    if not outcome.closed:
+    if outcome.closed:
+        # Who worked for an earlier question alone is not in the aggregate.
+        left = (assignments.c.state == "accepted") & assignments.c.id.not_in(outcome.accepted)
+        change.run(
+            assignments.update()
+            .where(mine, left)
+            .values(state="spared", counted=None, reason="the round's last question was to others")
+        )
+    else:
         change.run(
             assignments.update()
             .where(mine, assignments.c.state == "accepted")
