@@ -294,7 +294,7 @@ def conformed(
     learner: Learner, name: str, value: Any, spec: Spec, what: str, clients: int | None = None
 ) -> NDArray[Any]:
     """An array of the learner's as NumPy's of a declared kind; [C, ...] for so many clients."""
-    array = value if isinstance(value, np.ndarray) else _numpy(learner, value)
+    array = in_numpy(learner, value)
     lead = () if clients is None else (clients,)
     if array.shape != (*lead, *spec.shape):
         array = _spread(name, array, spec, what, lead)
@@ -335,8 +335,9 @@ def in_learner(learner: Learner, vectors: Vectors) -> dict[str, Array]:
     return {name: learner.asarray(vector) for name, vector in vectors.items()}
 
 
-def _numpy(learner: Learner, value: Any) -> NDArray[Any]:
-    if isinstance(value, int | float):
+def in_numpy(learner: Learner, value: Any) -> NDArray[Any]:
+    """A number or an array, NumPy's or the learner's, as NumPy's; shared where possible."""
+    if isinstance(value, int | float | np.ndarray):
         return np.asarray(value)
     return learner.asnumpy(value)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from atoll.aggregation.conversation import Talk
 from atoll.aggregation.schema import Shape
@@ -23,6 +22,7 @@ from atoll.core.updates import Aggregate, Update
 from atoll.core.vectors import Array, Layout, Vector, Vectors
 from atoll.errors import ConfigurationError
 from atoll.learners.base import Learner
+from atoll.rounds.task import in_numpy
 
 
 class Attack(ABC):
@@ -165,7 +165,7 @@ class Attacked(Algorithm):
         whose = np.array([holder.name in self.names for holder in client.holders])
         mixed = {}
         for name, vector in update.vectors.items():
-            good, wrong = _numpy(vector, client), _numpy(bad[name], client)
+            good, wrong = (in_numpy(client.learner, rows) for rows in (vector, bad[name]))
             # Rows are chosen, not weighed: an attack may be infinite.
             chosen = np.where(whose.reshape(-1, *[1] * (good.ndim - 1)), wrong, good)
             mixed[name] = client.learner.asarray(chosen)
@@ -195,8 +195,3 @@ class Attacked(Algorithm):
 
     def __repr__(self) -> str:
         return repr(self.inner)
-
-
-def _numpy(value: Any, client: Client) -> NDArray[Any]:
-    plain = isinstance(value, int | float | np.ndarray)
-    return np.asarray(value if plain else client.learner.asnumpy(value))

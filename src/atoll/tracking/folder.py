@@ -132,7 +132,7 @@ class RunFolder(Observer):
                 },
             )
             files.write_json(self.path / "environment.json", environment())
-            self._status("running")
+            write_status(self.path, "running")
             for name in LINES:
                 self._files[name] = (self.path / name).open("a", encoding="utf-8")
         except OSError as error:
@@ -169,7 +169,7 @@ class RunFolder(Observer):
         self._refusals(run, snapshot.round + 1)
         if self.every and run.history and snapshot.round != self._saved:
             self._checkpoint(run, snapshot)
-        self._status("interrupted")
+        write_status(self.path, "interrupted")
 
     def end(self, run: Run) -> None:
         if run.model:
@@ -178,7 +178,7 @@ class RunFolder(Observer):
             )
         if self.figures:
             self._draw(run)
-        self._status("finished", run.stopped)
+        write_status(self.path, "finished", run.stopped)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -350,9 +350,6 @@ class RunFolder(Observer):
                 kept = [line for line in Tail(path) if line["round"] <= round]
                 text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
                 files.write_atomically(path, [text.encode()])
-
-    def _status(self, status: str, stopped: str = "") -> None:
-        write_status(self.path, status, stopped)
 
     def _draw(self, run: Run) -> None:
         from atoll.view.plots import draw_run
