@@ -330,7 +330,7 @@ def outputs_are_what_is_evaluated(learner: Learner, clients: FederatedData) -> N
     wanted = learner.figures(sums, clients.task)["loss"]
     _near(learner.mean_loss(model, examples), wanted, "mean_loss from the evaluated loss")
     _, y = examples.all()
-    counted = clients.task.sums(found, y, float(sums["loss"]), clients.classes)
+    counted = learner.sums(found, y, wanted, clients.task, clients.classes)
     for name, value in counted.items():
         _near(value, sums[name], f"{name} of the outputs from those evaluated")
 

@@ -99,6 +99,10 @@ class Task(ABC):
         """How many outputs per example a model may give; None where any number is right."""
         return None
 
+    def decides(self, shape: Sequence[int]) -> bool:
+        """Whether each number of an example's outputs, of this shape, is the logit of a yes."""
+        return False
+
     def undefined(self, metric: str, targets: Array) -> str:
         """Why a metric has no value on these targets alone; empty if it has one."""
         return ""
@@ -149,6 +153,9 @@ class Classification(Task):
         # A loss of people's own may take one logit for two classes.
         one = not isinstance(loss, str) and classes == 2
         return frozenset({classes or 0} | ({1} if one else set()))
+
+    def decides(self, shape: Sequence[int]) -> bool:
+        return math.prod(shape) == 1
 
     def metrics(self, classes: int | None) -> tuple[str, ...]:
         few = ("macro_f1",) if (classes or 0) <= CONFUSION_LIMIT else ()
@@ -297,6 +304,9 @@ class MultiLabel(Task):
 
     def widths(self, loss: object, classes: int | None) -> frozenset[int]:
         return frozenset({classes or 0})
+
+    def decides(self, shape: Sequence[int]) -> bool:
+        return True
 
     def metrics(self, classes: int | None) -> tuple[str, ...]:
         few = ("auc",) if (classes or 0) <= HISTOGRAM_LIMIT else ()

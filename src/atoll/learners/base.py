@@ -18,8 +18,9 @@ from atoll.data.examples import Examples, Rows
 from atoll.data.federated import FederatedData
 from atoll.data.tasks import Task, task_of
 from atoll.errors import ConfigurationError, DataError
-from atoll.learners.metrics import Metrics, Sums, check_metrics, figures, own_figures, own_sums
+from atoll.learners.metrics import Metrics, Sums, check_metrics, figures, own_figures
 from atoll.learners.rates import Rate, rate_at
+from atoll.learners.scoring import ignored, scored, weight
 from atoll.learners.weights import copied, fits, is_vectors, packed
 
 #: Turns (gradient, params) into the direction to descend along; either may be [P] or [C, P].
@@ -199,16 +200,25 @@ class Learner(ABC):
         self,
         outputs: NDArray[Any],
         targets: NDArray[Any],
-        loss_sum: float,
+        loss: float,
         task: Task,
         classes: int | None,
     ) -> Sums:
         """What a batch counts of the task's metrics, and of `metrics`.
 
-        `outputs` are float32; `loss_sum` is the mean loss of the batch times `task.terms(targets)`.
+        `outputs` are float32; `loss` is the mean over those targets of the batch that count.
         """
-        counted = task_of(task).sums(outputs, targets, loss_sum, classes)
-        return {**counted, **own_sums(self.metrics, outputs, targets)}
+        kind = task_of(task)
+        return scored(
+            getattr(self, "loss", None), loss, outputs, targets, kind, classes, self.metrics,
+            probabilities=self.gives_probabilities(outputs, targets, kind),
+        )  # fmt: skip
+
+    def gives_probabilities(
+        self, outputs: NDArray[Any], targets: NDArray[Any], task: Task
+    ) -> bool:
+        """Whether outputs that each decide a yes or no are probabilities, and not logits."""
+        return False
 
     def figures(self, sums: Sums, task: Task) -> dict[str, float]:
         """The metrics that people read, from sums that add over clients; names are open."""
@@ -471,6 +481,14 @@ class GradientLearner(Learner, Stacking):
             starts.pop()
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
+    def _shares(self, examples: Examples, cut: Sequence[slice]) -> list[float]:
+        """What share the mean loss of each batch has in that of all examples."""
+        loss = getattr(self, "loss", None)
+        if ignored(loss) is None:
+            return [(batch.stop - batch.start) / len(examples) for batch in cut]
+        counts = [weight(loss, examples.take(batch)[1]) for batch in cut]
+        return [count / max(sum(counts), 1) for count in counts]
+
     def _epoch(self, count: int) -> list[slice]:
         """The batches of one pass over so many examples."""
         return self._cut(count, self.batch_size or count)
@@ -551,9 +569,10 @@ class GradientLearner(Learner, Stacking):
     ) -> tuple[Array, Vectors]:
         with self.descend(model, examples, key.fold("draws")) as descent:
             descent.gather(examples.at(slice(None)))
+            cut = self._cut(len(examples), chunk)
             total: Any = 0.0
-            for batch in self._cut(len(examples), chunk):
+            for batch, share in zip(cut, self._shares(examples, cut), strict=True):
                 gradient, _ = descent.gradient(batch)
-                total = total + gradient * ((batch.stop - batch.start) / len(examples))
+                total = total + gradient * share
             _, statistics = descent.result()
         return total, statistics

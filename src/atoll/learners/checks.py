@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from atoll.data.federated import FederatedData
 from atoll.errors import DataError
+from atoll.learners.scoring import CLOSE, LossOf, ignored, takes_probabilities, weight
+
+#: So many examples show what a loss makes of several.
+TRIED = 4
 
 
 def check_loss(loss: object, data: FederatedData) -> None:
@@ -32,6 +40,108 @@ def check_outputs(loss: object, shape: Sequence[int], data: FederatedData) -> No
             f"{data.name} has {data.classes} {data.task.noun}, but the model gives {outputs} "
             "outputs"
         )
+
+
+def tried(data: FederatedData) -> tuple[Any, NDArray[Any]]:
+    """Inputs and targets of a few examples, of the first clients that have some."""
+    for member in range(len(data)):
+        few = data.train(member)
+        if len(few) >= TRIED or (len(few) and member == len(data) - 1):
+            break
+    return few.take(np.arange(min(TRIED, len(few))))
+
+
+def check_mean(
+    loss: object, loss_of: LossOf, outputs: NDArray[Any], targets: NDArray[Any], data: FederatedData
+) -> None:
+    """Raise `DataError` unless the loss of a batch is the mean over those that count in it.
+
+    `outputs` [B, ...] and `targets` [B, ...] are of a few examples.
+    """
+    if isinstance(loss, str) or getattr(loss, "of_batch", False):
+        return
+    rows = [slice(place, place + 1) for place in range(TRIED)]
+    outputs, targets = _varied(outputs), _mixed(targets, data, ignored(loss))
+    each = [loss_of(outputs[row], targets[row]) for row in rows]
+    weights = [weight(loss, targets[row]) for row in rows]
+    whole = loss_of(outputs, targets)
+    mean = sum(a * b for a, b in zip(each, weights, strict=True)) / max(sum(weights), 1)
+    if _near(whole, mean) or not np.isfinite([whole, mean]).all():
+        return
+    if _near(whole, sum(each)):
+        reason = "is the sum over its examples: leave reduction='sum' out"
+    elif outputs.shape != targets.shape and outputs.size == targets.size:
+        reason = (
+            f"sets outputs {list(outputs.shape)} against targets {list(targets.shape)}, each of "
+            "one with each of the other: reshape the outputs to the targets' shape, or use the "
+            "loss of that name ('mse', 'l1', 'binary_cross_entropy')"
+        )
+    else:
+        reason = (
+            "is no mean over its examples (nor over targets other than an ignore_index). Weigh "
+            "classes with cross_entropy(..., weight=w, reduction='none').mean(); a loss of the "
+            "batch as a whole, such as a contrastive one, is marked by "
+            "atoll.learners.torch.OfBatch(loss)"
+        )
+    raise DataError(f"the loss of a batch {reason}")
+
+
+def check_scale(
+    loss: object,
+    loss_of: LossOf,
+    outputs: NDArray[Any],
+    targets: NDArray[Any],
+    data: FederatedData,
+    last: str,
+) -> None:
+    """Raise `DataError` if a loss takes logits, or their logs, and the model gives something else.
+
+    `last` is the function that a model ends in, where that is "sigmoid" or "softmax".
+    """
+    if data.task.decides(outputs.shape[1:]):
+        if isinstance(loss, str):
+            wanted = loss == "binary_cross_entropy"
+        else:
+            wanted = not takes_probabilities(loss_of, outputs, targets)
+    elif data.task.widths(loss, data.classes) is None:
+        return
+    else:
+        targets = _mixed(targets, data, ignored(loss))
+        outputs = np.resize(outputs, (len(targets), *outputs.shape[1:]))
+        plain, moved = loss_of(outputs, targets), loss_of(outputs + np.float32(1), targets)
+        wanted = _near(plain, moved)
+        if _near(moved, plain - 1) and not _near(float(np.exp(outputs).sum(-1).mean()), 1.0):
+            raise DataError(
+                "the loss takes logarithms of probabilities, but the model's outputs are none: "
+                "end it in log_softmax, or use loss='cross_entropy'"
+            )
+    if wanted and last in ("sigmoid", "softmax"):
+        raise DataError(
+            f"the model ends in a {last}, but the loss takes logits: leave the {last} out, or give "
+            "a loss of probabilities"
+        )
+
+
+def _near(one: float, other: float) -> bool:
+    return bool(np.isclose(one, other, rtol=10 * CLOSE, atol=CLOSE / 10))
+
+
+def _varied(outputs: NDArray[Any]) -> NDArray[Any]:
+    """As many outputs as are tried, no two alike; what is in [0, 1] stays there."""
+    found = np.resize(outputs, (TRIED, *outputs.shape[1:])).astype(np.float32)
+    noise = np.modf(np.arange(found.size) * 0.618034)[0].reshape(found.shape)
+    return np.asarray(0.9 * found + 0.05 * noise, np.float32)
+
+
+def _mixed(targets: NDArray[Any], data: FederatedData, mark: int | None) -> NDArray[Any]:
+    """As many targets as are tried, of several classes where they are classes."""
+    found = np.resize(targets, (TRIED, *targets.shape[1:]))
+    if data.classes and found.dtype.kind in "iu":
+        kept = found == mark
+        found = np.arange(found.size).reshape(found.shape) % data.classes
+        if mark is not None:
+            found = np.where(kept, mark, np.where(found == mark, (mark + 1) % data.classes, found))
+    return np.asarray(found, targets.dtype)
 
 
 def flat_width(data: FederatedData, kind: str) -> int:

@@ -47,7 +47,19 @@ def pieces(examples: Examples, size: int) -> Iterator[tuple[Any, NDArray[Any]]]:
         yield examples.take(slice(start, start + size))
 
 
-def mean_over(examples: Examples, size: int, loss_of: Callable[[Any, NDArray[Any]], Any]) -> float:
-    """The mean loss over all examples, from the mean loss of `size` of them at a time."""
-    total = sum(float(loss_of(x, y)) * len(y) for x, y in pieces(examples, size))
-    return total / len(examples)
+def mean_over(
+    examples: Examples,
+    size: int,
+    loss_of: Callable[[Any, NDArray[Any]], Any],
+    weight_of: Callable[[NDArray[Any]], int] = len,
+) -> float:
+    """The mean loss over all examples, from the mean loss of `size` of them at a time.
+
+    `weight_of` says how many of the targets count; 0.0 if none does.
+    """
+    total, weights = 0.0, 0
+    for x, y in pieces(examples, size):
+        weight = weight_of(y)
+        total += float(loss_of(x, y)) * weight if weight else 0.0
+        weights += weight
+    return total / max(weights, 1)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from atoll.errors import ConfigurationError, require
-from atoll.learners.torch import TorchLearner
+from atoll.learners.torch import NextTokens, TorchLearner
 from atoll.learners.torch.weights import by_name, named
 
 
@@ -49,23 +47,18 @@ def HuggingFaceLearner(  # noqa: N802
         raise ConfigurationError("the model does not say which token pads; give pad=...")
     if config.pad_token_id is None:
         config.pad_token_id = int(token)  # classification heads look for it there
-    adapter = getattr(model, "active_peft_config", None)
-    writes = f"{type(model).__name__} {getattr(adapter, 'task_type', '')}".lower()
-    if "causal" in writes:
+    if _writes(model):
         settings.setdefault("loss", NextTokens(int(token)))
     return TorchLearner(Tokens(model, int(token)), weights=weights, **settings)
 
 
-@dataclass(frozen=True)
-class NextTokens:
-    """The mean loss over tokens that are not padding."""
+def _writes(model: nn.Module) -> bool:
+    """Whether a model says which token follows, as its class or that of its base does."""
+    from transformers.models.auto import modeling_auto
 
-    pad: int
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(
-            outputs.flatten(0, -2), targets.flatten(), ignore_index=self.pad
-        )
+    named = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return any(kind.__name__ in named or "Causal" in kind.__name__ for kind in type(base).__mro__)
 
 
 #: What the names of a model's tensors begin with inside `Tokens`.

@@ -127,7 +127,7 @@ class NumpyLearner(GradientLearner):
         for x, y in pieces(examples, EVALUATED_AT_ONCE):
             outputs = _forward(weights, x.reshape(len(x), -1))[-1]
             _, losses = _loss(self.loss, outputs, y)
-            parts.append(self.sums(outputs, y, float(losses.sum()), task, classes))
+            parts.append(self.sums(outputs, y, float(losses.mean()), task, classes))
         return add(parts)
 
     def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:

@@ -139,7 +139,7 @@ class SklearnLearner(Learner):
         parts = []
         for x, y in pieces(examples, EVALUATED_AT_ONCE):
             outputs = self._outputs(estimator, x)
-            parts.append(self.sums(outputs, y, self._loss(outputs, y), task, classes))
+            parts.append(self.sums(outputs, y, self._loss(outputs, y) / len(y), task, classes))
         return add(parts)
 
     def outputs(self, model: Vectors, examples: Examples) -> NDArray[Any]:

@@ -224,8 +224,8 @@ class JaxLearner(GradientLearner):
         outputs_of, kind = self._outputs_of(model), task_of(task)
 
         def sums_of(outputs: NDArray[Any], y: NDArray[Any]) -> Sums:
-            loss = self._loss_of(outputs, y) * kind.terms(y)
-            return self.sums(outputs.astype(np.float32), y, loss, kind, classes)
+            shown = outputs.astype(np.float32)
+            return self.sums(shown, y, self._loss_of(outputs, y), kind, classes)
 
         return sums_of_parts(parts, _at_once(parts), outputs_of, sums_of)
 

@@ -31,16 +31,17 @@ from atoll.learners.base import (
     LocalResult,
     Objective,
 )
-from atoll.learners.checks import check_loss, check_outputs
+from atoll.learners.checks import check_loss, check_mean, check_outputs, check_scale, tried
 from atoll.learners.evaluation import TOKENS_AT_ONCE, mean_over, pieces, sums_of_parts
-from atoll.learners.torch.losses import LOSSES, Loss
+from atoll.learners.torch.initial import not_fresh, redrawn, still
+from atoll.learners.scoring import ignored, takes_probabilities, weight
+from atoll.learners.torch.losses import LOSSES, Loss, last_function, loss_of
 from atoll.learners.torch.resident import (
     PROCESS,
     Resident,
     ResidentDescent,
     called,
     draws_from,
-    redrawn,
 )
 from atoll.learners.torch.stacking.aims import as_tensor, numbers
 from atoll.learners.torch.stacking.checking import checked
@@ -76,14 +77,18 @@ class TorchLearner(GradientLearner):
 
     Args:
         module: any module. Parameters that require gradients are trained and travel; persistent
-            buffers are averaged; frozen parameters stay as they are and do not travel.
+            buffers are averaged; frozen parameters stay as they are and do not travel. Parts in eval
+            mode stay in it in training; of a module that is in eval mode itself, the frozen ones.
         loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit, or one for
-            each of several labels), "mse", "l1", or a callable (outputs, targets) -> mean loss.
+            each of several labels), "mse", "l1", or a callable (outputs, targets) -> mean loss,
+            which may have an `ignore_index`: a target that counts nowhere. `OfBatch(...)` marks
+            one that is no mean over examples.
         optimizer: None for plain SGD, or any `torch.optim` class or partial of one, called as
             `optimizer([flat], lr=lr)` afresh for every client and round: nothing is carried over.
         weights: "seeded" draws the initial parameters anew from the run's seed, through every
             submodule's `reset_parameters`; "given" starts from the module's own, as pretrained
-            models must. Modules in eval mode look pretrained: for them it must be said.
+            models must. It must be said for a module in eval mode, or with weights that its layers
+            would not draw: loaded or trained ones, or an initialisation of one's own.
         device: where models are trained and evaluated, e.g. "cuda"; the data go there once.
         precision: of products: "float32", "tf32" on devices that have it, or "bfloat16", with
             weights and everything else in float32.
@@ -120,11 +125,6 @@ class TorchLearner(GradientLearner):
         self._check_device()
         if self.weights not in ("seeded", "given", "auto"):
             raise ConfigurationError(f"weights must be seeded or given, not {self.weights!r}")
-        if self.weights == "auto" and not self.module.training:
-            raise ConfigurationError(
-                "the module is in eval mode, as pretrained ones are; say weights='given' to start "
-                "from its own parameters or weights='seeded' to draw them from the run's seed"
-            )
         if any(
             isinstance(p, nn.parameter.UninitializedParameter) for p in self.module.parameters()
         ):
@@ -134,6 +134,23 @@ class TorchLearner(GradientLearner):
             )
         if not any(p.requires_grad for p in self.module.parameters()):
             raise ConfigurationError("the module has no parameter that requires a gradient")
+        if self.weights == "auto":
+            self._check_fresh()
+
+    def _check_fresh(self) -> None:
+        """Raise where drawing the weights from the seed would throw away those that are there."""
+        if not self.module.training:
+            reason = "the module is in eval mode, as pretrained ones are"
+        else:
+            with draws_from(Key(0)):
+                reason = not_fresh(self.module)
+            reason = reason and f"the module has weights that its layers do not draw: {reason}"
+        if reason:
+            raise ConfigurationError(
+                f"{reason}; say weights='given' to start from its own parameters, or "
+                "weights='seeded' to draw them from the run's seed, by each layer's "
+                "reset_parameters()"
+            )
 
     def _check_device(self) -> None:
         try:
@@ -166,7 +183,7 @@ class TorchLearner(GradientLearner):
 
     @cached_property
     def _loss(self) -> Loss:
-        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+        return loss_of(self.loss)
 
     @property
     def layout(self) -> Layout:
@@ -177,7 +194,7 @@ class TorchLearner(GradientLearner):
         device = torch.device(self.device)
         return Settings(
             self._loss, self.lr, self.optimizer, self.max_gradient_norm, device, self.precision,
-            graphs=device.type == "cuda",
+            graphs=device.type == "cuda" and ignored(self._loss) is None,
         )  # fmt: skip
 
     def lowering(self, examples: Examples) -> Lowering:
@@ -195,6 +212,9 @@ class TorchLearner(GradientLearner):
                     None, None, f"{kind.__name__} may treat a vector as a whole, so clients cannot "
                     "share one"
                 )  # fmt: skip
+        resting = sorted(still(self.module))
+        if resting:
+            return Lowering(None, None, f"{resting[0]} stays in eval mode while others train")
         if isinstance(examples.x, dict):
             return Lowering(
                 None, None, f"the inputs have names ({', '.join(examples.x)}), and a program of "
@@ -329,31 +349,40 @@ class TorchLearner(GradientLearner):
         """Run one example through loss and module, so that a misfit is said before any training."""
         super().check(data)
         check_loss(self.loss, data)
-        outputs = self._try_out(data)
+        x, y = tried(data)
+        outputs = self._try_out(data, x, y)
         if not isinstance(outputs, Tensor):
             raise DataError(
                 f"the module gives {type(outputs).__name__}, not a tensor; wrap it so that it "
                 "returns its outputs alone"
             )
-        given, tried = outputs.shape[0] if outputs.ndim else 1, min(2, data.size(0))
-        if given != tried:
+        given = outputs.shape[0] if outputs.ndim else 1
+        if given != len(y):
             raise DataError(
-                f"the module gives {given} rows of outputs for {tried} examples; it must give one "
+                f"the module gives {given} rows of outputs for {len(y)} examples; it must give one "
                 "for each, e.g. [B, T, V] for tokens and not [B * T, V]"
             )
         check_outputs(self.loss, outputs.shape[1:], data)
+        shown = outputs.detach().float().numpy()
+        check_mean(self.loss, self._loss_of_arrays, shown, y, data)
+        check_scale(self.loss, self._loss_of_arrays, shown, y, data, last_function(outputs))
 
-    def _try_out(self, data: FederatedData) -> Any:
-        """The outputs for two examples, through module and loss."""
+    def _try_out(self, data: FederatedData, x: Any, y: NDArray[Any]) -> Any:
+        """The outputs for a few examples, through module and loss."""
         module = copy.deepcopy(self.module).eval()
-        few = data.train(0)
-        x, y = few.take(np.arange(min(2, len(few))))
         try:
-            with torch.no_grad(), draws_from(Key(0)):
+            with draws_from(Key(0)):
                 outputs = called(module, of_each(x, torch.from_numpy))
-                if isinstance(outputs, Tensor):
-                    self._loss(outputs, torch.from_numpy(y)).item()
-                return outputs
+            if isinstance(outputs, Tensor) and (outputs.ndim == 0 or len(outputs) == len(y)):
+                loss = self._loss(outputs.detach(), torch.from_numpy(y))
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    raise DataError(
+                        f"the loss gives {list(getattr(loss, 'shape', []))} for {len(y)} examples; "
+                        "it must be one number, their mean: leave reduction='none' out"
+                    )
+            return outputs
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(
                 f"the module does not fit {data.name}, whose inputs have shape "
@@ -365,7 +394,7 @@ class TorchLearner(GradientLearner):
         resident = self._resident
         with draws_from(key):
             resident.load(model)
-            resident.module.train()
+            resident.train()
             yield ResidentDescent(resident, self._loss, self.optimizer, examples)
 
     def norm(self, vector: Tensor) -> float:
@@ -385,8 +414,8 @@ class TorchLearner(GradientLearner):
         with self._outputs(model, whole) as outputs_of:
 
             def sums_of(outputs: Tensor, y: NDArray[Any]) -> Sums:
-                loss = self._loss_of(outputs, y) * kind.terms(y)
-                return self.sums(outputs.cpu().float().numpy(), y, loss, kind, classes)
+                shown = outputs.cpu().float().numpy()
+                return self.sums(shown, y, self._loss_of(outputs, y), kind, classes)
 
             return sums_of_parts(parts, self._evaluated_at_once(whole), outputs_of, sums_of)
 
@@ -401,7 +430,22 @@ class TorchLearner(GradientLearner):
                 examples,
                 self._evaluated_at_once(examples),
                 lambda x, y: self._loss_of(outputs_of(x), y),
+                partial(weight, self.loss),
             )
+
+    def _loss_of_arrays(self, outputs: NDArray[Any], y: NDArray[Any]) -> float:
+        with torch.no_grad():
+            return float(self._loss(torch.from_numpy(outputs), torch.from_numpy(y)))
+
+    def gives_probabilities(
+        self, outputs: NDArray[Any], targets: NDArray[Any], task: Task
+    ) -> bool:
+        if isinstance(self.loss, str) or not task.decides(outputs.shape[1:]):
+            return False
+        if "_probabilities" not in self.__dict__:
+            found = takes_probabilities(self._loss_of_arrays, outputs, targets)
+            self.__dict__["_probabilities"] = found
+        return bool(self.__dict__["_probabilities"])
 
     def _loss_of(self, outputs: Tensor, y: NDArray[Any]) -> float:
         return float(self._loss(outputs, torch.from_numpy(y).to(outputs.device)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -10,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from atoll.learners.scoring import ignored
+
 #: Fewer classes than this are a short dimension.
 SHORT = 32
+
+#: What in a graph moves numbers and changes none.
+RESHAPING = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Clone", "Alias")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -35,6 +41,78 @@ def _mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _mean_absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.l1_loss(outputs.reshape(targets.shape), targets)
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """The mean cross-entropy over tokens [B, T] that are not padding; 0 where all of them are.
+
+    Its `ignore_index` says which targets do not count, in figures as in training.
+    """
+
+    pad: int
+
+    @property
+    def ignore_index(self) -> int:
+        return self.pad
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        total = F.cross_entropy(
+            outputs.flatten(0, -2), targets.flatten(), ignore_index=self.pad, reduction="sum"
+        )
+        return total / (targets != self.pad).sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class OfBatch:
+    """A loss that is no mean over examples but of a batch as a whole, as contrastive ones are.
+
+    Nothing checks then that it is a mean; what is reported of it is the mean over batches, each
+    weighted by its examples, so that it depends on how examples are batched.
+    """
+
+    loss: Loss
+    of_batch = True
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(outputs, targets)
+
+
+@dataclass(frozen=True)
+class _OverCounted:
+    """A loss with an `ignore_index`, 0 instead of NaN where no target counts."""
+
+    loss: Loss
+    ignore_index: int
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if (targets == self.ignore_index).all():
+            return (outputs * 0).sum()
+        return self.loss(outputs, targets)
+
+
+def loss_of(given: str | Loss) -> Loss:
+    """The loss of this name, or the given one, without NaN where no target counts."""
+    if isinstance(given, str):
+        return LOSSES[given]
+    mark = ignored(given)
+    if mark is None or isinstance(given, NextTokens):
+        return given
+    return _OverCounted(given, mark)
+
+
+def last_function(outputs: Tensor) -> str:
+    """"sigmoid" or "softmax" if that made these outputs, as their graph says; else ""."""
+    node = outputs.grad_fn
+    while node is not None:
+        name = type(node).__name__
+        for found in ("Sigmoid", "Softmax"):
+            if name.startswith(found):
+                return found.lower()
+        if not name.startswith(RESHAPING):
+            return ""
+        node = node.next_functions[0][0]
+    return ""
 
 
 LOSSES: dict[str, Loss] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -17,6 +16,7 @@ from atoll.core.vectors import Layout, Vectors
 from atoll.data.examples import Examples, Rows, of_each, picked
 from atoll.errors import ConfigurationError
 from atoll.learners.base import Objective
+from atoll.learners.torch.initial import still
 from atoll.learners.torch.losses import Loss
 from atoll.learners.torch.stacking.columns import on_device
 from atoll.learners.torch.stacking.rules import OptimizerFactory, optimizer_over
@@ -27,36 +27,13 @@ def called(module: nn.Module, x: Any) -> Any:
     return module(**x) if isinstance(x, dict) else module(x)
 
 
-def redrawn(module: nn.Module) -> nn.Module:
-    """A copy whose trained parameters are drawn anew from torch's generator."""
-    fresh = copy.deepcopy(module)
-    trained = {name: p for name, p in fresh.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        # Whatever no `reset_parameters` reaches is still NaN afterwards.
-        for parameter in trained.values():
-            parameter.fill_(math.nan)
-        for part in fresh.modules():
-            renew = getattr(part, "reset_parameters", None) or getattr(
-                part, "_reset_parameters", None
-            )
-            if callable(renew):
-                renew()
-    stuck = [name for name, p in trained.items() if bool(p.isnan().any())]
-    if stuck:
-        raise ConfigurationError(
-            f"the initial value of {stuck[0]!r} cannot be drawn from the seed, because no "
-            "reset_parameters() of its module sets it; give it one, or say weights='given' to "
-            "start from the module's own parameters"
-        )
-    return fresh
-
-
 class Resident:
     """A copy of the module whose trainable parameters are views of one flat vector."""
 
     def __init__(self, module: nn.Module, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
         self.module = copy.deepcopy(module).to(self.device)
+        self._resting = still(module)
         trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         persistent = set(self.module.state_dict(keep_vars=True))
         buffers = dict(self.module.named_buffers())
@@ -107,6 +84,13 @@ class Resident:
                 present[name].copy_(source.view(present[name].shape))
             for name, value in self._private.items():
                 present[name].copy_(value)
+
+    def train(self) -> None:
+        """Set the module to training, but for the parts that rest."""
+        self.module.train()
+        for name in self._resting:
+            # Not `eval()`: what is inside rests by itself.
+            self.module.get_submodule(name).training = False
 
     def buffered(self) -> dict[str, Tensor]:
         """Every buffer, copied."""
@@ -199,7 +183,7 @@ class ResidentDescent:
         with self._resident.standing_at(params), torch.no_grad():
             module.eval()
             found: Tensor = called(module, x)
-            module.train()
+            self._resident.train()
         draw_again(now)
         return found
 
