@@ -215,9 +215,8 @@ def test_parameters_that_cannot_be_redrawn_are_refused_by_name():
         def forward(self, x):
             return self.gain * x
 
-    learner = TorchLearner(nn.Sequential(nn.Linear(4, 3), Scale()))
     with pytest.raises(ConfigurationError, match="'1.gain' cannot be drawn from the seed"):
-        learner.init(Key(0))
+        TorchLearner(nn.Sequential(nn.Linear(4, 3), Scale()))
 
 
 def test_frozen_parameters_stay_and_do_not_travel():

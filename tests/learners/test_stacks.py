@@ -210,7 +210,7 @@ def test_dense_models_agree(module, sizes, batch, epochs):
 @given(module=image_models(), sizes=SIZES, batch=st.integers(2, 6))
 @settings(max_examples=40)
 def test_convolutional_models_agree(module, sizes, batch):
-    learner = TorchLearner(module, lr=0.05, batch_size=batch)
+    learner = TorchLearner(module, lr=0.05, batch_size=batch, weights="given")
     x, y = drawn((2, 8, 8))
     assert learner.stacks(Examples(x, y)) == ""
     check(learner, x, y, sizes)
@@ -748,7 +748,7 @@ def test_outputs_that_are_not_one_for_each_example_are_refused():
     clients = data.from_columns(
         text[:, :-1].copy(), text[:, 1:].copy(), np.array([0, 20]), task="tokens", classes=CLASSES
     )
-    with pytest.raises(DataError, match=r"8 rows of outputs for 2 examples"):
+    with pytest.raises(DataError, match=r"16 rows of outputs for 4 examples"):
         TorchLearner(Flat()).check(clients)
 
 

@@ -44,9 +44,8 @@ def test_batchnorm_with_one_example_left_over():
 
 
 def test_what_the_seed_cannot_draw_is_refused():
-    learner = torch_learner(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 2))))
     with pytest.raises(ConfigurationError, match="cannot be drawn from the seed"):
-        learner.init(Key(0))
+        torch_learner(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 2))))
 
 
 def test_frozen_parameters_are_part_of_a_runs_identity(tmp_path):
@@ -104,7 +103,7 @@ def test_misfits_get_a_sentence():
     cases = [
         (Two(), {}, 2, "gives tuple, not a tensor"),
         (nn.Linear(4, 1), {"loss": "binary_cross_entropy"}, 5, "is for two classes"),
-        (nn.Linear(4, 2), {"loss": lambda o, t: o}, 2, "does not fit"),
+        (nn.Linear(4, 2), {"loss": lambda o, t: o}, 2, "must be one number, their mean"),
     ]
     for module, settings, classes, message in cases:
         with pytest.raises(DataError, match=message):

@@ -34,6 +34,7 @@ from atoll.rounds.task import (
     check_names,
     conformed,
     in_learner,
+    lent,
     remembered,
     run_task,
     sent,
@@ -96,7 +97,9 @@ def together(
     stack = _stacked(plan, data, opened, tasks)
     got = in_learner(learner, {**opened.algorithm, **opened.given})
     mine = _memories([task.state.get("algorithm", {}) for task in tasks])
-    update, kept = plan.algorithm.work(stack, got, in_learner(learner, mine))
+    remembered = in_learner(learner, mine)
+    with lent(got, remembered):
+        update, kept = plan.algorithm.work(stack, got, remembered)
     states = _states(plan, kept, stack, tasks)
     if update.shares or not plan.stages.transparent:
         return _each(plan, update, stack, opened, tasks, states, sums)

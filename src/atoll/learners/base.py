@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -214,9 +215,7 @@ class Learner(ABC):
             probabilities=self.gives_probabilities(outputs, targets, kind),
         )  # fmt: skip
 
-    def gives_probabilities(
-        self, outputs: NDArray[Any], targets: NDArray[Any], task: Task
-    ) -> bool:
+    def gives_probabilities(self, outputs: NDArray[Any], targets: NDArray[Any], task: Task) -> bool:
         """Whether outputs that each decide a yes or no are probabilities, and not logits."""
         return False
 
@@ -394,8 +393,14 @@ class Descent(Protocol):
         has "objective" is given one.
         """
 
-    def step(self, direction: Array, lr: float) -> None:
-        """Move `params`, in place, along minus `direction`."""
+    def step(
+        self, direction: Array, lr: float, again: Callable[[], tuple[Array, Any]] | None = None
+    ) -> None:
+        """Move `params`, in place, along minus `direction`.
+
+        `again` gives the direction and the loss of the same batch where `params` now are, for
+        optimisers that look more than once.
+        """
 
     def result(self) -> tuple[Array, Vectors]:
         """The trained parameters (copied) and the statistics."""
@@ -408,6 +413,8 @@ class GradientLearner(Learner, Stacking):
     Args:
         lr: local learning rate, or a `rates` schedule of the round.
         batch_size: examples per step; None takes all of a client's examples at once.
+        drop_last: leave out the last batch of a pass where it is shorter than `batch_size`, unless
+            a client has no other.
         epochs: passes over the client's examples per round.
         steps: if given, exactly so many local steps per round instead of `epochs`.
         max_gradient_norm: if given, each batch gradient is scaled to at most this L2 norm.
@@ -416,6 +423,7 @@ class GradientLearner(Learner, Stacking):
 
     lr: float | Rate = 0.1
     batch_size: int | None = 32
+    drop_last: bool = False
     epochs: int = 1
     steps: int | None = None
     max_gradient_norm: float | None = None
@@ -458,7 +466,7 @@ class GradientLearner(Learner, Stacking):
             return self.steps
         size = self.batch_size or examples
         full, rest = divmod(examples, size)
-        short = rest > 0 and (full == 0 or rest >= self.smallest_batch)
+        short = rest > 0 and (full == 0 or (rest >= self.smallest_batch and not self.drop_last))
         return self.epochs * (full + short)
 
     def check(self, data: FederatedData) -> None:
@@ -491,7 +499,13 @@ class GradientLearner(Learner, Stacking):
 
     def _epoch(self, count: int) -> list[slice]:
         """The batches of one pass over so many examples."""
-        return self._cut(count, self.batch_size or count)
+        size = self.batch_size or count
+        return self._cut(count - count % size if self.drop_last and count > size else count, size)
+
+    def _smallest_to_come(self, data: FederatedData) -> int:
+        """The fewest examples of any batch in training on these data."""
+        sizes = np.unique(data.sizes())
+        return min(part.stop - part.start for n in sizes if n for part in self._epoch(int(n))[-1:])
 
     def _asked(self, examples: Sequence[Examples], assignments: Sequence[Assignment]) -> list[int]:
         """The local steps that are asked of each client."""
@@ -515,8 +529,9 @@ class GradientLearner(Learner, Stacking):
             done = seen = 0
             losses: Any = 0.0
             for batch in self._batches(descent, examples, steps, word):
-                direction, loss = self._direction(descent, batch, correction, objective)
-                descent.step(direction, lr)
+                again = partial(self._direction, descent, batch, correction, objective)
+                direction, loss = again()
+                descent.step(direction, lr, again)
                 done, seen, losses = done + 1, seen + batch.stop - batch.start, losses + loss
             params, statistics = descent.result()
         return LocalResult(

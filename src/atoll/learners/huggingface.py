@@ -57,7 +57,8 @@ def _writes(model: nn.Module) -> bool:
     from transformers.models.auto import modeling_auto
 
     named = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base_of: Any = getattr(model, "get_base_model", None)
+    base = model if base_of is None else base_of()
     return any(kind.__name__ in named or "Causal" in kind.__name__ for kind in type(base).__mro__)
 
 

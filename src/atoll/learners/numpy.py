@@ -195,7 +195,7 @@ class _Descent:
                 error *= activations[number] > 0
         return losses.mean()
 
-    def step(self, direction: Vector, lr: float) -> None:
+    def step(self, direction: Vector, lr: float, again: object = None) -> None:
         if self._velocity is not None:
             self._velocity *= np.float32(self._learner.momentum)
             self._velocity += direction

@@ -8,7 +8,8 @@ round that is open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -179,7 +180,8 @@ def run_task(
     Neither `received` nor the task's state is changed; the message shares no array with them.
     """
     client, got, mine = at_work(plan, received, task, examples)
-    update, kept = plan.algorithm.work(client, got, mine)
+    with lent(got, mine):
+        update, kept = plan.algorithm.work(client, got, mine)
     own = as_declared(update, plan, client.statistics, received.statistics)
     memory = {
         name: conformed(plan.learner, name, value, like, "memory")
@@ -235,7 +237,9 @@ def answer_question(
     if owner == "algorithm":
         client, got, mine = at_work(plan, received, task, examples)
         told = in_learner(plan.learner, received.told)
-        return _plain(plan.algorithm.answer(name, client, got, mine, told), plan.learner), kept
+        with lent(got, mine, told):
+            answer = plan.algorithm.answer(name, client, got, mine, told)
+        return _plain(answer, plan.learner), kept
     reducer = plan.stages.reducer
     secret = task.assignment.secret or task.assignment.key
     key = (secret if reducer.secret else task.assignment.key).fold("exchange")
@@ -331,8 +335,35 @@ def _spread(
 
 
 def in_learner(learner: Learner, vectors: Vectors) -> dict[str, Array]:
-    """Arrays of the learner's own kind, shared where possible."""
-    return {name: learner.asarray(vector) for name, vector in vectors.items()}
+    """Arrays of the learner's own kind, shared where possible, and not to be written."""
+    found = {name: learner.asarray(vector) for name, vector in vectors.items()}
+    return {name: _read_only(each) for name, each in found.items()}
+
+
+def _read_only(array: Array) -> Array:
+    """The same numbers, which NumPy does not let anybody write."""
+    if isinstance(array, np.ndarray):
+        array = array.view()
+        array.flags.writeable = False
+    return array
+
+
+@contextmanager
+def lent(*given: Mapping[str, Array]) -> Iterator[None]:
+    """Raise `RunError` if what a rule is given is written meanwhile: others are given it too."""
+    held = [(name, each) for arrays in given for name, each in arrays.items()]
+    # torch counts the writes to a tensor, and cannot forbid them.
+    writes = [getattr(each, "_version", 0) for _, each in held]
+    advice = "other clients are given the same array; compute a new one instead"
+    try:
+        yield
+    except ValueError as error:
+        if "read-only" in str(error):
+            raise RunError(f"a rule writes into an array that it was given: {advice}") from error
+        raise
+    for (name, each), before in zip(held, writes, strict=True):
+        if getattr(each, "_version", 0) != before:
+            raise RunError(f"a rule wrote into the {name!r} that it was given: {advice}")
 
 
 def in_numpy(learner: Learner, value: Any) -> NDArray[Any]:

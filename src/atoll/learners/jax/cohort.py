@@ -26,6 +26,7 @@ from atoll.learners.jax.losses import Loss
 from atoll.learners.jax.models import Model, Tree
 from atoll.learners.jax.objectives import NOTHING, Shown, check_alone, of_each
 from atoll.learners.jax.variables import Variables, stream
+from atoll.learners.scoring import ignored
 
 #: So many rows show whether an objective is a mean over them.
 TRIED = 4
@@ -76,11 +77,19 @@ class Loop:
                 losses = jnp.full(len(outputs), own(outputs, y, *others, **shown.given))
             else:
                 losses = of_each(own, outputs, y, others, shown.given)
-            counted = jnp.where(jnp.arange(len(losses)) < real, losses, 0)
-            return counted.sum() / jnp.maximum(real, 1), after
+            weights = jnp.where(jnp.arange(len(losses)) < real, self.weights(y), 0)
+            counted = jnp.where(weights > 0, losses * weights, 0)
+            return counted.sum() / jnp.maximum(weights.sum(), 1), after
 
         (loss, after), gradient = jax.value_and_grad(objective, has_aux=True)(flat)
         return gradient, loss, after
+
+    def weights(self, y: jax.Array) -> jax.Array:
+        """How many of each example's targets count, where the loss says so; else 1."""
+        mark = ignored(self.loss)
+        if mark is None:
+            return jnp.ones(len(y), jnp.float32)
+        return (y != mark).reshape(len(y), -1).sum(1).astype(jnp.float32)
 
     def outputs(self, flat: jax.Array, state: Tree, x: Tree, key: jax.Array) -> jax.Array:
         """The outputs of parameters [P], as in evaluation."""

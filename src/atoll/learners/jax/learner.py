@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import jax
@@ -30,14 +30,15 @@ from atoll.learners.base import (
     LocalResult,
     Objective,
 )
-from atoll.learners.checks import check_loss, check_outputs
+from atoll.learners.checks import check_loss, check_outputs, check_scale, tried
 from atoll.learners.evaluation import TOKENS_AT_ONCE, mean_over, pieces, sums_of_parts
 from atoll.learners.jax.cohort import Loop, OptimizerFactory, rounded, train_cohort
-from atoll.learners.jax.losses import LOSSES, Loss
+from atoll.learners.jax.losses import LOSSES, Loss, last_function
 from atoll.learners.jax.models import Model, Owned
 from atoll.learners.jax.objectives import NOTHING, Shown
 from atoll.learners.jax.variables import Variables, arrays_of, stream
 from atoll.learners.rates import rate_at
+from atoll.learners.scoring import ignored, takes_probabilities, weight
 from atoll.learners.weights import copied, fits, is_vectors, packed
 
 
@@ -55,7 +56,8 @@ class JaxLearner(GradientLearner):
             something).
         loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit, or one for
             each of several labels), "mse", "l1", or a callable (outputs, targets) -> the loss of
-            each example [B].
+            each example [B]. It may have an `ignore_index`, a target that counts nowhere; an
+            example's loss is then the mean over its targets that count.
         optimizer: None for plain SGD, or an optax optimiser or partial of one, called as
             `optimizer(lr)` afresh for every client and round: nothing is carried over.
     """
@@ -237,7 +239,10 @@ class JaxLearner(GradientLearner):
     def mean_loss(self, model: Vectors, examples: Examples) -> float:
         outputs_of = self._outputs_of(model)
         return mean_over(
-            examples, _at_once([examples]), lambda x, y: self._loss_of(outputs_of(x), y)
+            examples,
+            _at_once([examples]),
+            lambda x, y: self._loss_of(outputs_of(x), y),
+            partial(weight, self.loss),
         )
 
     def _outputs_of(self, model: Vectors) -> Callable[[Any], NDArray[Any]]:
@@ -255,7 +260,19 @@ class JaxLearner(GradientLearner):
         # In one of a few shapes too: every client would be compiled for otherwise.
         size = rounded(len(y))
         losses = self._jitted_loss(_padded(outputs, size), _padded(y, size))
-        return float(np.asarray(losses)[: len(y)].mean())
+        each = np.asarray(losses)[: len(y)]
+        if ignored(self.loss) is None:
+            return float(each.mean())
+        weights = np.asarray(self._loop.weights(jnp.asarray(y)))
+        return float(each[weights > 0] @ weights[weights > 0] / max(weights.sum(), 1))
+
+    def gives_probabilities(self, outputs: NDArray[Any], targets: NDArray[Any], task: Task) -> bool:
+        if isinstance(self.loss, str) or not task.decides(outputs.shape[1:]):
+            return False
+        if "_probabilities" not in self.__dict__:
+            found = takes_probabilities(self._loss_of, outputs, targets)
+            self.__dict__["_probabilities"] = found
+        return bool(self.__dict__["_probabilities"])
 
     @cached_property
     def _jitted_loss(self) -> Any:
@@ -273,11 +290,11 @@ class JaxLearner(GradientLearner):
         """Run one example through loss and model, so that a misfit is said before any training."""
         super().check(data)
         check_loss(self.loss, data)
-        few = data.train(0)
-        x, y = few.take(np.arange(min(2, len(few))))
+        x, y = tried(data)
         model = self.init(Key(0))
+        state = self._variables.state_of(model)
         try:
-            outputs = self._forward(model["params"], self._variables.state_of(model), x)
+            outputs = self._forward(model["params"], state, x)
             losses = self._loss(outputs, jnp.asarray(y))
         except Exception as error:
             raise DataError(
@@ -291,6 +308,8 @@ class JaxLearner(GradientLearner):
             )
         self._check_rows(data, model)
         check_outputs(self.loss, outputs.shape[1:], data)
+        last = last_function(jax.make_jaxpr(self._forward)(model["params"], state, x).jaxpr)
+        check_scale(self.loss, self._loss_of, np.asarray(outputs, np.float32), y, data, last)
 
     def _check_rows(self, data: FederatedData, model: Vectors) -> None:
         """Raise unless what an example comes to is the same whatever stands beside it."""
@@ -395,7 +414,7 @@ class _Descent:
         )
         return found
 
-    def step(self, direction: Array, lr: float) -> None:
+    def step(self, direction: Array, lr: float, again: object = None) -> None:
         if self._memory is None:
             self._memory = self._loop.begin(self.params, lr)
         change, self._memory = self._loop.jitted("step")(self.params, direction, self._memory, lr)

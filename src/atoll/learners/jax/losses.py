@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,30 @@ def _squared(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _absolute(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return _rows(jnp.abs(outputs.reshape(targets.shape) - targets))
+
+
+#: What in a program moves numbers and changes none.
+RESHAPING = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type"}
+
+
+def last_function(jaxpr: Any) -> str:
+    """ "sigmoid" or "softmax" if that makes the first of a program's results; else ""."""
+    made = {id(variable): equation for equation in jaxpr.eqns for variable in equation.outvars}
+    variable = jaxpr.outvars[0]
+    while (equation := made.get(id(variable))) is not None:
+        name = equation.primitive.name
+        inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+        if inner is not None:
+            return last_function(getattr(inner, "jaxpr", inner))
+        if name == "logistic":
+            return "sigmoid"
+        if name == "div":
+            above = made.get(id(equation.invars[0]))
+            return "softmax" if above is not None and above.primitive.name == "exp" else ""
+        if name not in RESHAPING:
+            return ""
+        variable = equation.invars[0]
+    return ""
 
 
 LOSSES: dict[str, Loss] = {

@@ -29,7 +29,7 @@ def _choose_backend() -> None:
 _choose_backend()
 require("keras", "keras>=3", "atoll.learners.KerasLearner")
 
-from atoll.learners.keras.model import OfEach, outputs_checked  # noqa: E402
+from atoll.learners.keras.model import OfEach, not_fresh, outputs_checked  # noqa: E402
 
 __all__ = ["KerasLearner"]
 
@@ -39,15 +39,17 @@ def KerasLearner(  # noqa: N802
 ) -> GradientLearner:
     """A Keras model as a learner: a `JaxLearner` or a `TorchLearner`, by Keras's backend.
 
-    Trainable weights travel and start from the run's seed; frozen ones stay as they are; other
-    weights (running means) are averaged; dropout draws belong to the client and the round.
+    Trainable weights travel; frozen ones stay as they are; other weights (running means) are
+    averaged; dropout draws belong to the client and the round.
 
     Args:
         model: a built model that gives logits or values, copied and never changed.
         loss: "cross_entropy", "binary_cross_entropy", "mse", "l1", or a `keras.losses.Loss`.
         settings: of the learner: lr, batch_size, epochs, steps, max_gradient_norm, and optimizer,
-            which is optax's on JAX and torch.optim's on torch; and weights="given" to start from
-            the model's own weights, as pretrained ones must.
+            which is optax's on JAX and torch.optim's on torch; and weights: "seeded" draws the
+            initial ones from the run's seed by the model's initialisers, "given" starts from the
+            model's own. It must be said for weights that those initialisers would not draw: loaded
+            or trained ones.
     """
     import keras  # type: ignore[import-untyped]
 
@@ -59,9 +61,17 @@ def KerasLearner(  # noqa: N802
             "keras.Input(shape=...) or call model.build(...)"
         )
     outputs_checked(model, loss)
-    weights = settings.pop("weights", "seeded")
-    if weights not in ("seeded", "given"):
+    weights = settings.pop("weights", "auto")
+    if weights not in ("seeded", "given", "auto"):
         raise ConfigurationError(f"weights must be seeded or given, not {weights!r}")
+    if weights == "auto":
+        if reason := not_fresh(model):
+            raise ConfigurationError(
+                f"the model has weights that its initialisers do not draw: {reason}; say "
+                "weights='given' to start from its own, or weights='seeded' to draw them from the "
+                "run's seed"
+            )
+        weights = "seeded"
     backend = keras.backend.backend()
     if backend == "jax":
         from atoll.learners.jax import JaxLearner

@@ -15,6 +15,10 @@ import keras  # type: ignore[import-untyped]
 import numpy as np
 
 from atoll.errors import ConfigurationError
+from atoll.learners.weights import unlike
+
+#: So many draws of a weight tell what its initialiser gives.
+DRAWS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +117,20 @@ class OfEach:
             )
         self.loss = loss
 
+    @property
+    def ignore_index(self) -> int | None:
+        """The class that counts nowhere, as Keras calls it."""
+        found = getattr(self.loss, "ignore_class", None)
+        return None if found is None else int(found)
+
     def __call__(self, outputs: Any, targets: Any) -> Any:
-        values = self.loss.call(targets, outputs)
-        return keras.ops.mean(keras.ops.reshape(values, (len(outputs), -1)), axis=1)
+        values = keras.ops.reshape(self.loss.call(targets, outputs), (len(outputs), -1))
+        if self.ignore_index is None:
+            return keras.ops.mean(values, axis=1)
+        counts = keras.ops.reshape(targets != self.ignore_index, (len(outputs), -1))
+        real = keras.ops.cast(counts, values.dtype)
+        total = keras.ops.sum(keras.ops.where(counts, values, 0.0), axis=1)
+        return total / keras.ops.maximum(keras.ops.sum(real, axis=1), 1.0)
 
     def __repr__(self) -> str:
         return f"{type(self.loss).__name__} {self.loss.get_config()}"
@@ -133,6 +148,18 @@ def redrawn(model: Any, seed: int) -> Any:
     """A copy of the model whose initialisers have drawn from `seed`."""
     with _seeded(seed):
         return _made_again(model)
+
+
+def not_fresh(model: Any) -> str:
+    """Why a model's weights cannot be ones that its initialisers have just drawn."""
+    trained = Weights.of(model).trained
+    draws = [Weights.of(redrawn(model, seed)).trained for seed in range(DRAWS)]
+    for name, variable in trained.items():
+        given = keras.ops.convert_to_numpy(variable)
+        reason = unlike(given, [keras.ops.convert_to_numpy(each[name]) for each in draws])
+        if reason:
+            return f"{variable.path} {reason}"
+    return ""
 
 
 def _made_again(model: Any) -> Any:

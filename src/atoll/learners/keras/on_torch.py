@@ -85,5 +85,13 @@ class MeanOf:
 
     each: OfEach
 
+    @property
+    def ignore_index(self) -> int | None:
+        return self.each.ignore_index
+
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return cast(Tensor, self.each(outputs, targets).mean())
+        each = cast(Tensor, self.each(outputs, targets))
+        if self.ignore_index is None:
+            return each.mean()
+        weights = (targets != self.ignore_index).reshape(len(each), -1).sum(1)
+        return (each * weights).sum() / weights.sum().clamp_min(1)

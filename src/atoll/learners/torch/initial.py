@@ -1,4 +1,4 @@
-"""Initial weights: drawn anew by a module's own layers, or its own because they would not draw them."""
+"""Initial weights: whether a module's layers have just drawn them, and drawing them anew."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _draw(module: nn.Module) -> None:
 
 
 def _inner_first(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every part after those it is made of, as constructors draw: what is outside has the last word."""
+    """Every part after those it is made of, as constructors draw: the outer has the last word."""
     for name, part in module.named_children():
         yield from _inner_first(part, f"{prefix}{name}.")
     yield prefix.removesuffix("."), module

@@ -33,9 +33,10 @@ from atoll.learners.base import (
 )
 from atoll.learners.checks import check_loss, check_mean, check_outputs, check_scale, tried
 from atoll.learners.evaluation import TOKENS_AT_ONCE, mean_over, pieces, sums_of_parts
-from atoll.learners.torch.initial import not_fresh, redrawn, still
 from atoll.learners.scoring import ignored, takes_probabilities, weight
+from atoll.learners.torch.initial import not_fresh, redrawn, still
 from atoll.learners.torch.losses import LOSSES, Loss, last_function, loss_of
+from atoll.learners.torch.optimizers import OptimizerFactory, wants_parameters
 from atoll.learners.torch.resident import (
     PROCESS,
     Resident,
@@ -54,7 +55,6 @@ from atoll.learners.torch.stacking.cohort import (
     weights_of,
 )
 from atoll.learners.torch.stacking.program import Program
-from atoll.learners.torch.stacking.rules import ELEMENTWISE, OptimizerFactory, optimizer_over
 from atoll.learners.torch.stacking.tape import Tape
 from atoll.learners.torch.weights import array_of, named, tensors_of, what
 from atoll.learners.weights import copied, fits, is_vectors, packed
@@ -77,14 +77,18 @@ class TorchLearner(GradientLearner):
 
     Args:
         module: any module. Parameters that require gradients are trained and travel; persistent
-            buffers are averaged; frozen parameters stay as they are and do not travel. Parts in eval
-            mode stay in it in training; of a module that is in eval mode itself, the frozen ones.
+            buffers are averaged; frozen parameters stay as they are and do not travel. Parts that
+            are in eval mode stay in it, if the module is not or their parameters are all frozen.
         loss: "cross_entropy" (labels or next tokens), "binary_cross_entropy" (one logit, or one for
             each of several labels), "mse", "l1", or a callable (outputs, targets) -> mean loss,
             which may have an `ignore_index`: a target that counts nowhere. `OfBatch(...)` marks
             one that is no mean over examples.
-        optimizer: None for plain SGD, or any `torch.optim` class or partial of one, called as
-            `optimizer([flat], lr=lr)` afresh for every client and round: nothing is carried over.
+        optimizer: None for plain SGD, or any `torch.optim` class, partial of one, or function that
+            makes one, called as `optimizer(parameters, lr=lr)` afresh for every client and round:
+            nothing is carried over. Parameters are one flat vector for what treats each number
+            alone (SGD, Adam, ...), and the module's for what does not (LBFGS, Adafactor, ...) or
+            makes groups of them; a function whose first argument is called `named_parameters` gets
+            them with their names.
         weights: "seeded" draws the initial parameters anew from the run's seed, through every
             submodule's `reset_parameters`; "given" starts from the module's own, as pretrained
             models must. It must be said for a module in eval mode, or with weights that its layers
@@ -136,6 +140,17 @@ class TorchLearner(GradientLearner):
             raise ConfigurationError("the module has no parameter that requires a gradient")
         if self.weights == "auto":
             self._check_fresh()
+        # Refused here rather than in the middle of a round.
+        _ = self._whole
+
+    @cached_property
+    def _whole(self) -> str:
+        """Why the optimiser is given the parameters and not one flat vector; empty if it is not."""
+        if self.optimizer is None:
+            return ""
+        trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        with draws_from(Key(0)):
+            return wants_parameters(self.optimizer, trained)
 
     def _check_fresh(self) -> None:
         """Raise where drawing the weights from the seed would throw away those that are there."""
@@ -205,13 +220,8 @@ class TorchLearner(GradientLearner):
         return self.__dict__["_lowering"]  # type: ignore[no-any-return]
 
     def _lower(self, examples: Examples) -> Lowering:
-        if self.optimizer is not None:
-            kind = type(optimizer_over(self.optimizer, torch.zeros(1)))
-            if kind not in ELEMENTWISE:
-                return Lowering(
-                    None, None, f"{kind.__name__} may treat a vector as a whole, so clients cannot "
-                    "share one"
-                )  # fmt: skip
+        if self._whole:
+            return Lowering(None, None, self._whole)
         resting = sorted(still(self.module))
         if resting:
             return Lowering(None, None, f"{resting[0]} stays in eval mode while others train")
@@ -288,7 +298,8 @@ class TorchLearner(GradientLearner):
         if program is None:
             return super().gradient(model, examples, key, chunk)
         cut = self._cut(len(examples), chunk)
-        return gradient_of(program, self.layout, self._settings, model, examples, key, cut)
+        shares = self._shares(examples, cut)
+        return gradient_of(program, self.layout, self._settings, model, examples, key, cut, shares)
 
     def train_cohort(
         self,
@@ -351,6 +362,7 @@ class TorchLearner(GradientLearner):
         check_loss(self.loss, data)
         x, y = tried(data)
         outputs = self._try_out(data, x, y)
+        self._try_smallest(data, x, y)
         if not isinstance(outputs, Tensor):
             raise DataError(
                 f"the module gives {type(outputs).__name__}, not a tensor; wrap it so that it "
@@ -389,13 +401,36 @@ class TorchLearner(GradientLearner):
                 f"{shape_text(data.shape)}: {error}"
             ) from error
 
+    def _try_smallest(self, data: FederatedData, x: Any, y: NDArray[Any]) -> None:
+        """Raise `DataError` if the module cannot train on the shortest batch that will come."""
+        size = self._smallest_to_come(data)
+        if size >= len(y):
+            return
+        module = Resident(self.module).module
+        few = of_each(x, lambda column: torch.tensor(column[:size]))
+        try:
+            with draws_from(Key(0)):
+                outputs = called(module, few)
+                loss = self._loss(outputs, torch.from_numpy(y[:size]))
+            if loss.numel() != 1:
+                raise ValueError(f"the loss has shape {list(loss.shape)}")
+        except Exception as error:
+            raise DataError(
+                f"some clients' last batch has {size} of batch_size={self.batch_size} examples, "
+                f"and the module cannot train on so few: {error}. Leave it out with "
+                "drop_last=True, choose another batch_size, or mend the module (squeeze(-1) "
+                "instead of squeeze(), a recurrent state of the batch's own size)"
+            ) from error
+
     @contextmanager
     def descend(self, model: Vectors, examples: Examples, key: Key) -> Iterator[ResidentDescent]:
         resident = self._resident
         with draws_from(key):
             resident.load(model)
             resident.train()
-            yield ResidentDescent(resident, self._loss, self.optimizer, examples)
+            yield ResidentDescent(
+                resident, self._loss, self.optimizer, examples, whole=bool(self._whole)
+            )
 
     def norm(self, vector: Tensor) -> float:
         return float(torch.linalg.vector_norm(vector))
@@ -437,9 +472,7 @@ class TorchLearner(GradientLearner):
         with torch.no_grad():
             return float(self._loss(torch.from_numpy(outputs), torch.from_numpy(y)))
 
-    def gives_probabilities(
-        self, outputs: NDArray[Any], targets: NDArray[Any], task: Task
-    ) -> bool:
+    def gives_probabilities(self, outputs: NDArray[Any], targets: NDArray[Any], task: Task) -> bool:
         if isinstance(self.loss, str) or not task.decides(outputs.shape[1:]):
             return False
         if "_probabilities" not in self.__dict__:

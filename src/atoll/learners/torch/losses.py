@@ -102,7 +102,7 @@ def loss_of(given: str | Loss) -> Loss:
 
 
 def last_function(outputs: Tensor) -> str:
-    """"sigmoid" or "softmax" if that made these outputs, as their graph says; else ""."""
+    """ "sigmoid" or "softmax" if that made these outputs, as their graph says; else ""."""
     node = outputs.grad_fn
     while node is not None:
         name = type(node).__name__

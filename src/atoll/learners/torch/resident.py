@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from atoll.core.random import Key
-from atoll.core.vectors import Layout, Vectors
+from atoll.core.vectors import Array, Layout, Vectors
 from atoll.data.examples import Examples, Rows, of_each, picked
 from atoll.errors import ConfigurationError
 from atoll.learners.base import Objective
 from atoll.learners.torch.initial import still
 from atoll.learners.torch.losses import Loss
+from atoll.learners.torch.optimizers import (
+    OptimizerFactory,
+    over_parameters,
+    over_vector,
+    step,
+)
 from atoll.learners.torch.stacking.columns import on_device
-from atoll.learners.torch.stacking.rules import OptimizerFactory, optimizer_over
 
 
 def called(module: nn.Module, x: Any) -> Any:
@@ -43,6 +48,7 @@ class Resident:
             name: b.detach().clone() for name, b in buffers.items() if name not in persistent
         }
         self.layout = Layout.of(trained, self.buffers)
+        self.trained = tuple(trained)
         self.flat = torch.empty(self.layout.size, device=self.device)
         self.gradients = torch.zeros(self.layout.size, device=self.device)
         for name, parameter in trained.items():
@@ -121,16 +127,17 @@ class ResidentDescent:
         loss: Loss,
         optimizer: OptimizerFactory | None,
         examples: Examples,
+        *,
+        whole: bool,
     ) -> None:
+        """`whole` says that the optimiser is given the parameters, and not one flat vector."""
         self.params = resident.flat
         self._resident, self._loss = resident, loss
         self._x = of_each(examples.x, lambda column: on_device(column, resident.device))
         self._y = on_device(examples.y, resident.device)
         self._marked = False
+        self._factory, self._whole = optimizer, whole
         self._optimizer: torch.optim.Optimizer | None = None
-        if optimizer is not None:
-            self._optimizer = optimizer_over(optimizer, resident.flat)
-            (self._parameter,) = self._optimizer.param_groups[0]["params"]
 
     def gather(self, rows: Rows | slice) -> None:
         if isinstance(rows, slice):
@@ -187,18 +194,42 @@ class ResidentDescent:
         draw_again(now)
         return found
 
-    def step(self, direction: Tensor, lr: float) -> None:
-        if self._optimizer is None:
+    def step(
+        self, direction: Tensor, lr: float, again: Callable[[], tuple[Array, Any]] | None = None
+    ) -> None:
+        if self._factory is None:
             self.params.add_(direction, alpha=-lr)
             return
+        if self._optimizer is None:
+            self._optimizer = self._begun(self._factory, lr)
+        self._descend_along(direction)
+
+        def closure() -> Tensor:
+            assert again is not None
+            with torch.enable_grad():
+                direction, loss = again()
+            self._descend_along(direction)
+            return torch.as_tensor(loss)
+
+        step(self._optimizer, closure)
+
+    def _begun(self, factory: OptimizerFactory, lr: float) -> torch.optim.Optimizer:
+        """The optimiser of this descent, whose gradients are views of the flat one."""
+        resident = self._resident
+        if not self._whole:
+            optimizer = over_vector(factory, resident.flat, lr)
+            (parameter,) = optimizer.param_groups[0]["params"]
+            parameter.grad = resident.gradients
+            return optimizer
+        named = dict(resident.module.named_parameters())
+        return over_parameters(factory, {name: named[name] for name in resident.trained}, lr)
+
+    def _descend_along(self, direction: Tensor) -> None:
+        """Let the parameters' gradients be this direction."""
         gradients = self._resident.gradients
         if direction is not gradients:
             # Some optimisers write into it, and a correction may give what is not the loop's own.
             gradients.copy_(direction)
-        self._parameter.grad = gradients
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
 
     def result(self) -> tuple[Tensor, Vectors]:
         return self.params.clone(), self._resident.statistics()

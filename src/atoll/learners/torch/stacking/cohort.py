@@ -21,6 +21,7 @@ from atoll.learners.batches import Batches, batches
 from atoll.learners.rates import Rate, rate_at
 from atoll.learners.torch.cuda_graphs import Workspace, record
 from atoll.learners.torch.losses import Loss, cohort_loss
+from atoll.learners.torch.optimizers import OptimizerFactory
 from atoll.learners.torch.stacking import layers
 from atoll.learners.torch.stacking.aims import Aim, in_order
 from atoll.learners.torch.stacking.columns import Columns
@@ -29,7 +30,6 @@ from atoll.learners.torch.stacking.rules import (
     Descend,
     Factors,
     Gather,
-    OptimizerFactory,
     StackRule,
     rule_for,
 )
@@ -222,8 +222,12 @@ def gradient_of(
     examples: Examples,
     key: Key,
     cut: Sequence[slice],
+    shares: Sequence[float],
 ) -> tuple[Tensor, Vectors]:
-    """The gradient [P] of one client's mean loss over all its examples, and the new statistics."""
+    """The gradient [P] of one client's mean loss over all its examples, and the new statistics.
+
+    `shares` are those of each batch's mean loss in that of all.
+    """
     device = settings.device
     entries = {section: [e for e in layout.entries if e.section == section] for section in SECTIONS}
     params = Stack(entries["params"], 1, device=device)
@@ -235,7 +239,7 @@ def gradient_of(
     columns = Columns([examples], device)
     total = torch.zeros_like(params.flat)
     with torch.no_grad():
-        for part in cut:
+        for part, share in zip(cut, shares, strict=True):
             rows = examples.at(np.arange(part.start, part.stop))
             x, y = columns.take(torch.from_numpy(np.asarray(rows)).to(device))
             rule.begin(1)
@@ -243,7 +247,7 @@ def gradient_of(
             outputs = program.run(tape, tape.input(x))
             _, outputs.grad = cohort_loss(settings.loss, outputs.data, y, 1, None)
             tape.back()
-            total.add_(rule.gradient(), alpha=(part.stop - part.start) / len(examples))
+            total.add_(rule.gradient(), alpha=share)
     return total, {s: stack.flat.cpu().numpy() for s, stack in buffers.items()}
 
 

@@ -12,31 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atoll.learners.base import Affine, At, Correction
+from atoll.learners.torch.optimizers import OptimizerFactory, over_vector
 from atoll.learners.torch.stacking.stack import Stack
 
-OptimizerFactory = Callable[..., torch.optim.Optimizer]
 #: The gradient of a step's batch at other parameters, as an `At` is given it.
 Elsewhere = Callable[[Tensor], Tensor]
-
-#: Optimisers that treat every number alone, so that a flat vector of a cohort serves them.
-ELEMENTWISE = {
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.ASGD,
-}
-#: Those of them that have a fused kernel on every device.
-FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
 
 
 class Factors:
@@ -221,7 +204,6 @@ class Gather(StackRule):
             self.params.flat.add_(self.into.flat, alpha=-lr)
             return
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
             for parameter in group["params"]:
                 parameter.grad = self.into.flat
         self.optimizer.step()
@@ -261,16 +243,6 @@ def constant_stack(params: Stack, constant: Tensor) -> Stack:
     return stack
 
 
-def optimizer_over(factory: OptimizerFactory, flat: Tensor) -> torch.optim.Optimizer:
-    """The optimiser of a flat vector, with torch's fused kernel where it has one."""
-    optimizer = factory([nn.Parameter(flat, requires_grad=True)], lr=1.0)
-    if type(optimizer) in FUSED and optimizer.param_groups[0].get("fused") is None:
-        group = optimizer.param_groups[0]
-        if not (group.get("foreach") or group.get("differentiable") or group.get("capturable")):
-            group["fused"] = True
-    return optimizer
-
-
 def rule_for(
     params: Stack,
     factory: OptimizerFactory | None,
@@ -290,7 +262,7 @@ def rule_for(
     affine = correction is None or isinstance(correction, Affine)
     if isinstance(correction, Affine):
         scale, constant = correction.scale, correction.constant
-    optimizer = None if factory is None else optimizer_over(factory, params.flat)
+    optimizer = None if factory is None else over_vector(factory, params.flat, lr)
     if affine and complete and max_norm is None:
         if optimizer is None:
             held = None if constant is None else constant_stack(params, constant)
