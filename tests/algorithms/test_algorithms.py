@@ -47,7 +47,7 @@ class Quadratic(GradientLearner):
                 gradient = np.mean(self.a[batch] * error, keepdims=True).astype(np.float32)
                 return gradient, float(np.mean(self.a[batch] / 2 * error**2))
 
-            def step(self, direction, lr):
+            def step(self, direction, lr, again=None):
                 self.params -= np.float32(lr) * direction
 
             def result(self):

@@ -1,9 +1,11 @@
 """Ray: the same bytes on actors as in one process, also when actors are lost."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -192,10 +194,13 @@ def test_an_existing_cluster_is_joined_by_its_address():
     """A head node in processes of its own, as on a cluster."""
     # Clusters ask for a token, which head and driver get in the same way.
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}
+    # A short path: sockets lie in it. In the usual one this cluster would stay the one to join.
+    folder = tempfile.mkdtemp(prefix="ray")
     # Not `ray stop`: it would end this process's own cluster too, and this process with it.
     head = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=6399", "--block",
-         "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"],
+         "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats",
+         f"--temp-dir={folder}"],
         stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     try:
@@ -217,3 +222,4 @@ assert runs[0].model["params"].tobytes() == runs[1].model["params"].tobytes()
     finally:
         head.terminate()
         head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -83,7 +83,7 @@ def test_regression_targets_must_be_finite():
 
 
 def test_an_empty_client_is_refused_by_name():
-    with pytest.raises(DataError, match="client 'b' has no examples"):
+    with pytest.raises(DataError, match="client 'b': there are no examples"):
         data.from_clients({"a": (np.ones((2, 1)), np.zeros(2)), "b": (np.ones((0, 1)), [])})
     full = blobs().iid(clients=2)
     with pytest.raises(DataError, match="client '1' has no training examples"):

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -173,6 +175,9 @@ def test_feature_shift_of_nothing_is_iid_and_nonsense_is_refused():
     images = rng().normal(size=(40, 3, 3)).astype(np.float32)
     for seen, rows in shifted(images)[1]:
         np.testing.assert_array_equal(seen, images[rows])
-    for nonsense in ({"noise": -0.1}, {"rotations": 0}):
-        with pytest.raises(DataError, match="noise must not be negative and rotations"):
+    for nonsense in (
+        {"noise": -0.1}, {"noise": math.nan}, {"noise": math.inf}, {"noise": "much"},
+        {"rotations": 0}, {"rotations": 1.5}, {"rotations": True},
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=f"{next(iter(nonsense))} must be"):
             shifted(images, **nonsense)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from atoll.aggregation.schema import Shape
-from atoll.algorithms.checks import at_least_zero, plain_numbers
 from atoll.algorithms.client import Client
+from atoll.core.numbers import at_least_zero, plain_numbers
 from atoll.core.room import difference
 from atoll.core.updates import Aggregate
 from atoll.core.vectors import Array, Layout, Vectors

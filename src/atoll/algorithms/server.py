@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from atoll.algorithms.checks import below_one, plain_numbers, positive
+from atoll.core.numbers import below_one, plain_numbers, positive
 from atoll.core.vectors import Vector, Vectors
 
 

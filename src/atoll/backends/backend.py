@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeVar
 
 from atoll.aggregation.stage import Accumulator
+from atoll.core.numbers import whole
 from atoll.core.random import Key
 from atoll.core.vectors import Tree
 from atoll.data.federated import FederatedData
-from atoll.errors import ConfigurationError
 from atoll.learners.base import stacking
 from atoll.rounds.plan import Plan
 from atoll.rounds.task import ClientTask, TaskResult
@@ -82,9 +82,7 @@ class Arrangement:
 
     def __post_init__(self) -> None:
         for name in ("block", "workers", "threads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"{name} must be a whole number of at least 1")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
 
     def alone(self) -> Self:
         """The same cores for one client at a time: as workers, not within an operation."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.numbers import at_least_zero, whole
 from atoll.core.random import Key
 from atoll.data import partition, shift
 from atoll.data.examples import Examples, Inputs, Rows, Shape, length, picked, shape_of, shape_text
@@ -115,7 +116,8 @@ class Dataset:
     ) -> FederatedData:
         """Quantity skew: sizes proportional to LogNormal(0, sigma)."""
         rng = self._rng("lognormal", seed)
-        weights = rng.lognormal(0, sigma, clients)
+        whole("clients", clients, 1, DataError)
+        weights = rng.lognormal(0, at_least_zero("sigma", sigma, DataError), clients)
         return self._deal(partition.sized(len(self), weights, minimum, rng), test, seed)
 
     def power_law(
@@ -129,6 +131,8 @@ class Dataset:
     ) -> FederatedData:
         """Quantity skew: the k-th largest client holds a share proportional to k ** -exponent."""
         rng = self._rng("power law", seed)
+        whole("clients", clients, 1, DataError)
+        at_least_zero("exponent", exponent, DataError)
         weights = np.arange(1, clients + 1, dtype=np.float64) ** -exponent
         return self._deal(partition.sized(len(self), weights, minimum, rng), test, seed)
 
@@ -146,8 +150,8 @@ class Dataset:
         `noise` is the variance that the last client's features gain; `rotations` is how many
         directions of an image the clients take turns in (4: quarter turns).
         """
-        if noise < 0 or rotations < 1:
-            raise DataError("noise must not be negative and rotations must be at least 1")
+        at_least_zero("noise", noise, DataError)
+        whole("rotations", rotations, 1, DataError)
         if isinstance(self.x, dict):
             raise DataError(
                 f"{self.name} has inputs by name ({', '.join(self.x)}); feature_shift changes one "
@@ -170,6 +174,7 @@ class Dataset:
         key = next(iter(self.keys)) if key is None else key
         if key not in self.keys:
             raise DataError(f"{self.name} has no key {key!r}; it has {', '.join(self.keys)}")
+        whole("minimum", minimum, 0, DataError)
         names, rows = partition.by_owner(self.keys[key])
         kept = [i for i, held in enumerate(rows) if len(held) >= minimum]
         if not kept:
@@ -182,7 +187,7 @@ class Dataset:
         return assemble(self, [str(client) for client in range(len(rows))], rows, test, seed, x)
 
     def _rng(self, purpose: str, seed: int) -> np.random.Generator:
-        return Key(seed).fold("partition", purpose).generator()
+        return Key(whole("seed", seed, 0, DataError)).fold("partition", purpose).generator()
 
     def _labels(self) -> NDArray[np.int64]:
         if not self.task.labelled:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.numbers import below_one, whole
 from atoll.core.random import Key
 from atoll.data.examples import (
     Examples,
@@ -230,8 +231,8 @@ def assemble(
 
     A client always keeps at least one training example; a client of few rows may hold out none.
     """
-    if not 0 <= test < 1:
-        raise DataError(f"the test fraction must be at least 0 and below 1, not {test}")
+    below_one("the test fraction", test, DataError)
+    whole("seed", seed, 0, DataError)
     train_rows, test_rows = [], []
     for name, rows in zip(names, partition, strict=True):
         shuffled = Key(seed).fold("hold out", name).generator().permutation(rows)

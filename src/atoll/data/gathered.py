@@ -6,47 +6,89 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from atoll.data.dataset import Dataset
-from atoll.data.examples import Examples, as_inputs, length, stacked
+from atoll.data.examples import Inputs, shape_of, shape_text, stacked
 from atoll.data.federated import FederatedData, assemble
-from atoll.data.tasks import Task, task_of
+from atoll.data.sources.arrays import from_arrays, pair
+from atoll.data.tasks import Task
 from atoll.errors import DataError
+
+Pair = tuple[Inputs, NDArray[Any]]
 
 
 def from_clients(
-    clients: Mapping[str, tuple[Any, NDArray[Any]]],
+    clients: Mapping[Any, tuple[Any, ArrayLike]],
     *,
-    task: Task | str = "classification",
+    task: Task | str | None = None,
     classes: int | None = None,
     test: float = 0.2,
-    test_part: tuple[Any, NDArray[Any]] | None = None,
+    test_part: tuple[Any, ArrayLike] | None = None,
     seed: int = 0,
     name: str = "clients",
 ) -> FederatedData:
     """A population from each client's own arrays: `{"hospital-a": (x, y), ...}`.
 
-    `x` may be a dict of arrays by name, the same names for everybody.
+    Arrays are as in `from_arrays`, the same shapes and kinds for everybody; text labels get the
+    sorted texts of all clients as their names. `x` may be a dict of arrays by name.
+
+    Raises DataError, naming the client, for what does not fit.
     """
+    if not isinstance(clients, Mapping):
+        raise DataError(
+            f"{name}: from_clients takes a dict of client names to pairs (x, y), not "
+            f"{type(clients).__name__}"
+        )
     if not clients:
         raise DataError(f"{name}: there are no clients")
-    empty = [client for client, (x, _) in clients.items() if not length(as_inputs(x))]
-    if empty:
-        raise DataError(f"{name}: client {empty[0]!r} has no examples; leave it out")
-    kind, inputs = task_of(task), {client: as_inputs(x) for client, (x, _) in clients.items()}
-    names = {client: list(x) if isinstance(x, dict) else [] for client, x in inputs.items()}
-    first = next(iter(names))
-    for client, own in names.items():
-        if set(own) != set(names[first]):
-            raise DataError(
-                f"{name}: inputs of client {client!r} are {own}, but {names[first]} of {first!r}"
-            )
-    x = stacked(list(inputs.values()))
-    y = np.concatenate([np.asarray(y) for _, y in clients.values()])
-    if classes is None:
-        classes = kind.count([(x, y)])
-    held_out = None if test_part is None else Examples(*test_part)
-    dataset = Dataset(name, x, y, kind, classes, test=held_out)
-    ends = np.cumsum([len(own) for _, own in clients.values()])
-    return assemble(dataset, list(clients), np.split(np.arange(len(y)), ends[:-1]), test, seed)
+    held = {
+        str(client): _own(own, f"{name}, client {client!r}", task)
+        for client, own in clients.items()
+    }
+    if len(held) < len(clients):
+        raise DataError(f"{name}: two clients have the same name once it is text")
+    first = next(iter(held))
+    for client, own in held.items():
+        _check_alike(own, held[first], f"{name}, client {client!r}", repr(first))
+    dataset = from_arrays(
+        stacked([x for x, _ in held.values()]),
+        np.concatenate([y for _, y in held.values()]),
+        task=task,
+        classes=classes,
+        test=test_part,
+        name=name,
+    )
+    ends = np.cumsum([len(y) for _, y in held.values()])
+    return assemble(dataset, list(held), np.split(np.arange(len(dataset)), ends[:-1]), test, seed)
+
+
+def _own(own: Any, name: str, task: Task | str | None) -> Pair:
+    """One client's pair of arrays."""
+    if not isinstance(own, tuple | list) or len(own) != 2:
+        raise DataError(
+            f"{name}: give a pair of arrays (x, y), not {type(own).__name__}; a torch dataset goes "
+            "through from_torch"
+        )
+    return pair(own[0], own[1], name, task)
+
+
+def _check_alike(own: Pair, other: Pair, name: str, whom: str) -> None:
+    """Raise `DataError` unless both clients' arrays are of one shape and kind."""
+    if isinstance(own[0], dict) != isinstance(other[0], dict) or (
+        isinstance(own[0], dict) and set(own[0]) != set(other[0])
+    ):
+        told = [", ".join(x) if isinstance(x, dict) else "one array" for x in (own[0], other[0])]
+        raise DataError(f"{name}: the inputs are {told[0]}, but {told[1]} of {whom}")
+    if shape_of(own[0]) != shape_of(other[0]):
+        raise DataError(
+            f"{name}: inputs have shape {shape_text(shape_of(own[0]))}, but "
+            f"{shape_text(shape_of(other[0]))} of {whom}"
+        )
+    if own[1].shape[1:] != other[1].shape[1:]:
+        raise DataError(
+            f"{name}: targets have shape {list(own[1].shape[1:])}, but "
+            f"{list(other[1].shape[1:])} of {whom}"
+        )
+    kinds = ["text" if y.dtype.kind == "O" else "numbers" for y in (own[1], other[1])]
+    if kinds[0] != kinds[1]:
+        raise DataError(f"{name}: the labels are {kinds[0]}, but {kinds[1]} of {whom}")

@@ -6,11 +6,13 @@ hold every row once. `Dataset` offers them as methods.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.numbers import positive, whole
 from atoll.data.examples import Rows
 from atoll.errors import DataError
 
@@ -29,14 +31,15 @@ def dirichlet(
     """Label skew: each class is split over the clients in proportions Dirichlet(alpha).
 
     Yurochkin et al., ICML 2019, section 4; "p_k ~ Dir(beta)" of Li et al., ICDE 2022. Small alpha
-    leaves clients empty; those below `minimum` are topped up from the largest ones.
+    leaves clients empty; those below `minimum` are topped up from the largest ones; an infinite one
+    gives everybody the same share, which papers call IID.
     """
-    _positive("alpha", alpha)
+    _concentration(alpha)
     _enough(len(labels), clients, minimum)
     held: list[list[Rows]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        shares = _dirichlet(np.full(clients, alpha), rng)
+        shares = _shares(alpha, clients, rng)
         cuts = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
         for client, part in enumerate(np.split(rows, cuts)):
             held[client].append(part)
@@ -52,7 +55,7 @@ def balanced_dirichlet(
     Hsu, Qi, Brown, 2019 (arXiv:1909.06335), section 3.1: q ~ Dirichlet(alpha * prior); a class
     that runs out is left out of the mixtures drawn after.
     """
-    _positive("alpha", alpha)
+    _concentration(alpha)
     _enough(len(labels), clients)
     present, counts = np.unique(labels, return_counts=True)
     pools = [list(rng.permutation(np.flatnonzero(labels == label))) for label in present]
@@ -60,7 +63,7 @@ def balanced_dirichlet(
     left = counts.astype(np.float64)
     partition = []
     for size in _even(len(labels), clients):
-        mixture = _dirichlet(alpha * prior, rng)
+        mixture = prior if math.isinf(alpha) else _dirichlet(alpha * prior, rng)
         rows = []
         for _ in range(size):
             weights = np.where(left > 0, mixture, 0.0)
@@ -80,7 +83,7 @@ def shards(
 
     McMahan et al., AISTATS 2017, section 3: 200 shards of 300, and 2 shards for each client.
     """
-    _enough(len(labels), clients, per_client)
+    _enough(len(labels), clients, whole("per_client", per_client, 1, DataError))
     pieces = clients * per_client
     order = rng.permutation(len(labels))
     cut = np.array_split(order[np.argsort(labels[order], kind="stable")], pieces)
@@ -106,6 +109,12 @@ def by_owner(owners: NDArray[Any]) -> tuple[list[str], Partition]:
     order = np.argsort(inverse, kind="stable")
     ends = np.cumsum(np.bincount(inverse, minlength=len(names)))
     return [str(name) for name in names], np.split(order, ends[:-1])
+
+
+def _shares(alpha: float, clients: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    if math.isinf(alpha):
+        return np.full(clients, 1 / clients)
+    return _dirichlet(np.full(clients, alpha), rng)
 
 
 def _dirichlet(alpha: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -137,9 +146,8 @@ def _even(total: int, parts: int) -> list[int]:
 
 
 def _enough(examples: int, clients: int, each: int = 1) -> None:
-    if not isinstance(clients, int) or clients < 1:
-        raise DataError(f"clients must be a whole number of at least 1, not {clients!r}")
-    needed = clients * each
+    whole("clients", clients, 1, DataError)
+    needed = clients * max(1, whole("minimum", each, 0, DataError))
     if examples < needed:
         raise DataError(
             f"{examples} examples are too few: this partition needs at least {needed}; "
@@ -147,6 +155,6 @@ def _enough(examples: int, clients: int, each: int = 1) -> None:
         )
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise DataError(f"{name} must be positive, not {value}")
+def _concentration(alpha: float) -> None:
+    if alpha != math.inf:
+        positive("alpha", alpha, DataError)

@@ -33,6 +33,8 @@ Array = NDArray[Any]
 
 #: More classes than this, and more than there are examples, are not inferred but asked for.
 INFERRED_CLASSES = 1000
+#: Whole numbers up to this one are float32 as they are.
+EXACT = 1 << 24
 
 
 class Task(ABC):
@@ -379,6 +381,14 @@ def real(x: Array, noun: str) -> Array:
     """Numbers as float32, none of them missing; a whole row is named where one is."""
     if x.dtype.kind not in "fiub":
         raise DataError(f"{noun} have dtype {x.dtype}; encode them as numbers first")
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 2 and x.size:
+        most = max(int(x.max()), -int(x.min()))
+        if most > EXACT:
+            raise DataError(
+                f"{noun} hold whole numbers up to {most}, but float32 is exact up to {EXACT} only: "
+                "different ids would become one. Give them as an input by name, "
+                "x={'ids': ...}, which stays int64, number them from 0, or divide amounts"
+            )
     x = _writeable(np.ascontiguousarray(x, dtype=np.float32))
     bad = ~np.isfinite(x.reshape(len(x), -1)).all(axis=1)
     if bad.any():

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.core.numbers import plain_numbers, positive, whole
 from atoll.core.random import Key, permutations
 from atoll.core.vectors import Array, Layout, Vectors
 from atoll.data.examples import Examples, Rows
@@ -437,18 +438,15 @@ class GradientLearner(Learner, Stacking):
         return 1
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("batch_size", "epochs", "steps"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigurationError(
-                    f"{name} must be a whole number of at least 1, not {value}"
-                )
+            if value is not None:
+                whole(name, value, 1)
         if not callable(self.lr):
             rate_at(self.lr, 1)
-        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
-            raise ConfigurationError(
-                f"max_gradient_norm must be positive, not {self.max_gradient_norm}"
-            )
+        if self.max_gradient_norm is not None:
+            positive("max_gradient_norm", self.max_gradient_norm)
         check_metrics(self.metrics)
 
     @abstractmethod
@@ -505,7 +503,8 @@ class GradientLearner(Learner, Stacking):
     def _smallest_to_come(self, data: FederatedData) -> int:
         """The fewest examples of any batch in training on these data."""
         sizes = np.unique(data.sizes())
-        return min(part.stop - part.start for n in sizes if n for part in self._epoch(int(n))[-1:])
+        last = [self._epoch(int(size))[-1] for size in sizes if size]
+        return min((batch.stop - batch.start for batch in last), default=1)
 
     def _asked(self, examples: Sequence[Examples], assignments: Sequence[Assignment]) -> list[int]:
         """The local steps that are asked of each client."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 from atoll.aggregation.stage import Sampling
+from atoll.core.numbers import plain_numbers, whole
 from atoll.core.vectors import Layout, describe_names
 from atoll.errors import ConfigurationError
 from atoll.rounds.selection import (
@@ -123,11 +124,12 @@ class Synchronous(Schedule):
     pause: float = 60.0
 
     def __post_init__(self) -> None:
-        _at_least("rounds", self.rounds, 1)
-        _at_least("attempts", self.attempts, 1)
+        plain_numbers(self)
+        whole("rounds", self.rounds, 1)
+        whole("attempts", self.attempts, 1)
         for name in ("cohort", "invite", "minimum"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+                whole(name, getattr(self, name), 1)
         if self.invite is not None and (self.cohort is None or self.invite < self.cohort):
             raise ConfigurationError(
                 f"invite={self.invite} must be at least the cohort, which is {self.cohort}"
@@ -261,9 +263,9 @@ class Buffered(Schedule):
 
     def __post_init__(self) -> None:
         for name in ("rounds", "concurrency", "buffer"):
-            _at_least(name, getattr(self, name), 1)
+            whole(name, getattr(self, name), 1)
         if self.limit is not None:
-            _at_least("limit", self.limit, 0)
+            whole("limit", self.limit, 0)
         if self.pull and self.buffer != 1:
             raise ConfigurationError(
                 f"pull=True is FedAsync's rule for one update at a time; use buffer=1, not "
@@ -349,10 +351,3 @@ def fedasync(
         limit=limit,
         pull=True,
     )
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigurationError(
-            f"{name} must be a whole number of at least {least}, not {value!r}"
-        )

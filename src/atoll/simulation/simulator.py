@@ -13,6 +13,7 @@ from atoll.aggregation.conversation import Ask
 from atoll.aggregation.validate import validate
 from atoll.backends.backend import Backend, Engine, cores
 from atoll.core import safetensors
+from atoll.core.numbers import whole
 from atoll.core.random import Key
 from atoll.core.vectors import Tree, Vector, Vectors, flatten, nest
 from atoll.data.federated import FederatedData
@@ -127,8 +128,7 @@ class Simulator:
                 f"engine must be 'auto', 'sequential', 'stacked' or one of atoll.simulation's "
                 f"engines, not {engine!r}"
             )
-        if not isinstance(run.seed, int):
-            raise ConfigurationError(f"the seed must be a whole number, not {run.seed!r}")
+        run.seed = whole("the seed", run.seed)
         plan.learner.check(data)
         check_evaluation(plan, data)
         plan.schedule.needed(len(data))

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from atoll.data.dataset import Dataset, said_of
 from atoll.data.examples import Examples, Inputs, columns_of, shape_of
-from atoll.data.tasks import Task, inferred, task_of
+from atoll.data.tasks import Task, inferred, may_be_labels, task_of
 from atoll.errors import DataError
 
 Array = NDArray[Any]
@@ -31,7 +31,8 @@ def from_arrays(
     """A data set of inputs `x` [N, ...] and targets `y` [N] or [N, ...].
 
     Whatever `np.asarray` takes will do. Without `task`, whole or boolean `y` [N] mean
-    classification with max + 1 classes, text labels mean classification with the sorted texts
+    classification with max + 1 classes, as do labels [N, 1]; text labels mean classification with
+    the sorted texts
     of the training part as `class_names`, and fractional numbers mean regression; the task of
     predicting tokens must be said, and "multilabel". `keys` {"hospital": [N]} are natural owners
     and `test` is a held-out pair (x, y). The result has float32 inputs (int64 for tokens), int64
@@ -40,8 +41,8 @@ def from_arrays(
 
     Raises DataError for shapes that do not fit, missing values and labels out of range.
     """
-    train = _pair(x, y, name)
-    held_out = None if test is None else _test_pair(test, train, f"{name}, test part")
+    train = pair(x, y, name, task)
+    held_out = None if test is None else _test_pair(test, train, f"{name}, test part", task)
     with said_of(name):
         kind = inferred(train[1]) if task is None else task_of(task)
         kind.check(*train)
@@ -94,13 +95,17 @@ def is_missing(value: object) -> bool:
     return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
-def _pair(x: Any, y: ArrayLike, name: str) -> tuple[Inputs, Array]:
+def pair(x: Any, y: ArrayLike, name: str, task: Task | str | None = None) -> tuple[Inputs, Array]:
+    """Inputs and targets of the same examples as arrays: one validation for every source.
+
+    Targets are numbers, or text as objects; labels are [N].
+    """
     inputs: Inputs
     if isinstance(x, Mapping):
         inputs = {str(key): _array(each, f"inputs {key!r}", name) for key, each in x.items()}
     else:
         inputs = _array(x, "inputs", name)
-    targets = _plain_targets(_array(y, "targets", name), name)
+    targets = _plain_targets(_labels(_array(y, "targets", name), task, name), name)
     for key, column in columns_of(inputs):
         if len(column) != len(targets):
             noun = f"inputs {key!r}" if key else "inputs"
@@ -133,14 +138,38 @@ def _array(values: ArrayLike, noun: str, name: str) -> Array:
     return array if array.flags.writeable else array.copy()
 
 
+def _labels(y: Array, task: Task | str | None, name: str) -> Array:
+    """Targets whose shape says that they are labels, as [N]: columns and their like are flattened.
+
+    Labels one-hot are refused; they may mean several labels each.
+    """
+    if y.ndim < 2 or not may_be_labels(task):
+        return y
+    if y.size == len(y) and (y.dtype.kind in "iubOSUT" or task is not None):
+        return y.reshape(len(y))
+    if y.ndim == 2 and y.dtype.kind in "iubf" and _one_hot(y):
+        raise DataError(
+            f"{name}: the labels are one-hot, [N, {y.shape[1]}]; give y.argmax(1), or say "
+            "task='multilabel' if an example may have several"
+        )
+    return y
+
+
+def _one_hot(y: Array) -> bool:
+    return bool(len(y) and ((y == 0) | (y == 1)).all() and (y.sum(axis=1) == 1).all())
+
+
 def _test_pair(
-    test: tuple[Any, ArrayLike] | Examples, train: tuple[Inputs, Array], name: str
+    test: tuple[Any, ArrayLike] | Examples,
+    train: tuple[Inputs, Array],
+    name: str,
+    task: Task | str | None,
 ) -> tuple[Inputs, Array]:
     if isinstance(test, Examples):
         test = test.all()
     if not isinstance(test, tuple | list) or len(test) != 2:
         raise DataError(f"{name}: give the test part as a pair (x, y)")
-    held_out = _pair(test[0], test[1], name)
+    held_out = pair(test[0], test[1], name, task)
     for noun, own, trained in zip(("inputs", "targets"), held_out, train, strict=True):
         if shape_of(own) != shape_of(trained):
             raise DataError(
@@ -232,4 +261,19 @@ def _owners(owners: ArrayLike, key: str, name: str) -> Array:
     array = _array(owners, f"owners of key {key!r}", name)
     if array.ndim != 1:
         raise DataError(f"{name}: key {key!r} must have shape [N], not {array.shape}")
+    lacking = _without_value(array)
+    if lacking.any():
+        raise DataError(
+            f"{name}: {lacking.sum()} of {len(array)} owners of key {key!r} are missing (first at "
+            f"row {int(lacking.argmax())}); every row needs an owner: name it or drop the row"
+        )
     return array
+
+
+def _without_value(array: Array) -> NDArray[np.bool_]:
+    """Which values [N] of any kind stand for no value."""
+    if array.dtype.kind in "fMm":
+        return np.asarray(np.isnan(array) if array.dtype.kind == "f" else np.isnat(array))
+    if array.dtype.kind != "O":
+        return np.zeros(len(array), np.bool_)
+    return np.fromiter(map(is_missing, array.tolist()), np.bool_, len(array))

@@ -27,6 +27,8 @@ from atoll.errors import DataError, require
 
 #: A column of more different texts is a name or a sentence rather than a category.
 _MOST_CATEGORIES = 1000
+#: Text of more different numbers than these, and of few other marks, is a column of numbers.
+_FEW_NUMBERS, _MARKS_AMONG_NUMBERS = 10, 0.2
 #: Bytes of the output that are filled at a time, so that its rows stay in the cache.
 _FILL_BYTES = 1 << 18
 _INDICATE = "fill or drop them first, or say missing='indicator'"
@@ -137,6 +139,8 @@ def _encoded_categories(columns: Mapping[str, Column], noun: str, missing: Missi
     wanted = category_values(train).type
     parts = [_categories(own, wanted, noun, missing, part) for part, own in columns.items()]
     present = sorted(parts[0].drop_null().unique().to_pylist())
+    if not pyarrow_module().types.is_dictionary(train.type):
+        _check_no_numbers(present, parts[0], noun, name)
     if not present:
         raise DataError(f"{name}: {noun} holds no value at all; leave it out with features=...")
     if len(present) > _MOST_CATEGORIES:
@@ -147,6 +151,32 @@ def _encoded_categories(columns: Mapping[str, Column], noun: str, missing: Missi
         )
     categories = pyarrow_module().array(present, type=wanted)
     return [_one_hot(part, categories, flagged=parts[0].null_count > 0) for part in parts]
+
+
+def _check_no_numbers(present: Sequence[object], column: Column, noun: str, name: str) -> None:
+    """Refuse text that is numbers but for a few marks: each number would become a category."""
+    marks = [text for text in present if isinstance(text, str) and not _is_number(text)]
+    numbers = len(present) - len(marks)
+    if not all(isinstance(text, str) for text in present) or not marks:
+        return
+    if numbers <= _FEW_NUMBERS or len(marks) > numbers * _MARKS_AMONG_NUMBERS:
+        return
+    row = column.to_pylist().index(marks[0])
+    shown = ", ".join(map(repr, marks[:5])) + (", ..." if len(marks) > 5 else "")
+    raise DataError(
+        f"{name}: {noun} is text, but {numbers} of its {len(present)} different values are "
+        f"numbers; the others are {shown} (first at row {row}). Make it numbers, with nothing "
+        "where there is no value (pandas: read_csv(..., na_values=[...])), or a categorical "
+        "column if they are names of categories"
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _categories(

@@ -218,7 +218,7 @@ def _class_names(
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     names = getattr(dataset, "classes", None)
-    whole = y.dtype.kind in "iu" and y.ndim == 1 and len(y) > 0
+    whole = y.dtype.kind in "iu" and y.size == len(y) > 0
     if not may_be_labels(task) or not whole or not isinstance(names, list | tuple):
         return ()
     if len(names) <= y.max() or classes not in (None, len(names)):

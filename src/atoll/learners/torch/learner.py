@@ -396,9 +396,14 @@ class TorchLearner(GradientLearner):
         except DataError:
             raise
         except Exception as error:
+            whole = isinstance(data.x, np.ndarray) and "torch.FloatTensor instead" in str(error)
+            advice = (
+                ". Inputs of one array are float32: begin the module with x.long(), or give whole "
+                "numbers as an input by name, which stay int64"
+            )
             raise DataError(
                 f"the module does not fit {data.name}, whose inputs have shape "
-                f"{shape_text(data.shape)}: {error}"
+                f"{shape_text(data.shape)}: {error}{advice if whole else ''}"
             ) from error
 
     def _try_smallest(self, data: FederatedData, x: Any, y: NDArray[Any]) -> None:
