@@ -25,7 +25,8 @@ def run(options: argparse.Namespace) -> int:
     for name, each in runs.items():
         if not each.history:
             raise ConfigurationError(f"{name} has no closed round to compare")
-    metric = options.metric or main_metric(next(iter(runs.values())).metrics)
+    common = set.intersection(*(each.names for each in runs.values()))
+    metric = options.metric or main_metric(common)
     rows = []
     for name, each in runs.items():
         rounds, values = each.series(metric)

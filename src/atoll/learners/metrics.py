@@ -113,8 +113,11 @@ def figures(sums: Sums, task: Task | str) -> dict[str, float]:
 
 
 def main_metric(metrics: Container[str]) -> str:
-    """The metric to show first; clients' own, where there is no one model that has metrics."""
-    for name in ("accuracy", "loss", "accuracy_client_mean", "loss_client_mean"):
+    """The metric to show first: clients' own, where there is no one model that has metrics.
+
+    The loss in training comes last, and only as what is there where nothing was evaluated.
+    """
+    for name in ("accuracy", "loss", "accuracy_client_mean", "loss_client_mean", "train_loss"):
         if name in metrics:
             return name
     return "loss"
@@ -139,12 +142,17 @@ def more_is_better(metric: str, own: Mapping[str, bool] = NOTHING) -> bool:
     return own.get(name, name in HIGHER_IS_BETTER)
 
 
+#: What is told of a metric's spread over clients.
+SPREAD = ("mean", "std", "worst", "count")
+
+
 def spread(
     values: Sequence[float], metric: str, own: Mapping[str, bool] = NOTHING
 ) -> dict[str, float]:
     """How a metric is distributed over clients: mean, standard deviation, worst tenth.
 
-    `worst` is the mean over the worst ceil(N / 10) clients; NaN values are left out.
+    `worst` is the mean over the worst ceil(N / 10) clients; NaN values are left out, and `count`
+    says how many are not.
     """
     known = np.array([value for value in values if not math.isnan(value)], np.float64)
     if not len(known):
@@ -155,4 +163,5 @@ def spread(
         f"{metric}_client_mean": float(known.mean()),
         f"{metric}_client_std": float(known.std()),
         f"{metric}_client_worst": float(tail.mean()),
+        f"{metric}_client_count": float(len(known)),
     }

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from atoll.core.numbers import value_is_real
 from atoll.errors import ConfigurationError
 
 
@@ -53,7 +54,9 @@ class Warmup:
 
 def rate_at(rate: float | Rate, round: int) -> float:
     """The learning rate of a round; it must be positive and finite."""
-    value = float(rate(round)) if callable(rate) else float(rate)
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigurationError(f"lr must be positive and finite, but is {value} in round {round}")
-    return value
+    value = rate(round) if callable(rate) else rate
+    if not (value_is_real(value) and value > 0):
+        raise ConfigurationError(
+            f"lr must be positive and finite, but is {value!r} in round {round}"
+        )
+    return float(value)

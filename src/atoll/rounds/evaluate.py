@@ -15,8 +15,9 @@ from atoll.data.federated import FederatedData
 from atoll.data.tasks import Task
 from atoll.errors import DataError
 from atoll.learners.base import Learner
-from atoll.learners.metrics import spread
+from atoll.learners.metrics import SPREAD, spread
 from atoll.rounds.plan import Evaluation, Plan
+from atoll.rounds.stopping import only
 from atoll.rounds.task import ClientTask, Received, at_work
 
 #: Clients evaluated together; their rows share batches.
@@ -135,6 +136,17 @@ def spread_metrics(evaluation: Evaluation, data: FederatedData) -> tuple[str, ..
     return (data.task.main,) if evaluation.spread is None else evaluation.spread
 
 
+def reported(plan: Plan, data: FederatedData) -> set[str]:
+    """The metrics that rounds of this plan on these data will have, some of them or all."""
+    task, evaluation, names = data.task, plan.evaluation, set[str]()
+    known = {*task.metrics(data.classes), *(plan.learner.metrics or {})}
+    if plan.split.trivial and len(data.test_part):
+        names |= known
+    if evaluation.clients_every is not None and len(data.tested()):
+        names |= {f"{m}_client_{each}" for m in spread_metrics(evaluation, data) for each in SPREAD}
+    return names
+
+
 def check_evaluation(plan: Plan, data: FederatedData) -> None:
     """Raise `DataError` if a metric that is asked for cannot be had on these data."""
     evaluation, task, own = plan.evaluation, data.task, plan.learner.metrics or {}
@@ -147,7 +159,8 @@ def check_evaluation(plan: Plan, data: FederatedData) -> None:
             )
     # A learner that makes its own figures may give more than anybody knows.
     if type(plan.learner).figures is Learner.figures:
-        for metric in (*metrics, *([evaluation.best] if evaluation.best else [])):
+        best = [evaluation.best] if evaluation.best else []
+        for metric in (*metrics, *(name.partition("_client_")[0] for name in best)):
             if metric not in known and metric not in own:
                 told = f", with {data.classes} {task.noun}" if data.classes else ""
                 raise DataError(
@@ -161,6 +174,10 @@ def check_evaluation(plan: Plan, data: FederatedData) -> None:
             )
     if evaluation.clients_every is not None:
         _check_defined(metrics, data)
+    if type(plan.learner).figures is Learner.figures and evaluation.best:
+        names = reported(plan, data)
+        if evaluation.best not in names:
+            raise DataError(f"best={evaluation.best!r} is in no round: {only(names)}")
 
 
 def _check_defined(metrics: tuple[str, ...], data: FederatedData) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from atoll.core.numbers import at_least_zero, positive, value_is_real, whole
 from atoll.errors import ConfigurationError
 from atoll.learners.metrics import main_metric, more_is_better
 
@@ -39,6 +40,9 @@ class StopRule(ABC):
     def reason(self, history: Sequence[Round]) -> str:
         """Why the run ends after these rounds, in words; empty if it goes on."""
 
+    def check(self, names: Collection[str]) -> None:
+        """Raise `ConfigurationError` if it waits for a metric that is not among these."""
+
     def knowing(self, own: Mapping[str, bool]) -> StopRule:
         """The same rule where it is known which way the learner's own metrics are good."""
         return self
@@ -61,8 +65,8 @@ class Patience(StopRule):
     higher: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or not self.least >= 0:
-            raise ConfigurationError("Patience waits for 1 round or more, and least is at least 0")
+        whole("the rounds of Patience", self.rounds, 1)
+        at_least_zero("the least improvement", self.least)
 
     def reason(self, history: Sequence[Round]) -> str:
         metric = self.metric or _first_metric(history)
@@ -77,6 +81,10 @@ class Patience(StopRule):
         waited = history[-1].round - since if history and not math.isnan(best) else 0
         return f"{metric} has not improved for {waited} rounds" if waited >= self.rounds else ""
 
+    def check(self, names: Collection[str]) -> None:
+        # A loss in training is no figure that one waits for without having said so.
+        _check_reported(self, self.metric or main_metric({*names} - {"train_loss"}), names)
+
     def knowing(self, own: Mapping[str, bool]) -> Patience:
         return replace(self, higher=_told(self.metric, self.higher, own))
 
@@ -89,6 +97,12 @@ class Target(StopRule):
     value: float
     higher: bool | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not value_is_real(self.value):
+            raise ConfigurationError(
+                f"Target takes a metric's name and a number, not {self.metric!r}, {self.value!r}"
+            )
+
     def reason(self, history: Sequence[Round]) -> str:
         found = _value(history[-1], self.metric) if history else None
         if found is None or math.isnan(found):
@@ -96,6 +110,9 @@ class Target(StopRule):
         high = better_high(self.metric, self.higher)
         reached = found >= self.value if high else found <= self.value
         return f"{self.metric} has reached {found:.4g}" if reached else ""
+
+    def check(self, names: Collection[str]) -> None:
+        _check_reported(self, self.metric, names)
 
     def knowing(self, own: Mapping[str, bool]) -> Target:
         return replace(self, higher=_told(self.metric, self.higher, own))
@@ -106,6 +123,9 @@ class Hours(StopRule):
     """Stop when so many hours have passed: simulated ones in a simulation, real ones if served."""
 
     hours: float
+
+    def __post_init__(self) -> None:
+        positive("hours", self.hours)
 
     def reason(self, history: Sequence[Round]) -> str:
         passed = history[-1].clock / 3600 if history else 0.0
@@ -118,9 +138,32 @@ class Bytes(StopRule):
 
     bytes: int
 
+    def __post_init__(self) -> None:
+        whole("bytes", self.bytes, 1)
+
     def reason(self, history: Sequence[Round]) -> str:
         moved = sum(record.bytes_up + record.bytes_down for record in history)
         return f"{moved} bytes have been moved" if moved >= self.bytes else ""
+
+
+def check_rules(rules: Sequence[StopRule], names: Collection[str]) -> None:
+    """Raise `ConfigurationError` if a rule waits for a metric that rounds do not have."""
+    for rule in rules:
+        rule.check(names)
+
+
+def only(names: Collection[str]) -> str:
+    """What rounds have, in a sentence."""
+    if names:
+        return f"rounds have {', '.join(sorted(names))}"
+    return "no round is evaluated, because nobody has test data for it"
+
+
+def _check_reported(rule: StopRule, metric: str, names: Collection[str]) -> None:
+    if metric not in names:
+        raise ConfigurationError(
+            f"{type(rule).__name__} waits for {metric!r}, which is in no round: {only(names)}"
+        )
 
 
 def stop_reason(rules: Sequence[StopRule], history: Sequence[Round]) -> str:

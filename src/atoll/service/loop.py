@@ -33,7 +33,7 @@ from atoll.rounds.driver import Driver
 from atoll.rounds.messages import largest
 from atoll.rounds.plan import Plan
 from atoll.rounds.server import Server
-from atoll.rounds.stopping import stop_reason
+from atoll.rounds.stopping import check_rules, stop_reason
 from atoll.rounds.task import Received, first_state
 from atoll.service import operations
 from atoll.service.deciding import Deciding
@@ -592,6 +592,9 @@ class FederationLoop:
 
     def _heed(self) -> None:
         """Stop where the plan says so."""
+        first = self.history.records[:1]
+        for record in first:
+            check_rules(self.plan.stop, {*record.metrics, *record.measurements})
         reason = stop_reason(self.plan.stop, self.history.records)
         if reason and not self.stopping:
             self.stop(f"the plan: {reason}")

@@ -67,7 +67,7 @@ def train_baselines(
     return Baselines(
         Baseline(
             evaluate_pooled(learner, central, data),
-            {metric: _mean(list(own.values[metric])) for metric in metrics},
+            {name: _mean(list(own.values[name])) for name in metrics if len(data.tested())},
             central_rounds,
         ),
         Baseline(_means(pooled_local), _means(own_local), local_rounds),

@@ -36,12 +36,13 @@ from atoll.rounds.evaluate import (
     evaluate_own,
     evaluate_pooled,
     has_own_models,
+    reported,
     spread_metrics,
 )
 from atoll.rounds.messages import message_size, schema_size
 from atoll.rounds.plan import Plan
 from atoll.rounds.roster import Roster
-from atoll.rounds.stopping import stop_reason
+from atoll.rounds.stopping import check_rules, stop_reason
 from atoll.rounds.task import (
     ClientTask,
     Received,
@@ -213,6 +214,9 @@ class Simulator:
         self._learned_now = gathered.learned
         record = self._record(round, gathered, measurements, {})
         record = replace(record, metrics=self._evaluate(round, last=False))
+        if not self.run.history:
+            names = reported(self.plan, self.data) | {*record.metrics, *measurements}
+            check_rules(self.plan.stop, names)
         self.run.stopped = stop_reason(self.plan.stop, [*self.run.history, record])
         if self.run.stopped:
             record = replace(record, metrics={**record.metrics, **self._evaluate(round, last=True)})

@@ -12,7 +12,7 @@ from atoll.core import files
 from atoll.core.vectors import Vectors
 from atoll.errors import CheckpointError, ConfigurationError
 from atoll.learners.base import Learner
-from atoll.learners.metrics import main_metric
+from atoll.learners.metrics import directions, main_metric, more_is_better
 from atoll.view import html as display
 
 #: The best model's file in a run folder.
@@ -146,7 +146,11 @@ class Run:
         """
         if self.folder is None:
             raise CheckpointError("the best model is kept in a run's folder; give it one: folder=")
-        about, model = files.load(self.folder / BEST, "model")
+        path = self.folder / BEST
+        if not path.exists():
+            why = "no round has been evaluated" if not self.metrics else f"{path} is not there"
+            raise CheckpointError(f"there is no best model: {why}")
+        about, model = files.load(path, "model")
         return int(about["round"]), model
 
     def load_into(self, target: Any, *, best: bool = False) -> Any:
@@ -195,22 +199,30 @@ class Run:
                 rounds.append(record.round)
                 values.append(value)
         if not rounds:
-            known = sorted({name for r in self.history for name in (*r.metrics, *r.measurements)})
-            raise ConfigurationError(
-                f"the run has no metric {metric!r}; it has {', '.join(known) or 'none yet'}"
-            )
+            known = ", ".join(sorted(self.names)) or "none yet"
+            raise ConfigurationError(f"the run has no metric {metric!r}; it has {known}")
         return rounds, values
 
     def rounds_to(self, metric: str, target: float) -> int | None:
-        """The first round in which a metric reached a target from below; None if never."""
+        """The first round in which a metric was at least as good as a target; None if never.
+
+        From below where more is better, else from above.
+        """
         rounds, values = self.series(metric)
-        return next((r for r, v in zip(rounds, values, strict=True) if v >= target), None)
+        sign = 1 if more_is_better(metric, directions(self.config, self.data)) else -1
+        good = (r for r, v in zip(rounds, values, strict=True) if sign * v >= sign * target)
+        return next(good, None)
+
+    @property
+    def names(self) -> set[str]:
+        """Of every metric and measurement that some round has."""
+        return {name for r in self.history for name in (*r.metrics, *r.measurements)}
 
     def plot(self, path: str | Path, metric: str | None = None, against: str = "round") -> Path:
-        """Draw a metric (accuracy, or the loss where there is none) against "round" or "bytes"."""
+        """Draw a metric against "round" or "bytes"; None is accuracy, or a loss without it."""
         from atoll.view.plots import draw_metric
 
-        return draw_metric({"": self}, Path(path), metric or main_metric(self.metrics), against)
+        return draw_metric({"": self}, Path(path), metric or main_metric(self.names), against)
 
     def plot_spread(self, path: str | Path, metric: str | None = None) -> Path:
         """Draw a metric of every client at the latest evaluation on their own test parts."""
@@ -240,6 +252,9 @@ class Run:
     def __str__(self) -> str:
         last = self.metrics
         shown = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if "_" not in name)
+        if not shown and (metric := main_metric(last)) in last:
+            count = last.get(f"{metric.partition('_client_')[0]}_client_count", 0)
+            shown = f"{metric} {last[metric]:.4g} (of {count:.0f} clients that have test data)"
         return (
             f"{len(self.history)} of {self.rounds} rounds on {self.data.get('name', 'data')}: "
             f"{shown or 'not evaluated'}; {human_bytes(self.bytes_up)} up, "
