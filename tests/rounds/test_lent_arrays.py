@@ -26,8 +26,8 @@ class Copying(LocalRule):
 
 class WritesModel(Copying):
     def finish(self, client, local, got, mine):
-        got["params"] -= local.params
-        return {"delta": -got["params"]}, mine
+        got["params"] *= -1
+        return {"delta": got["params"] + local.params}, mine
 
 
 class WritesMemory(Copying):
