@@ -165,7 +165,8 @@ class Federation(Plan):
         service = Service(seed=seed, sites=sites, lease=lease, presence=lease)
         listening = Listening(host=host, port=port, linger=linger)
         evaluate = None if test is None else evaluation_on(self, check_population(test))
-        serve(self, folder, service, listening, evaluate, initial=start, stop=stop)
+        meaning = None if test is None else test.meaning
+        serve(self, folder, service, listening, evaluate, initial=start, meaning=meaning, stop=stop)
         run = read_run(folder.path / "run")
         run.learner = self.learner
         return run

@@ -161,7 +161,7 @@ def test_a_task_of_peoples_own_is_trained_and_measured():
     )  # fmt: skip
     run = federation.simulate(clients)
     assert set(run.metrics) == {
-        "loss", "off", "off_client_mean", "off_client_std", "off_client_worst"
+        "loss", "off", "off_client_mean", "off_client_std", "off_client_worst", "off_client_count",
     }  # fmt: skip
     model = federation.learner.outputs(run.model, clients.test_part).reshape(-1)
     assert run.metrics["off"] == pytest.approx(np.abs(model - clients.test_part.all()[1]).mean())

@@ -40,11 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); what is left has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1 if options.module in WORKING else 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"atoll: {where}{error.strerror or error}", file=sys.stderr)
         return 1
+
+
+#: Commands that do something: cut off, they have not done it.
+WORKING = frozenset({"demo", "flower", "join", "serve", "simulate"})
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,6 +16,9 @@ from atoll.service import operations
 from atoll.service.storage.folder import StateFolder, check_name
 from atoll.site.connection import Connection
 
+#: Seconds for which a command tries to reach the server.
+PATIENCE = 10.0
+
 
 class Access(ABC):
     """What an operator may ask and do, with the same answers whichever way."""
@@ -101,7 +104,7 @@ class ByIdentity(Access):
         pem = (place / "ca.pem").read_bytes() if (place / "ca.pem").exists() else None
         key = make_key(place / "key.pem")
         self._url = known["url"]
-        self._link = Connection(self._url, pem, key, known["site"], note=_note)
+        self._link = Connection(self._url, pem, key, known["site"], note=note, patience=PATIENCE)
 
     def status(self) -> dict[str, Any]:
         return dict(self._ask("GET", "/v1/status"))
@@ -137,5 +140,5 @@ def _operator() -> str:
         return "operator"
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     print(f"atoll: {text}", file=sys.stderr)

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from atoll.cli.files import read_data, read_plan
@@ -27,16 +28,36 @@ def run(options: argparse.Namespace) -> int:
     site = Site(
         Path(options.folder), federation, data, terms, declare=not options.undeclared,
         resources=_resources(options.resources),
-        report=lambda text: print(text, flush=True),
+        report=_say,
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: site.stop())
+        signal.signal(number, partial(_leave, site))
     site.join(options.url, _token(options), options.public_ca)
     model = site.run()
     if model is None:
         return 130
     print(f"model: {model}")
     return 0
+
+
+def _say(text: str) -> None:
+    """Say how it goes; a reader that has gone away ends no training."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave(site: Site, number: int, frame: object) -> None:
+    """The first signal lets the work at hand be finished, the second one ends it."""
+    if site.leaving.is_set():
+        raise KeyboardInterrupt
+    site.stop()
+    if site.at_work:
+        _say(
+            "leaving when this training is done and sent; once more (Ctrl-C) ends it now, and the "
+            "round goes on without this site"
+        )
 
 
 def _resources(text: str | None) -> dict[str, str]:

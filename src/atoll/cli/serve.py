@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
     listening = Listening(
         host=options.host, port=options.port, blobs=options.blobs, linger=options.linger
     )
-    evaluate = None if options.test is None else evaluation_on(federation, read_data(options.test))
-    serve(federation, folder, service, listening, evaluate)
+    test = None if options.test is None else read_data(options.test)
+    evaluate = None if test is None else evaluation_on(federation, test)
+    meaning = None if test is None else test.meaning
+    serve(federation, folder, service, listening, evaluate, meaning=meaning)
     return 0

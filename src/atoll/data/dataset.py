@@ -37,6 +37,8 @@ class Dataset:
     test: Examples | None = None
     class_names: tuple[str, ...] = ()
     describe: str = ""
+    #: What each input is, where the source says so.
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         with said_of(self.name):

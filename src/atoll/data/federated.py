@@ -24,6 +24,7 @@ from atoll.data.examples import (
     shape_of,
     shape_text,
 )
+from atoll.data.meaning import Meaning
 from atoll.data.tasks import TASKS, Task, task_of
 from atoll.errors import DataError
 from atoll.view import html as display
@@ -51,6 +52,8 @@ class FederatedData:
     train_rows: Sequence[Rows]
     test_rows: Sequence[Rows]
     test_part: Examples
+    #: What each input is, where the source says so.
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", task_of(self.task))
@@ -68,6 +71,12 @@ class FederatedData:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def meaning(self) -> Meaning:
+        """What inputs and classes stand for, where the source says so."""
+        named = tuple(self.x) if isinstance(self.x, dict) and not self.columns else self.columns
+        return Meaning(named, self.class_names)
 
     @property
     def shape(self) -> Shape:
@@ -110,6 +119,7 @@ class FederatedData:
             tuple(self.train_rows[client] for client in clients),
             tuple(self.test_rows[client] for client in clients),
             self.test_part,
+            self.columns,
         )
 
     def sizes(self) -> NDArray[np.int64]:
@@ -251,4 +261,5 @@ def assemble(
         tuple(train_rows),
         tuple(test_rows),
         dataset.test or Examples(columns, dataset.y, np.concatenate(test_rows)),
+        dataset.columns,
     )

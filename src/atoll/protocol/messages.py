@@ -85,7 +85,8 @@ class CheckIn(Message, frozen=True):
     """A site is there, and what it wants to say of itself.
 
     `busy` names the assignment it is at work on, and asks for nothing but whether it still counts.
-    `plan` and `layout` are the digests of its own copy of the federation.
+    `plan` and `layout` are the digests of its own copy of the federation, `meaning` that of the
+    names of its inputs and classes, which it may also tell.
     """
 
     plan: Hex32
@@ -94,6 +95,9 @@ class CheckIn(Message, frozen=True):
     busy: AssignmentId | None = None
     farewell: bool = False
     about: Annotated[dict[Label, Value], Meta(max_length=16)] = {}
+    meaning: Hex32 | None = None
+    inputs: Annotated[list[Value], Meta(max_length=256)] = []
+    classes: Annotated[list[Value], Meta(max_length=256)] = []
 
 
 class Order(Message, frozen=True):

@@ -25,7 +25,9 @@ from atoll.aggregation.conversation import Ask
 from atoll.core.random import Key
 from atoll.core.room import room_in
 from atoll.core.vectors import Tree, Vector, Vectors
+from atoll.data.meaning import Meaning
 from atoll.errors import CannotClose, CheckpointError, RunError
+from atoll.protocol import messages
 from atoll.rounds.buffered import BufferedCoordinator
 from atoll.rounds.coordinator import Answer, Coordinator, Phase, Verdict
 from atoll.rounds.describe import describe, plan_digest
@@ -80,7 +82,9 @@ class FederationLoop:
         clock: Callable[[], float] = time.time,
         history: Path | None = None,
         initial: Vectors | None = None,
+        meaning: Meaning | None = None,
     ) -> None:
+        self._meaning = meaning
         self.plan, self.service, self.store = plan, service, store
         self.models = ModelStore(plan, store, blobs, scratch)
         self.plan_digest, self.layout_digest = plan_digest(plan), plan.learner.layout.digest
@@ -311,6 +315,39 @@ class FederationLoop:
         self.stopping = True
         self.notify()
 
+    def disagreement(self, site: str, message: messages.CheckIn) -> str:
+        """How the meaning of a site's data differs from the federation's; empty if it does not.
+
+        It is that of the server's test data or of the first site that says one.
+        """
+        if message.meaning is None:
+            return ""
+        known = self.store.setting("meaning")
+        if known is None:
+            told = {"inputs": message.inputs, "classes": message.classes}
+            with self.store.change() as change:
+                change.set("meaning", {"digest": message.meaning, "site": site, **told})
+                change.audit(site, "meaning", digest=message.meaning)
+            return ""
+        if known["digest"] == message.meaning:
+            return ""
+        mine = Meaning(tuple(message.inputs), tuple(message.classes))
+        theirs = Meaning(tuple(known["inputs"]), tuple(known["classes"]))
+        how = mine.difference(theirs, site, known["site"]) if mine and theirs else ""
+        return (
+            f"{site}'s data mean something else than those of {known['site']}: "
+            f"{how or 'the names of their inputs or classes differ'}. Bring columns, categories "
+            "and labels into one form at both"
+        )
+
+    def left(self, site: str, reason: str) -> None:
+        """A site will not answer until it comes again: nobody waits for what it owes."""
+        if self.members.left(site):
+            logger.warning("%s has left: %s", site, reason)
+        if site in self.open:
+            self.give_up(site, self.open[site]["id"], f"has left: {reason}")
+        self.notify()
+
     def revoked(self, site: str) -> None:
         """A site is no longer part of this: what it owes is given up."""
         if site in self.open:
@@ -331,10 +368,10 @@ class FederationLoop:
         first = self.coordinator.round == 1 and self.coordinator.phase is Phase.IDLE
         patient = now < self._patient_until
         roster = self.members.roster(self.open)
-        self._say(
-            self.members.first_waits_for(self.plan.schedule, self.service.sites) if first else ""
-        )
-        self._say(self.waiting or self.members.next_waits_for(self.plan.schedule, roster, patient))
+        schedule, awaited = self.plan.schedule, ""
+        if first:
+            awaited = self.members.first_waits_for(schedule, self.service.sites)
+        self._say(awaited or self.members.next_waits_for(schedule, roster, patient))
         if self.waiting:
             return
         attempt = self.coordinator.round, self.coordinator.attempt
@@ -670,6 +707,10 @@ class FederationLoop:
         self.models.blobs.claim(self.store.identify())
         with self.store.change() as change:
             change.set("plan", describe(self.plan))
+            if self._meaning and change.setting("meaning") is None:
+                about = {"site": "the server's test data", "digest": self._meaning.digest}
+                told = {"inputs": self._meaning.inputs, "classes": self._meaning.classes}
+                change.set("meaning", {**about, **told})
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
         def housed() -> T:

@@ -31,6 +31,8 @@ class Members:
         self.told: set[str] = set()
         #: Sites whose check-in waits for news.
         self.parked: set[str] = set()
+        #: Who has said goodbye, or was turned away.
+        self.absent: set[str] = set()
         self._said: dict[str, tuple[int, str]] = {}
         self._unsaid: set[str] = set()
         self._written: dict[str, float] = {}
@@ -39,9 +41,18 @@ class Members:
     def saw(self, site: str, examples: int | None = None, about: str = "{}") -> None:
         """A site was heard of; what it says of itself is written down with the next tick."""
         self.seen[site] = self.heard[site] = self._clock()
+        self.absent.discard(site)
         if examples is not None and self._said.get(site) != (examples, about):
             self._said[site] = examples, about
             self._unsaid.add(site)
+
+    def left(self, site: str) -> bool:
+        """A site is not there any more, until it checks in again; whether that is news."""
+        news = site not in self.absent
+        self.absent.add(site)
+        self.seen[site] = 0.0
+        self.parked.discard(site)
+        return news
 
     def refresh(self) -> None:
         """See which sites have joined or were revoked, also by other processes."""
@@ -96,10 +107,17 @@ class Members:
                 f"more sites: the schedule needs {schedule.least}, and {population} are part of "
                 "this"
             )
-        enough = schedule.enough(population, patient=patient)
-        if present < enough:
-            return f"sites to be heard of: {present} of the {enough} that are needed were, lately"
-        return ""
+        # Nobody waits for who has said that it leaves, unless it cannot be done without.
+        there = population - len(self.absent.intersection(self.names))
+        enough = max(
+            schedule.enough(population, patient=False),
+            min(schedule.enough(population, patient=patient), there),
+        )
+        if present >= enough:
+            return ""
+        silent = sorted(set(self.names) - {roster.names[member] for member in roster.candidates()})
+        shown = ", ".join(silent[:5]) + (", ..." if len(silent) > 5 else "")
+        return f"{shown} to be heard of: {present} of the {enough} that are needed were, lately"
 
     def awaited(self) -> list[str]:
         """Who was invited and may still join; some of them, if they are many."""

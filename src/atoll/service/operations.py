@@ -90,6 +90,9 @@ def revoke(change: Change, who: str, name: str) -> None:
     if not joined + invited:
         raise UnknownSite(f"there is no site {name!r}")
     visits.end_all(change, name)
+    known = change.setting("meaning")
+    if known is not None and known["site"] == name:
+        change.set("meaning", None)  # the next site says anew what the data mean
     change.audit(who, "revoked", site=name)
 
 

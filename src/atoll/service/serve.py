@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atoll.core.vectors import Vectors
+from atoll.data.meaning import Meaning
 from atoll.errors import AtollError, ConfigurationError, RunError, require
 from atoll.protocol.certificates import renew_server, server_context
 from atoll.rounds.coordinator import Phase
@@ -49,15 +50,17 @@ def serve(
     evaluate: Callable[[Vectors], Mapping[str, float]] | None = None,
     *,
     initial: Vectors | None = None,
+    meaning: Meaning | None = None,
     stop: threading.Event | None = None,
 ) -> None:
     """Serve until the rounds are done, until `atoll stop`, or until SIGTERM or Ctrl-C.
 
-    `initial` is the whole model to start from; `stop`, set in another thread, ends it too.
+    `initial` is the whole model to start from; `meaning` that of the data that `evaluate` uses;
+    `stop`, set in another thread, ends it too.
     """
     require("uvicorn", "atoll[serve]", "a federation's server")
     renew_server(folder.path)
-    process = _Process(plan, folder, service, listening, evaluate, initial, stop)
+    process = _Process(plan, folder, service, listening, evaluate, initial, meaning, stop)
     with asyncio.Runner(loop_factory=_loop()) as runner:
         runner.run(process.run())
 
@@ -84,9 +87,10 @@ class _Process:
         listening: Listening,
         evaluate: Callable[[Vectors], Mapping[str, float]] | None,
         initial: Vectors | None,
+        meaning: Meaning | None,
         stop: threading.Event | None,
     ) -> None:
-        self.initial, self.stop = initial, stop
+        self.initial, self.meaning, self.stop = initial, meaning, stop
         self.plan, self.folder, self.service = plan, folder, service
         self.listening, self.evaluate = listening, evaluate
         self.store = Store(folder.database)
@@ -98,7 +102,7 @@ class _Process:
         import uvicorn
 
         config = http_config(
-            self.app, self.listening.host, self.listening.port, timeout_graceful_shutdown=10,
+            self.app, self.listening.host, self.listening.port, timeout_graceful_shutdown=3,
             ssl_certfile=self.folder.path / "server.pem",
             ssl_keyfile=str(self.folder.path / "server-key.pem"),
         )  # fmt: skip
@@ -142,7 +146,7 @@ class _Process:
             self.plan, self.service, self.store,
             blobs_at(self.listening.blobs or str(self.folder.path / "blobs")),
             self.folder.path / "incoming", evaluate=self.evaluate, history=self.folder.path / "run",
-            initial=self.initial,
+            initial=self.initial, meaning=self.meaning,
         )  # fmt: skip
         with self.store.change() as change:
             change.set("blobs", self.listening.blobs)

@@ -20,12 +20,14 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import random
+import re
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -60,6 +62,14 @@ logger = logging.getLogger("atoll.site")
 WAIT = 25.0
 SHORTEST_BEAT = 0.5
 FAILURES = 5
+#: Seconds that a farewell may take.
+FAREWELL = 5.0
+#: What a server, or something before it, says of an update for good.
+SETTLED = frozenset({403, 404, 410, 413, 422})
+
+
+class Undelivered(AtollError):
+    """An update that does not get through; the server was told."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,9 @@ class Site:
         self.folder.chmod(0o700)
         self._lock()
         self.plan.learner.check(self.data)
+        self._failures = 0
+        self._over = threading.Event()
+        self._said_goodbye = False
         self._busy: str | None = None
         self._beat = SHORTEST_BEAT
         self._dropped = threading.Event()
@@ -122,6 +135,11 @@ class Site:
     def stop(self) -> None:
         """Ask the agent to leave at the next chance; what is unfinished stays in its folder."""
         self.leaving.set()
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it is training, or answering, for a round now."""
+        return self._busy is not None
 
     def join(self, url: str, token: Token | None, system_authorities: bool = False) -> None:
         """Become a site of the federation, or take up being one."""
@@ -163,23 +181,26 @@ class Site:
     def run(self) -> Path | None:
         """Work until the federation is over (the model's file is returned) or until `stop`."""
         self._approve()
-        failures = 0
         beat = threading.Thread(target=self._heartbeat, daemon=True, name="atoll-heartbeat")
         beat.start()
         try:
             while not self.leaving.is_set():
-                self._send_outbox()
-                order = self.link.check_in(self._greeting(), WAIT)
+                try:
+                    self._send_outbox()
+                except Undelivered:
+                    continue
+                order = self._next_order()
                 if order.kind == "train":
                     try:
                         self._train(order)
-                        failures = 0
+                        self._failures = 0
+                    except Undelivered:
+                        continue
                     except (Stopped, Refusal, IdentityError, CheckpointError):
                         raise
                     except Exception as error:
                         # Whatever the model's code raises, the server is to know.
-                        failures += 1
-                        self._cannot(order, error, failures)
+                        self._cannot(order, error)
                 elif order.kind == "stop":
                     return self._finish(order)
                 else:
@@ -188,11 +209,47 @@ class Site:
             pass
         finally:
             self.leaving.set()
+            self._over.set()
+            self._farewell()
             self.link.close()
             if sys.platform != "win32":
                 self._held.close()
         self.report("stopped; start again to go on")
         return None
+
+    def _next_order(self) -> messages.Order:
+        """What to do next; `Stopped` as soon as the agent is asked to leave.
+
+        The question is asked in a thread of its own, because the answer may take its time.
+        """
+        found: queue.SimpleQueue[messages.Order | BaseException] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                found.put(self.link.check_in(self._greeting(), WAIT))
+            except BaseException as error:
+                found.put(error)
+
+        threading.Thread(target=ask, daemon=True, name="atoll-check-in").start()
+        while True:
+            if self.leaving.is_set():
+                raise Stopped("the agent was asked to stop")
+            with contextlib.suppress(queue.Empty):
+                answer = found.get(timeout=0.1)
+                if isinstance(answer, BaseException):
+                    raise answer
+                return answer
+
+    def _farewell(self) -> None:
+        """Let the server know that nobody is to wait for this site: tried once, and briefly."""
+        if self._said_goodbye:
+            return
+        # Another connection: a question may still be on its way on the first.
+        link = self._link(self.link.url, self.folder / "ca.pem", self.link.key, self.link.site)
+        link.patience = 0.0
+        with contextlib.suppress(AtollError, OSError):
+            link.check_in(self._greeting(farewell=True), 0, timeout=FAREWELL)
+        link.close()
 
     def _train(self, order: messages.Order) -> None:
         """Receive, work, remember, and put the answer into the outbox."""
@@ -307,10 +364,20 @@ class Site:
                 verdict = self.link.upload(path, assignment, int(exchange or 0))
                 self.report(f"update {assignment} ({path.stat().st_size} bytes): {verdict.verdict}")
             except Refusal as refusal:
-                if refusal.status not in (403, 404, 410, 413, 422) or "revoked" in str(refusal):
+                if refusal.status not in SETTLED or "revoked" in str(refusal):
                     raise
                 self.report(f"update {assignment} was not taken: {refusal}")
+                if not refusal.ours:
+                    self._undelivered(path, assignment, refusal)
             path.unlink()
+
+    def _undelivered(self, path: Path, assignment: str, refusal: Refusal) -> None:
+        """Something in between does not let an update through: the server is to know why."""
+        size = path.stat().st_size
+        path.unlink()
+        reason = f"its update of {size} bytes is refused on the way with status {refusal.status}"
+        self._count_failure(assignment, reason)
+        raise Undelivered(reason)
 
     def _remembered(self, order: messages.Order, received: Received) -> Tree:
         """What is remembered of the update that counted last; older files go."""
@@ -340,17 +407,25 @@ class Site:
             return {}
         return self.plan.split.parts(self.plan.learner.init(Key(seed).fold("init")))[1]
 
-    def _cannot(self, order: messages.Order, error: Exception, failures: int) -> None:
+    def _cannot(self, order: messages.Order, error: Exception) -> None:
         """Training failed: say so to the server, and give up if it goes on like this."""
         assert order.assignment is not None
         logger.error("round %d cannot be trained here: %s", order.round, error)
+        # What went wrong may show the data; the server learns only what kind it was.
+        self._count_failure(order.assignment, f"training failed ({type(error).__name__})", error)
+
+    def _count_failure(self, assignment: str, reason: str, error: Exception | None = None) -> None:
+        """Tell the server, wait longer each time, and give up if it goes on like this."""
         with contextlib.suppress(Refusal):
-            # What went wrong may show the data; the server learns only what kind it was.
-            self.link.fail(order.assignment, f"training failed ({type(error).__name__})")
-        if failures >= FAILURES:
+            self.link.fail(assignment, reason)
+        self._failures += 1
+        if self._failures >= FAILURES:
+            last = reason if error is None else f"training failed: {error}"
             raise RunError(
-                f"training failed {failures} times in a row, at last: {error}"
+                f"{self._failures} rounds in a row came to nothing here, at last: {last}"
             ) from error
+        if error is None:
+            self._sleep(2.0**self._failures)
 
     def _finish(self, order: messages.Order) -> Path | None:
         """Keep the federation's model, and say goodbye."""
@@ -362,6 +437,7 @@ class Site:
             self.link.fetch(order.model, order.size, target)
         with contextlib.suppress(Refusal, Stopped, OSError):
             self.link.check_in(self._greeting(farewell=True), 0)
+        self._said_goodbye = True
         self.report(f"{order.reason}: {order.round} of {order.rounds} rounds")
         return target
 
@@ -373,6 +449,9 @@ class Site:
             busy=busy,
             farewell=farewell,
             about={**self.resources, **(self._summary() if self.declare else {})},
+            meaning=self.data.meaning.digest if self.data.meaning else None,
+            inputs=_told(self.data.meaning.inputs) if self.declare else [],
+            classes=_told(self.data.meaning.classes) if self.declare else [],
         )
 
     def _summary(self) -> dict[str, str]:
@@ -387,7 +466,8 @@ class Site:
         known = json.loads((self.folder / "site.json").read_text(encoding="utf-8"))
         key = make_key(self.folder / "key.pem")
         link = self._link(self.link.url, self.folder / "ca.pem", key, known["site"])
-        while not self.leaving.wait(self._beat):
+        # Also when it was asked to leave: what it is at work on still counts.
+        while not self._over.wait(self._beat):
             busy = self._busy
             if busy is None:
                 continue
@@ -425,7 +505,7 @@ class Site:
 
     def _link(self, url: str, authority: Path, key: Any, site: str) -> Connection:
         pem = authority.read_bytes() if authority.exists() else None
-        return Connection(url, pem, key, site, self._sleep, lambda text: logger.info("%s", text))
+        return Connection(url, pem, key, site, self._sleep, logger.info)
 
     def _reaching(self, attempt: Callable[[], bytes]) -> bytes:
         """The first contact, tried until the server answers."""
@@ -455,6 +535,11 @@ class Site:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(f"{self.folder} is in use by another agent") from None
+
+
+def _told(names: Sequence[str]) -> list[str]:
+    """Names as a message may hold them: the first ones, short, in plain characters."""
+    return [re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", name)[:80] for name in names[:256]]
 
 
 def _mapped(path: Path) -> Vectors:

@@ -6,7 +6,9 @@ server decided is final. Requests are sealed; a lost session is opened anew.
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import socket
 import threading
 import time
@@ -17,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from atoll.core.files import file_digest, file_hash
 from atoll.errors import AtollError, CheckpointError, ConfigurationError, require
@@ -42,17 +45,35 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 60.0
 TIMEOUT = 30.0
 #: Times that one request may be told that there is no such session, before that is believed.
 TURNED_AWAY = 6
+#: Times that something in between may refuse, before that is believed.
+ELSEWHERE = 4
+#: Names and addresses, IPv6 ones without their brackets.
+HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?|[0-9A-Fa-f:.%]*:[0-9A-Fa-f:.%]*")
 #: Refusals that time may cure.
 PASSING = frozenset({408, 423, 425, 429, 500, 502, 503, 504})
 
 
 class Refusal(AtollError):
-    """The server will not have it: its status, and its reason as the text."""
+    """The server will not have it: its status, and its reason as the text.
 
-    def __init__(self, status: int, reason: str, detail: Mapping[str, str] | None = None) -> None:
-        self.status, self.detail = status, dict(detail or {})
+    `ours` says that it was atoll's server, and not something in between, that answered.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        detail: Mapping[str, str] | None = None,
+        *,
+        ours: bool = True,
+    ) -> None:
+        self.status, self.detail, self.ours = status, dict(detail or {}), ours
         about = ", ".join(f"{name}: {value}" for name, value in self.detail.items())
         super().__init__(f"{reason} ({about})" if about else reason)
+
+
+class Unreachable(AtollError):
+    """The server was not reached within the time that there was."""
 
 
 class Stopped(AtollError):
@@ -64,12 +85,13 @@ class Connection:
     """A site's connection to its server.
 
     Args:
-        url: "https://host:port".
+        url: "https://host:port", with the path that a proxy has it under, if it has.
         authority: the project's certificate (PEM); None trusts the system's authorities.
         key: the site's private key.
         site: its name; empty before it has joined.
         sleep: waits so many seconds; raises `Stopped` to give up.
         note: is told, in words, about what is tried again.
+        patience: for how many seconds one request is tried; then `Unreachable`.
     """
 
     url: str
@@ -78,13 +100,14 @@ class Connection:
     site: str = ""
     sleep: Callable[[float], None] = time.sleep
     note: Callable[[str], None] = lambda text: None
+    patience: float = math.inf
     _session: str = ""
     _seal_key: bytes = field(default=b"", repr=False)
     _counter: int = 0
 
     def __post_init__(self) -> None:
-        self.url, self._prefix = _address(self.url)
-        self._pool = _pool(client_context(self.authority))
+        self.url = address(self.url)
+        self._pool = _pool(client_context(self.authority), self.url)
 
     def close(self) -> None:
         """Close the connections."""
@@ -102,10 +125,12 @@ class Connection:
         self.site = enrolled.site
         return enrolled
 
-    def check_in(self, message: messages.CheckIn, wait: float) -> messages.Order:
+    def check_in(
+        self, message: messages.CheckIn, wait: float, timeout: float = TIMEOUT
+    ) -> messages.Order:
         """Ask what to do, and wait up to so many seconds for an answer worth having."""
         body, target = messages.write(message), f"/v1/checkin?wait={wait:g}"
-        answer = self._persist(lambda: self._sealed("POST", target, body, timeout=wait + TIMEOUT))
+        answer = self._persist(lambda: self._sealed("POST", target, body, timeout=wait + timeout))
         return messages.read(messages.Order, answer.data)
 
     def ask(self, method: str, target: str) -> bytes:
@@ -186,7 +211,8 @@ class Connection:
         """Try until it works or is refused for good."""
         import urllib3
 
-        pause, turned_away = FIRST_PAUSE, 0
+        pause, turned_away, elsewhere = FIRST_PAUSE, 0, 0
+        until = time.monotonic() + self.patience
         while True:
             try:
                 return attempt()
@@ -204,9 +230,14 @@ class Connection:
                     turned_away += 1
                     if turned_away == 1:
                         continue
+                elif not refusal.ours and elsewhere < ELSEWHERE:
+                    # What is in between may be set up anew, and does not know what is settled.
+                    elsewhere += 1
                 elif (refusal.status not in PASSING and refusal.status != 409) or refusal.detail:
                     raise
                 reason = str(refusal)
+            if time.monotonic() + pause > until:
+                raise Unreachable(f"{reason}; gave up after {self.patience:.0f} s")
             self.note(f"{reason}; trying again")
             self.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -257,7 +288,7 @@ class Connection:
     ) -> urllib3.BaseHTTPResponse:
         about = {"Content-Type": "application/json"} if isinstance(body, bytes) and body else {}
         answer = self._pool.request(
-            method, self.url + self._prefix + target, body=body or None,
+            method, self.url + target, body=body or None,
             headers={**about, **(headers or {})}, timeout=timeout, retries=False, redirect=False,
             preload_content=not stream,
         )  # fmt: skip
@@ -279,22 +310,25 @@ def find_authority(url: str, token: Token) -> bytes:
     require("urllib3", "atoll[serve]", "a site's connection")
     from urllib3.exceptions import InsecureRequestWarning
 
-    server, prefix = _address(url)
+    server = address(url)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     # Python's warnings are one for all threads.
-    with FIRST_CONTACT, warnings.catch_warnings(), _pool(context) as pool:
+    with FIRST_CONTACT, warnings.catch_warnings(), _pool(context, server) as pool:
         # The fingerprint in the token is the check that the warning misses.
         warnings.simplefilter("ignore", InsecureRequestWarning)
         answer = pool.request(
-            "GET", f"{server}{prefix}/v1/ca", timeout=TIMEOUT,
+            "GET", f"{server}/v1/ca", timeout=TIMEOUT,
             retries=False, preload_content=False,
         )  # fmt: skip
         # Whoever answers is a stranger still.
         pem = bytes(answer.read(1 << 16, decode_content=False))
         answer.close()
-    if answer.status != 200 or fingerprint(pem) != token.authority:
+    if answer.status != 200:
+        # A proxy whose server is not there yet answers so.
+        raise ConnectionError(f"{server} answered {answer.status}")
+    if fingerprint(pem) != token.authority:
         raise IdentityError(
             f"{url} is not the server that the token was made for: it has another authority. "
             "Check the address, and who may be in between"
@@ -302,12 +336,21 @@ def find_authority(url: str, token: Token) -> bytes:
     return pem
 
 
-def _address(url: str) -> tuple[str, str]:
-    """A server's address as "https://host:port", and the path that a proxy has it under."""
-    parts = urlsplit(url)
-    if parts.scheme != "https" or not parts.hostname:
+def address(url: str) -> str:
+    """A server's address as "https://host:port/path", checked, without a slash at the end.
+
+    Raises `ConfigurationError` for what can never be one.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        port = parts.port  # raises beyond 65535
+    except ValueError as error:
+        raise ConfigurationError(f"the server's address {url!r} cannot be: {error}") from None
+    if parts.scheme != "https" or not HOST.fullmatch(parts.hostname or "") or port == 0:
         raise ConfigurationError(f"the server's address is https://HOST:PORT, not {url!r}")
-    return f"https://{parts.netloc}", parts.path.rstrip("/")
+    if parts.username or parts.query or parts.fragment:
+        raise ConfigurationError(f"the server's address is https://HOST:PORT/PATH, not {url!r}")
+    return f"https://{parts.netloc}{parts.path.rstrip('/')}"
 
 
 @contextmanager
@@ -322,13 +365,21 @@ def _on_disk() -> Iterator[None]:
         ) from error
 
 
-def _pool(context: Any) -> urllib3.PoolManager:
+def _pool(context: Any, url: str) -> urllib3.PoolManager:
+    """Connections to a server, through the proxy that HTTPS_PROXY names unless NO_PROXY does."""
     require("urllib3", "atoll[serve]", "a site's connection")
     import urllib3
 
     options = [*urllib3.connection.HTTPConnection.default_socket_options]
     options.append((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
-    return urllib3.PoolManager(ssl_context=context, maxsize=2, socket_options=options)
+    more: dict[str, Any] = {"maxsize": 2, "socket_options": options}
+    proxy = getproxies().get("https")
+    if proxy is None or proxy_bypass(urlsplit(url).hostname or ""):
+        return urllib3.PoolManager(ssl_context=context, **more)
+    try:
+        return urllib3.ProxyManager(proxy, ssl_context=context, **more)
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        raise ConfigurationError(f"HTTPS_PROXY is {proxy!r}, which cannot be: {error}") from error
 
 
 def _pieces(file: Any) -> Iterator[bytes]:
@@ -346,7 +397,7 @@ def _refusal(status: int, data: bytes) -> Refusal:
         verdict = messages.read(messages.Verdict, data)
         return Refusal(status, verdict.reason or verdict.verdict)
     except messages.MessageError:
-        return Refusal(status, f"the server answered {status}")
+        return Refusal(status, f"the server, or a proxy before it, answered {status}", ours=False)
 
 
 def _untrusted(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ def from_arrays(
     name: str = "arrays",
     class_names: Sequence[str] = (),
     describe: str = "",
+    columns: Sequence[str] = (),
 ) -> Dataset:
     """A data set of inputs `x` [N, ...] and targets `y` [N] or [N, ...].
 
@@ -38,6 +39,7 @@ def from_arrays(
     and `test` is a held-out pair (x, y). The result has float32 inputs (int64 for tokens), int64
     labels or float32 targets; an array of that type already is shared, not copied. Inputs may be
     several by name, {"image": [N, ...], "age": [N, 1]}, of which whole numbers stay int64.
+    `columns` name the inputs, in order: sites whose names differ are not averaged.
 
     Raises DataError for shapes that do not fit, missing values and labels out of range.
     """
@@ -72,6 +74,7 @@ def from_arrays(
             test=None if held_out is None else Examples(*held_out),
             class_names=class_names,
             describe=describe,
+            columns=tuple(columns),
         )
 
 

@@ -41,8 +41,10 @@ def encode_columns(
     test: Table | None = None,
     missing: Missing = "refuse",
     name: str = "table",
-) -> list[NDArray[np.float32]]:
+) -> tuple[list[NDArray[np.float32]], tuple[str, ...]]:
     """Inputs float32 [N, F] of a table and, if given, of a test table encoded as the first is.
+
+    And what each of the F inputs is: "age", "sex=f", "age missing", "pixels[3]".
 
     Raises DataError for missing values, unless `missing="indicator"`, and for types that are
     neither numbers, lists of them, text, categories nor booleans.
@@ -54,15 +56,19 @@ def encode_columns(
         check_columns(features, own.column_names, part)
         if len(own) == 0:
             raise DataError(f"{part}: there are no examples")
-    columns = (
-        _encoded({part: own[feature] for part, own in tables.items()}, feature, missing)
-        for feature in features
-    )
-    return [_side_by_side(blocks) for blocks in zip(*columns, strict=True)]
+    columns, names = [], []
+    for feature in features:
+        parts = {part: own[feature] for part, own in tables.items()}
+        blocks, kinds = _encoded(parts, feature, missing)
+        columns.append(blocks)
+        names += [f"{feature}{kind}" for kind in kinds]
+    return [_side_by_side(blocks) for blocks in zip(*columns, strict=True)], tuple(names)
 
 
-def _encoded(columns: Mapping[str, Column], feature: str, missing: Missing) -> list[Array]:
-    """A block [N, width] for each part of one column; the first part is the training part."""
+def _encoded(
+    columns: Mapping[str, Column], feature: str, missing: Missing
+) -> tuple[list[Array], list[str]]:
+    """A block [N, width] for each part of one column, the training part first, and its names."""
     noun = f"column {feature!r}"
     name, column = next(iter(columns.items()))
     if is_category(column.type):
@@ -82,7 +88,9 @@ def _encoded(columns: Mapping[str, Column], feature: str, missing: Missing) -> l
     return encode(columns, noun, missing)
 
 
-def _encoded_numbers(columns: Mapping[str, Column], noun: str, missing: Missing) -> list[Array]:
+def _encoded_numbers(
+    columns: Mapping[str, Column], noun: str, missing: Missing
+) -> tuple[list[Array], list[str]]:
     parts = [column_numbers(column, noun, name) for name, column in columns.items()]
     train = parts[0]
     for part, name in zip(parts, columns, strict=True):
@@ -94,8 +102,9 @@ def _encoded_numbers(columns: Mapping[str, Column], noun: str, missing: Missing)
     holes = [
         _has_holes(part, noun, missing, name) for name, part in zip(columns, parts, strict=True)
     ]
+    kinds = [""] if train.shape[1] == 1 else [f"[{place}]" for place in range(train.shape[1])]
     if not any(holes):
-        return parts
+        return parts, kinds
     lacking = np.isnan(train)
     if lacking.all(axis=0).any():
         raise DataError(
@@ -104,7 +113,8 @@ def _encoded_numbers(columns: Mapping[str, Column], noun: str, missing: Missing)
         )
     means = np.asarray(np.nanmean(train, axis=0, dtype=np.float64), dtype=np.float32)
     flagged = np.flatnonzero(lacking.any(axis=0))
-    return [_filled(part, means, flagged) for part in parts]
+    kinds += [f"{kinds[place]} missing" for place in flagged]
+    return [_filled(part, means, flagged) for part in parts], kinds
 
 
 def _filled(values: Array, means: Array, flagged: Array) -> Array:
@@ -134,7 +144,9 @@ def _has_holes(values: Array, noun: str, missing: Missing, name: str) -> bool:
     return True
 
 
-def _encoded_categories(columns: Mapping[str, Column], noun: str, missing: Missing) -> list[Array]:
+def _encoded_categories(
+    columns: Mapping[str, Column], noun: str, missing: Missing
+) -> tuple[list[Array], list[str]]:
     (name, train), *_ = columns.items()
     wanted = category_values(train).type
     parts = [_categories(own, wanted, noun, missing, part) for part, own in columns.items()]
@@ -150,7 +162,9 @@ def _encoded_categories(columns: Mapping[str, Column], noun: str, missing: Missi
             "features=..., or encode it as numbers"
         )
     categories = pyarrow_module().array(present, type=wanted)
-    return [_one_hot(part, categories, flagged=parts[0].null_count > 0) for part in parts]
+    flagged = parts[0].null_count > 0
+    kinds = [f"={text}" for text in present] + [" missing"] * flagged
+    return [_one_hot(part, categories, flagged=flagged) for part in parts], kinds
 
 
 def _check_no_numbers(present: Sequence[object], column: Column, noun: str, name: str) -> None:

@@ -37,8 +37,9 @@ def from_sklearn(
     """
     name = name or _name(bunch)
     data, target = _part(bunch, name)
+    columns = tuple(map(str, getattr(data, "columns", ())))
     if _is_mixed_frame(data):
-        data, test = _encoded(data, test, name)
+        data, test, columns = _encoded(data, test, name)
     held_out = _part(test, f"{name}, test part") if isinstance(test, Mapping) else test
     return from_arrays(
         data,
@@ -50,6 +51,7 @@ def from_sklearn(
         name=name,
         class_names=_class_names(bunch, target, task, classes),
         describe=_title(bunch),
+        columns=columns,
     )
 
 
@@ -73,16 +75,17 @@ def _is_mixed_frame(data: Any) -> bool:
     )
 
 
-def _encoded(data: Any, test: Any, name: str) -> tuple[Any, Any]:
+def _encoded(data: Any, test: Any, name: str) -> tuple[Any, Any, tuple[str, ...]]:
     table = read_table(data, name)
     if test is None:
-        return encode_columns(table, table.column_names, name=name)[0], None
+        (inputs,), columns = encode_columns(table, table.column_names, name=name)
+        return inputs, None, columns
     part = f"{name}, test part"
     held_out, target = _part(test, part) if isinstance(test, Mapping) else test
-    inputs, held_out = encode_columns(
+    (inputs, held_out), columns = encode_columns(
         table, table.column_names, test=read_table(held_out, part), name=name
     )
-    return inputs, (held_out, target)
+    return inputs, (held_out, target), columns
 
 
 def _class_names(

@@ -70,7 +70,7 @@ def from_table(
     held_out = None if test is None else read_table(test, f"{name}, test part")
     clients = (client,) if isinstance(client, str) else tuple(client or ())
     features = _features(table, label, clients, features, name)
-    inputs = encode_columns(table, features, test=held_out, missing=missing, name=name)
+    inputs, names = encode_columns(table, features, test=held_out, missing=missing, name=name)
     width = inputs[0].shape[1]
     y, sorted_names = label_values(table, label, name)
     test_y = None if held_out is None else label_values(held_out, label, f"{name}, test part")[0]
@@ -84,6 +84,7 @@ def from_table(
         name=name,
         class_names=tuple(class_names) or sorted_names,
         describe=f"{len(features)} columns of {name} as {width} inputs, label {label!r}",
+        columns=names,
     )
 
 

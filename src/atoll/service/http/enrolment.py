@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import sqlalchemy as sa
@@ -22,6 +23,8 @@ from atoll.service.http.bodies import (
     short_body,
 )
 from atoll.service.storage.tables import sites, tokens
+
+logger = logging.getLogger("atoll.service")
 
 
 class EnrolmentApi:
@@ -90,7 +93,7 @@ class EnrolmentApi:
                 )
             )  # fmt: skip
             change.audit(row["name"], "enrolled", role=row["role"], key=message.key)
-        loop.members.saw(row["name"])
+        logger.info("%s has joined", row["name"])
         return answered(messages.Enrolled(row["name"], row["role"], self.endpoints.project))
 
     async def challenge(self, request: Request) -> Response:

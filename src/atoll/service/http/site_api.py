@@ -70,12 +70,22 @@ class SiteApi:
         ):
             if theirs != ours:
                 self.endpoints.measures.refused("mismatch")
+                loop.left(site, f"its copy of the federation has another {what}")
                 problem = messages.Problem(
                     f"the {what} of {site}'s copy of the federation is another than the server's: "
                     "compare the two files",
                     {"site's": theirs, "server's": ours},
                 )
                 return Response(messages.write(problem), 409, media_type="application/json")
+        reason = loop.disagreement(site, message)
+        if reason:
+            self.endpoints.measures.refused("mismatch")
+            loop.left(site, reason)
+            problem = messages.Problem(reason[:1000], {"meaning": "compare the two data sets"})
+            return Response(messages.write(problem), 409, media_type="application/json")
+        if message.farewell and not loop.done:
+            loop.left(site, "it said that it leaves")
+            return answered(messages.Order("drop"))
         about = json.dumps(message.about, sort_keys=True)
         loop.members.saw(site, message.examples, about)
         if message.busy is not None:
@@ -93,6 +103,8 @@ class SiteApi:
         rounds_ = loop.plan.schedule.rounds
         beat = min(HEARTBEAT, loop.service.lease / 3)
         while True:
+            if site in loop.members.absent:
+                return messages.Order("drop")  # it has left meanwhile
             loop.members.saw(site)
             news = loop.changed
             row = loop.open.get(site)

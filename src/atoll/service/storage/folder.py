@@ -97,7 +97,9 @@ class StateFolder:
         kept = self.path / "database.url"
         if kept.exists():
             return kept.read_text(encoding="utf-8").strip()
-        return f"sqlite:///{self.path.resolve() / 'atoll.db'}"
+        # As a URL: a ? or a # in a folder's name would begin another part of it.
+        own = sa.URL.create("sqlite", database=str(self.path.resolve() / "atoll.db"))
+        return own.render_as_string(hide_password=False)
 
     def url(self, port: int) -> str:
         """Where the server is reached: by the first name that its certificate is for."""

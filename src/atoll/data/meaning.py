@@ -1,0 +1,66 @@
+"""Meaning: what a data set's inputs and labels stand for, by name, compared between sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+#: So many names are shown of those that differ.
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What each input is, in order, and each class; empty where the source does not say.
+
+    Models of two sites whose meanings differ cannot be averaged: the same weight would be of one
+    thing here and of another there.
+    """
+
+    inputs: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.inputs or self.classes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all names and their order."""
+        state = sha256()
+        for names in (self.inputs, self.classes):
+            state.update(f"{len(names)}\n".encode())
+            for name in names:
+                state.update(f"{len(name)} {name}\n".encode())
+        return state.hexdigest()
+
+    def difference(self, other: Meaning, here: str, there: str) -> str:
+        """How this meaning, of `here`, differs from another, in words; empty if it does not."""
+        found = [
+            _differ(noun, mine, theirs, here, there)
+            for noun, mine, theirs in (
+                ("inputs", self.inputs, other.inputs), ("classes", self.classes, other.classes),
+            )
+        ]  # fmt: skip
+        return "; ".join(filter(None, found))
+
+
+def _differ(noun: str, mine: Sequence[str], theirs: Sequence[str], here: str, there: str) -> str:
+    if tuple(mine) == tuple(theirs):
+        return ""
+    if sorted(mine) == sorted(theirs):
+        return (
+            f"the {noun} stand in another order: {_listed(mine)} at {here}, {_listed(theirs)} at "
+            f"{there}"
+        )
+    parts = []
+    for own, others, place in ((mine, theirs, here), (theirs, mine, there)):
+        only = [name for name in own if name not in others]
+        if only:
+            parts.append(f"only {place} has {_listed(only)}")
+    return f"the {noun} differ: {' and '.join(parts) or 'some are there twice'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more
