@@ -278,6 +278,7 @@ class FederationLoop:
             ledger.lost(change, site, assignment, reason)
             self._record_outcome(change, now)
         self.history.note(assignment, f"{site}: {reason}")
+        logger.info("%s does not deliver for round %d: %s", site, row["round"], reason)
         del self.open[site]
         self._after_outcome()
         return True

@@ -346,7 +346,8 @@ def address(url: str) -> str:
         port = parts.port  # raises beyond 65535
     except ValueError as error:
         raise ConfigurationError(f"the server's address {url!r} cannot be: {error}") from None
-    if parts.scheme != "https" or not HOST.fullmatch(parts.hostname or "") or port == 0:
+    named = HOST.fullmatch(parts.hostname or "") and not parts.netloc.endswith(":")
+    if parts.scheme != "https" or not named or port == 0:
         raise ConfigurationError(f"the server's address is https://HOST:PORT, not {url!r}")
     if parts.username or parts.query or parts.fragment:
         raise ConfigurationError(f"the server's address is https://HOST:PORT/PATH, not {url!r}")
