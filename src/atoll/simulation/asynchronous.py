@@ -21,6 +21,8 @@ from atoll.tracking.observer import Snapshot
 from atoll.tracking.record import Participant
 
 RECEIVED = "received"
+#: So many invitations in a row that come to nothing mean that nothing will come.
+FRUITLESS = 10_000
 
 
 @dataclass
@@ -115,13 +117,21 @@ class AsynchronousSimulator(Simulator):
 
     def _walk(self, results: dict[str, TaskResult], interruption: Interruption) -> _Walk:
         """Events in the order of time until a step is due; updates not yet run count as good."""
-        walk = _Walk()
+        walk, fruitless = _Walk(), 0
         while True:
+            if fruitless > FRUITLESS:
+                raise RunError(
+                    f"round {self.buffered.round}: {fruitless} times in a row nobody could be "
+                    "invited or the client delivered nothing, up to "
+                    f"{self.clock:.0f} s of simulated time; give devices that drop out less, are "
+                    "there more often, or stay for longer than their work takes"
+                )
             if interruption.requested:
                 raise Interrupted(len(self.run.history))
             walk.invited += self._invite()
             if not self._flights:
                 self._wait()
+                fruitless += 1
                 continue
             at, _, _, arrival = heapq.heappop(self._flights)
             self.clock = max(self.clock, at)
@@ -130,10 +140,12 @@ class AsynchronousSimulator(Simulator):
             if arrival.lost:
                 self.buffered.lost(invitation.id, self.clock)
                 walk.participants.append(Participant(invitation.client, "lost", self._load.down, 0))
+                fruitless += 1
                 continue
             known = results.get(invitation.id)
             fault = known.fault if known else ""
             answer = self.buffered.deliver(invitation.id, invitation.client, self.clock, fault)
+            fruitless = 0 if answer.accepted else fruitless + 1
             if answer.accepted:
                 walk.accepted.append((invitation, answer.staleness))
                 # By invitation for now: its size is not known before it has run.

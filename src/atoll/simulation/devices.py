@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from atoll.core.numbers import at_least_zero, positive, value_is_real
 from atoll.core.random import Key
 from atoll.errors import DataError
 from atoll.rounds.roster import Members, Resources
@@ -108,10 +109,12 @@ class RandomDevices(Devices):
 
     def __post_init__(self) -> None:
         for name in ("dropout", "availability", "charging", "unmetered"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"{name} must be a probability, not {getattr(self, name)}")
-        if self.latency < 0 or self.jitter < 0 or not self.period > 0:
-            raise DataError("latency and jitter must not be negative, and period must be positive")
+            value = getattr(self, name)
+            if not (value_is_real(value) and 0 <= value <= 1):
+                raise DataError(f"{name} must be a probability, not {value!r}")
+        at_least_zero("latency", self.latency, DataError)
+        at_least_zero("jitter", self.jitter, DataError)
+        positive("period", self.period, DataError)
 
     def conditions(self, name: str, planned_steps: int, own: Key, today: Key) -> Conditions:
         always = own.generator()
