@@ -141,6 +141,8 @@ class Target:
         who = Insider(self, name)
         answer = who.enrol(self.invite(name, role))
         assert answer.status == 200, answer.data
+        if role == "site":
+            who.order()  # only who checks in is there
         return who
 
     def close(self) -> None:

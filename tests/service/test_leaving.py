@@ -119,7 +119,7 @@ def test_a_farewell_gives_up_what_is_owed_and_is_no_presence(inner):
 
 
 def test_a_question_on_its_way_does_not_bring_back_who_has_left(inner):
-    served = inner(schedule="Synchronous(rounds=3, cohort=2, minimum=2)")
+    served = inner(schedule="Synchronous(rounds=3, cohort=3, minimum=3)")
     alice = served.insider("alice").open()
     waiting = served.insider("alice2").open()
     import threading

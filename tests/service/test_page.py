@@ -14,8 +14,10 @@ import pytest
 import sqlalchemy as sa
 
 pytest.importorskip("sklearn")
+from attacker import Target
 from browser import browser, tab, until
 
+from atoll.cli.files import read_plan
 from atoll.service.storage import tables
 from atoll.service.storage.database import Store
 from atoll.tracking import read_run
@@ -124,7 +126,8 @@ def test_a_federation_that_fails_says_why(place):
     place.write(schedule="Synchronous(rounds=3, minimum=2, deadline=1.0, attempts=30, pause=1.0)")
     place.serve("--sites", "2", "--linger", "30")
     place.until(lambda: ask(place, "/health")[0] == 200, what="the server")
-    analyst(place, "1", role="site")  # which is there, and never delivers
+    target = Target(place.url, place.state, read_plan(str(place.root / "federation.py")))
+    target.insider("1")  # which is there, and never delivers
     place.join("0", place.invite("0"))
     body = json.dumps({"ticket": ticket_of(place)}).encode()
     mine = ask(place, "/page/login", body=body)[1]["set-cookie"].partition(";")[0]

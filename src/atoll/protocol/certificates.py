@@ -7,7 +7,9 @@ authority by its fingerprint, which is part of their enrolment token.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
+import re
 import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+logger = logging.getLogger("atoll.service")
 AUTHORITY_YEARS = 10
 SERVER_DAYS, RENEW_DAYS = 397, 30
+#: Names of hosts, of letters, digits and dashes between dots; the first part may be a star.
+NAME = re.compile(r"(?:\*\.)?(?!-)[A-Za-z0-9_-]{1,63}(?:\.(?!-)[A-Za-z0-9_-]{1,63})*")
 
 
 def make_authority(folder: Path, project: str) -> None:
@@ -49,12 +54,25 @@ def make_authority(folder: Path, project: str) -> None:
     _write(folder, "ca", key, certificate)
 
 
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Raise `ConfigurationError` unless a certificate can be for these names and addresses."""
+    if not hosts:
+        raise ConfigurationError("a server's certificate is for one host at least")
+    for host in hosts:
+        if not NAME.fullmatch(host) and not _is_address(host):
+            raise ConfigurationError(
+                f"{host!r} is no host: give a name or an address, e.g. fl.example.org or 10.0.0.7, "
+                "without https:// and without a port"
+            )
+
+
 def make_server(folder: Path, hosts: Sequence[str]) -> None:
     """Write `server.pem` and `server-key.pem`, vouched for by the authority, for these hosts."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    check_hosts(hosts)
     authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
     signer = serialization.load_pem_private_key((folder / "ca-key.pem").read_bytes(), None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
@@ -67,7 +85,7 @@ def make_server(folder: Path, hosts: Sequence[str]) -> None:
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=SERVER_DAYS))
+        .not_valid_after(min(now + timedelta(days=SERVER_DAYS), authority.not_valid_after_utc))
         .add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs=False), critical=True)
@@ -89,16 +107,31 @@ def hosts_of(folder: Path) -> list[str]:
 
 
 def renew_server(folder: Path) -> bool:
-    """Make a new server certificate for the same hosts if the old one is about to end."""
+    """Make a new server certificate for the same hosts if the old one is about to end.
+
+    Without the authority's key, which may be kept elsewhere, that is said in the log, and raises
+    `ConfigurationError` once the certificate has ended.
+    """
     from cryptography import x509
 
     path = folder / "server.pem"
     if not path.exists():
         raise ConfigurationError(f"{folder} is not a state folder; make one with: atoll init")
-    old = x509.load_pem_x509_certificate(path.read_bytes())
-    if old.not_valid_after_utc - datetime.now(UTC) > timedelta(days=RENEW_DAYS):
+    end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    left = end - datetime.now(UTC)
+    if left > timedelta(days=RENEW_DAYS):
+        return False
+    if not (folder / "ca-key.pem").exists():
+        text = (
+            f"the server's certificate ends on {end:%Y-%m-%d}, and {folder / 'ca-key.pem'} is not "
+            "there to make another: put it back"
+        )
+        if left < timedelta(0):
+            raise ConfigurationError(text)
+        logger.warning("%s before then", text)
         return False
     make_server(folder, hosts_of(folder))
+    logger.info("the server's certificate was renewed; the last one was good until %s", end)
     return True
 
 
@@ -155,6 +188,14 @@ def _write(
         ),
     )
     (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _host(name: str) -> x509.GeneralName:

@@ -33,13 +33,15 @@ class Listening:
     """Where a server is to be found.
 
     `linger` is for how many seconds a finished federation goes on answering, so that every site
-    learns of the end and fetches the model; it ends sooner when all of them have.
+    learns of the end and fetches the model; it ends sooner when all of them have. Every
+    `certificate` seconds it looks whether its certificate is to be renewed.
     """
 
     host: str = "0.0.0.0"
     port: int = 8443
     blobs: str | None = None
     linger: float = 600.0
+    certificate: float = 600.0
 
 
 def serve(
@@ -107,7 +109,7 @@ class _Process:
             ssl_keyfile=str(self.folder.path / "server-key.pem"),
         )  # fmt: skip
         config.load()
-        config.ssl = server_context(self.folder.path)
+        config.ssl = self.context = server_context(self.folder.path)
         server = uvicorn.Server(config)
         # Signals are ours: long polls must be let go before connections are closed.
         server.capture_signals = contextlib.nullcontext  # type: ignore
@@ -152,12 +154,31 @@ class _Process:
             change.set("blobs", self.listening.blobs)
             change.set("port", self.listening.port)
             change.set("project", self.folder.project)
-        renewing = asyncio.create_task(self._keep_lease(loop))
+        tasks = [
+            asyncio.create_task(self._keep_lease(loop)),
+            asyncio.create_task(self._keep_certificate()),
+        ]
         try:
             await loop.start()
             await self._led(loop, listening)
         finally:
-            renewing.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _keep_certificate(self) -> None:
+        """Renew the certificate before it ends, and take up one that was made beside."""
+        path = self.folder.path / "server.pem"
+        known = path.stat().st_mtime_ns
+        while True:
+            await asyncio.sleep(self.listening.certificate)
+            try:
+                renew_server(self.folder.path)
+                now = path.stat().st_mtime_ns
+                if now != known:
+                    self.context.load_cert_chain(path, self.folder.path / "server-key.pem")
+                    known = now
+            except (AtollError, OSError) as error:
+                logger.error("the server's certificate: %s", error)
 
     async def _keep_lease(self, loop: FederationLoop) -> None:
         """Renew the lease all the while, also when a start or a step takes long."""

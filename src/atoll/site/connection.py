@@ -10,6 +10,7 @@ import math
 import random
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 60.0
 TIMEOUT = 30.0
 #: Times that one request may be told that there is no such session, before that is believed.
 TURNED_AWAY = 6
+#: OpenSSL's words for a certificate that is not valid yet, and for one that has ended.
+NOT_YET, OUT_OF_TIME = 9, frozenset({9, 10})
 #: Times that something in between may refuse, before that is believed.
 ELSEWHERE = 4
 #: Names and addresses, IPv6 ones without their brackets.
@@ -217,12 +220,13 @@ class Connection:
             try:
                 return attempt()
             except (urllib3.exceptions.HTTPError, OSError) as error:
-                if _untrusted(error):
+                distrust = _distrust(error)
+                if distrust is not None and distrust.verify_code not in OUT_OF_TIME:
                     raise IdentityError(
-                        f"{self.url} is not the project's server, or its certificate has ended: "
-                        f"{_reason(error)}"
+                        f"{self.url} is not the project's server: {_reason(error)}"
                     ) from None
-                reason = _reason(error)
+                # What is out of time today may have been renewed tomorrow, or a clock been set.
+                reason = _reason(error) if distrust is None else _out_of_time(distrust)
             except Refusal as refusal:
                 if refusal.status == 401 and self.site and turned_away < TURNED_AWAY:
                     # Sessions and challenges end, with the server or by themselves.
@@ -304,7 +308,6 @@ def find_authority(url: str, token: Token) -> bytes:
 
     Nothing else is said on that connection.
     """
-    import ssl
     import warnings
 
     require("urllib3", "atoll[serve]", "a site's connection")
@@ -401,11 +404,17 @@ def _refusal(status: int, data: bytes) -> Refusal:
         return Refusal(status, f"the server, or a proxy before it, answered {status}", ours=False)
 
 
-def _untrusted(error: BaseException) -> bool:
-    import ssl
+def _distrust(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    """Why the server's certificate was not believed, if that was the matter."""
+    causes: list[object] = [error, error.__cause__, error.__context__, *error.args]
+    return next((c for c in causes if isinstance(c, ssl.SSLCertVerificationError)), None)
 
-    causes: list[BaseException | None] = [error, error.__cause__, error.__context__, *error.args]
-    return any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
+
+def _out_of_time(error: ssl.SSLCertVerificationError) -> str:
+    now = f"it is {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC by this machine's clock"
+    if error.verify_code == NOT_YET:
+        return f"the server's certificate is not valid yet; {now}: is it behind?"
+    return f"the server's certificate has ended; {now}: has the server renewed it?"
 
 
 def _reason(error: BaseException) -> str:

@@ -30,6 +30,7 @@ import sqlalchemy as sa
 from atoll.core.files import write_json
 from atoll.errors import CheckpointError, ConfigurationError
 from atoll.protocol.certificates import (
+    check_hosts,
     fingerprint,
     hosts_of,
     make_authority,
@@ -58,15 +59,21 @@ class StateFolder:
         """A new folder with a project authority and a server certificate for these hosts."""
         if path.exists() and any(path.iterdir()):
             raise ConfigurationError(f"{path} is not empty; choose a new folder")
+        check_hosts(hosts)
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
-        make_authority(path, project)
-        make_server(path, hosts)
-        write_secret(path / "metrics.token", secrets.token_urlsafe(24).encode())
-        write_json(path / "federation.json", {"project": project})
-        folder = StateFolder.open(path)
-        if database:
-            folder.use_database(database)
+        try:
+            make_authority(path, project)
+            make_server(path, hosts)
+            write_secret(path / "metrics.token", secrets.token_urlsafe(24).encode())
+            write_json(path / "federation.json", {"project": project})
+            folder = StateFolder.open(path)
+            if database:
+                folder.use_database(database)
+        except BaseException:
+            # Half a folder would be in the way of the next try.
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return folder
 
     @staticmethod
