@@ -37,7 +37,7 @@ from atoll.core.vectors import Vectors
 from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
 from atoll.learners.metrics import directions
 from atoll.rounds.client_states import ClientStates
-from atoll.rounds.describe import digest
+from atoll.rounds.describe import differences, digest, said
 from atoll.tracking.best import Best
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.reading import hold, read_config, read_rounds, read_spread
@@ -59,6 +59,17 @@ def identity(run: Run) -> str:
         "schedule": {**run.config["schedule"], "rounds": None},
     }
     return digest({"plan": plan, "data": run.data, "seed": run.seed})
+
+
+def _differences(config: dict[str, Any], run: Run) -> str:
+    """How a run differs from the one that a folder's configuration tells, in words."""
+    mine = {**run.config, "data": run.data, "seed": run.seed}
+    theirs = {**config["plan"], "data": config["data"], "seed": config["seed"]}
+    for each in (mine, theirs):
+        each["evaluation"] = None
+        each["schedule"] = {**each["schedule"], "rounds": None}
+    plain = json.loads(json.dumps(mine))
+    return said(differences(plain, theirs), "now", "there")
 
 
 def save_best(folder: Path, run: str, record: Record, model: Vectors) -> None:
@@ -210,8 +221,8 @@ class RunFolder(Observer):
         self._lock()
         if config["identity"] != identity(run):
             raise CheckpointError(
-                f"{self.path} holds another run: its plan, data or seed differ from those given; "
-                f"compare them with {self.path / 'config.json'}"
+                f"{self.path} holds another run: its plan, data or seed differ from those given: "
+                f"{_differences(config, run)} (see {self.path / 'config.json'})"
             )
         found = sorted((self.path / "checkpoints").glob("[0-9]*.safetensors"))
         if not found:

@@ -362,7 +362,6 @@ class TorchLearner(GradientLearner):
         check_loss(self.loss, data)
         x, y = tried(data)
         outputs = self._try_out(data, x, y)
-        self._try_smallest(data, x, y)
         if not isinstance(outputs, Tensor):
             raise DataError(
                 f"the module gives {type(outputs).__name__}, not a tensor; wrap it so that it "
@@ -375,6 +374,7 @@ class TorchLearner(GradientLearner):
                 "for each, e.g. [B, T, V] for tokens and not [B * T, V]"
             )
         check_outputs(self.loss, outputs.shape[1:], data)
+        self._try_smallest(data, x, y)
         shown = outputs.detach().float().numpy()
         check_mean(self.loss, self._loss_of_arrays, shown, y, data)
         check_scale(self.loss, self._loss_of_arrays, shown, y, data, last_function(outputs))
