@@ -90,7 +90,9 @@ def test_another_copy_of_the_file_holds_nobody_up(place):
     (place.root / "federation.py").write_text(text.replace("lr=0.1", "lr=0.2"))
     place.join("1", tokens["1"])
     assert place.wait("1") == 1
-    assert "another than the server's" in place.log("1")
+    assert "another than the server's: learner.lr is 0.2 here and 0.1 at the server" in place.log(
+        "1"
+    )
     (place.root / "federation.py").write_text(text)
     started = time.monotonic()
     place.join("0", tokens["0"])

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from atoll import __version__
 from atoll.errors import AtollError
 
 BODY_LIMIT = 1 << 16
@@ -178,7 +179,10 @@ def read(kind: type[M], body: bytes) -> M:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise MessageError(f"the body is no {kind.__name__} message: {error}") from None
+        raise MessageError(
+            f"the body is no {kind.__name__} message: {error}; this is atoll {__version__}, and "
+            "the other side may be another version"
+        ) from None
 
 
 def write(message: Message) -> bytes:

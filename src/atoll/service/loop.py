@@ -9,6 +9,7 @@ is a cache: after a crash it is made again from the accepted answers, to the sam
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 import time
@@ -30,7 +31,7 @@ from atoll.errors import CannotClose, CheckpointError, RunError
 from atoll.protocol import messages
 from atoll.rounds.buffered import BufferedCoordinator
 from atoll.rounds.coordinator import Answer, Coordinator, Phase, Verdict
-from atoll.rounds.describe import describe, plan_digest
+from atoll.rounds.describe import agreed, describe, plan_digest
 from atoll.rounds.driver import Driver
 from atoll.rounds.messages import largest
 from atoll.rounds.plan import Plan
@@ -53,6 +54,8 @@ from atoll.service.storage.tables import uploads, versions
 logger = logging.getLogger("atoll.service")
 #: Seconds between two ticks from which on they were not this process's to use.
 SUSPENDED = 30.0
+#: Characters of a described plan that are told to a site whose copy is another.
+DESCRIBED = 50_000
 T = TypeVar("T")
 
 
@@ -88,6 +91,8 @@ class FederationLoop:
         self.plan, self.service, self.store = plan, service, store
         self.models = ModelStore(plan, store, blobs, scratch)
         self.plan_digest, self.layout_digest = plan_digest(plan), plan.learner.layout.digest
+        #: What sites must agree on, in JSON, to say where they differ.
+        self.described = json.dumps(agreed(plan))[:DESCRIBED]
         self.clock = clock
         self.changed = asyncio.Event()
         self.members = Members(store, clock, service.presence)
@@ -130,6 +135,8 @@ class FederationLoop:
     async def start(self) -> None:
         """Take up where the store left off."""
         self._check_identity()
+        # First of all: on a full disk nothing else may be possible.
+        await self._in_thread(lambda: self.models.tidy(self.models.named()))
         latest = self.store.version()
         if latest is None:
             await self._first_version()

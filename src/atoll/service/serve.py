@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sqlalchemy as sa
+
 from atoll.core.vectors import Vectors
 from atoll.data.meaning import Meaning
 from atoll.errors import AtollError, ConfigurationError, RunError, require
@@ -63,8 +65,15 @@ def serve(
     require("uvicorn", "atoll[serve]", "a federation's server")
     renew_server(folder.path)
     process = _Process(plan, folder, service, listening, evaluate, initial, meaning, stop)
-    with asyncio.Runner(loop_factory=_loop()) as runner:
-        runner.run(process.run())
+    try:
+        with asyncio.Runner(loop_factory=_loop()) as runner:
+            runner.run(process.run())
+    except sa.exc.DBAPIError as error:
+        reason = str(error.orig).strip().splitlines()[0]
+        raise RunError(
+            f"the database could not be used: {reason}. What was decided before is kept; free some "
+            "space or bring the database back, then serve again"
+        ) from error
 
 
 def http_config(app: App, host: str, port: int, **more: Any) -> Any:

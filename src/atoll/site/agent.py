@@ -44,7 +44,7 @@ from atoll.errors import AtollError, CheckpointError, ConfigurationError, RunErr
 from atoll.learners.base import Assignment
 from atoll.protocol import messages
 from atoll.protocol.identity import IdentityError, Token, make_key, token_digest
-from atoll.rounds.describe import describe, plan_digest
+from atoll.rounds.describe import agreed, describe, differences, plan_digest, said
 from atoll.rounds.messages import pack
 from atoll.rounds.plan import Plan
 from atoll.rounds.task import (
@@ -236,9 +236,25 @@ class Site:
                 raise Stopped("the agent was asked to stop")
             with contextlib.suppress(queue.Empty):
                 answer = found.get(timeout=0.1)
+                if isinstance(answer, Refusal) and "plan" in answer.detail:
+                    self._other_copy(answer)
                 if isinstance(answer, BaseException):
                     raise answer
                 return answer
+
+    def _other_copy(self, refusal: Refusal) -> None:
+        """Raise with the settings that differ, if the server's plan can be read."""
+        try:
+            theirs = json.loads(refusal.detail["plan"])
+            mine = json.loads(json.dumps(agreed(self.plan)))
+            found = said(differences(mine, theirs), "here", "at the server")
+        except (ValueError, RecursionError):
+            return
+        if found:
+            raise RunError(
+                "this site's copy of the federation is another than the server's: "
+                f"{found[:1000]}. Bring the two files into one form"
+            ) from refusal
 
     def _farewell(self) -> None:
         """Let the server know that nobody is to wait for this site: tried once, and briefly."""

@@ -71,7 +71,8 @@ class Refusal(AtollError):
         ours: bool = True,
     ) -> None:
         self.status, self.detail, self.ours = status, dict(detail or {}), ours
-        about = ", ".join(f"{name}: {value}" for name, value in self.detail.items())
+        short = {name: value for name, value in self.detail.items() if len(value) < 200}
+        about = ", ".join(f"{name}: {value}" for name, value in short.items())
         super().__init__(f"{reason} ({about})" if about else reason)
 
 

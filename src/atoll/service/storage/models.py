@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,8 +32,6 @@ from atoll.service.storage.tables import answers, assignments, uploads, versions
 SMALL, PAUSE = 1 << 24, 0.002
 #: In a state's metadata: the blob in which some of its arrays lie, and under which names.
 LINK = "elsewhere"
-#: Seconds after which something that nobody names was left behind.
-LEFT_BEHIND = 3600.0
 
 
 class ModelStore:
@@ -194,18 +191,29 @@ class ModelStore:
     def tidy(self, names: set[str]) -> None:
         """At the start: remove what earlier processes left behind, but for these.
 
-        What is younger than an hour may be another process's, about to be spoken of.
+        Of whatever age: a process that does not lead any more can bring nothing into the database,
+        so nothing will speak of what it has put.
         """
         there = self.blobs.all()
         self._put |= set(there) & names
-        for digest, since in there.items():
-            if digest not in names and time.time() - since > LEFT_BEHIND:
-                self.blobs.remove(digest)
+        for digest in set(there) - names:
+            self.blobs.remove(digest)
         coming = self.store.rows(sa.select(uploads))
         parts = {f"{row['id']}.part" for row in coming}
         for path in self.scratch.iterdir():
-            if path.name not in parts and time.time() - path.stat().st_mtime > LEFT_BEHIND:
+            if path.name not in parts:
                 path.unlink(missing_ok=True)
+
+    def named(self) -> set[str]:
+        """Every digest that the database names, whether it is still needed or not."""
+        found: set[str] = set()
+        for table, columns in (
+            (versions, ("state", "broadcast", "model")), (assignments, ("digest",)),
+            (answers, ("digest",)), (uploads, ("digest",)),
+        ):  # fmt: skip
+            for row in self.store.rows(sa.select(*(table.c[name] for name in columns))):
+                found |= {digest for digest in row.values() if digest}
+        return found
 
 
 def _large(vectors: Vectors) -> bool:
