@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 from atoll.cli.outcome import print_run
@@ -17,8 +18,12 @@ from atoll.tracking.progress import progress
 
 def run(options: argparse.Namespace) -> int:
     """Run a Flower app in this process, and keep a run folder."""
-    # Flower says every round in several lines; progress is one.
-    logging.getLogger("flwr").setLevel(logging.INFO if options.verbose else logging.ERROR)
+    # Flower says every round in several lines; progress is one. What the app says is its own.
+    if options.verbose:
+        logging.getLogger("atoll.flower").setLevel(logging.DEBUG)
+        logging.basicConfig(format="%(message)s")
+    else:
+        logging.getLogger("flwr").addFilter(_of_the_app)
     settings = dict(_pair(text) for text in options.set)
     path = Path(options.path)
     barren: list[bool] = []
@@ -30,12 +35,19 @@ def run(options: argparse.Namespace) -> int:
         if path.suffix == ".py" and path.is_file():
             simulations_of(path, simulate, options.arguments)
         else:
-            simulate(read_app(path))
+            simulate(read_app(path, options.seed))
     except AtollError:
         raise
     except Exception as error:
         return _broken(error, options.path)
     return 1 if any(barren) else 0
+
+
+def _of_the_app(record: logging.LogRecord) -> bool:
+    """Whether a line of Flower's logger is the app's own, or a warning."""
+    inside = find_spec("flwr")
+    folder = str(Path(inside.origin).parent) if inside and inside.origin else ""
+    return record.levelno >= logging.WARNING or not record.pathname.startswith(folder)
 
 
 def _kept(app: App, options: argparse.Namespace) -> bool:

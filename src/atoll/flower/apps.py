@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import runpy
 import sys
 import tomllib
@@ -17,12 +18,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from atoll.errors import AtollError, ConfigurationError
-from atoll.flower.draws import import_torch_for
+from atoll.flower.draws import at_import, import_torch_for, seeded
 
 #: What a run's configuration may hold, as Flower has it.
 Settings = dict[str, bool | float | int | str]
-#: Clients, where the app does not say.
-CLIENTS = 10
+#: Clients, where neither the app nor Flower's own configuration says: as many as Flower starts.
+CLIENTS = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class App:
         clients: how many clients there are.
         references: where the two were found, `module:object`.
         place: the folder they are imported from; empty for a script.
+        seed: what it drew from while it was imported.
     """
 
     name: str
@@ -46,6 +48,7 @@ class App:
     clients: int = CLIENTS
     references: tuple[str, str] = ("", "")
     place: str = ""
+    seed: int = 0
 
     def told(self, settings: Mapping[str, str], clients: int | None) -> App:
         """The app with some of its settings, given as text, changed."""
@@ -58,8 +61,11 @@ class App:
         return replace(self, config=changed, clients=clients or self.clients)
 
 
-def read_app(path: str | Path) -> App:
-    """The app in a folder with a `pyproject.toml`; a script has `simulations_of` it."""
+def read_app(path: str | Path, seed: int = 0) -> App:
+    """The app in a folder with a `pyproject.toml`; a script has `simulations_of` it.
+
+    What it draws when it is imported, as a model at the top of a module, is drawn from `seed`.
+    """
     place = Path(path)
     project = place / "pyproject.toml"
     if not project.is_file():
@@ -79,7 +85,8 @@ def read_app(path: str | Path) -> App:
     import_torch_for(place)
     _leave_others(place.resolve())
     sys.path.insert(0, str(place.resolve()))
-    server, client = (_found(reference, place) for reference in references)
+    with seeded(at_import(seed)):
+        server, client = (_found(reference, place) for reference in references)
     if not isinstance(server, ServerApp) or not isinstance(client, ClientApp):
         raise ConfigurationError(
             f"{references[0]} must be a ServerApp and {references[1]} a ClientApp, not "
@@ -87,7 +94,7 @@ def read_app(path: str | Path) -> App:
         )
     name = str(whole.get("project", {}).get("name", place.resolve().name))
     config = _flat(flwr["app"].get("config", {}))
-    return App(name, server, client, config, _clients(flwr), references, str(place.resolve()))
+    return App(name, server, client, config, _clients(flwr), references, str(place.resolve()), seed)
 
 
 _places: list[Path] = []
@@ -129,11 +136,22 @@ def _found(reference: str, place: Path) -> Any:
 
 
 def _clients(flwr: Mapping[str, Any]) -> int:
-    """How many clients the app's own federation has."""
-    federations = flwr.get("federations", {})
-    chosen = federations.get(str(federations.get("default", "")), {})
-    told = chosen.get("options", {}).get("num-supernodes", CLIENTS)
-    return told if isinstance(told, int) and told > 0 else CLIENTS
+    """How many clients the app's own federation has, or that of Flower's configuration."""
+    for places in (flwr.get("federations", {}), _configured().get("superlink", {})):
+        chosen = places.get(str(places.get("default", "")), {})
+        told = chosen.get("options", {}).get("num-supernodes")
+        if isinstance(told, int) and told > 0:
+            return told
+    return CLIENTS
+
+
+def _configured() -> Mapping[str, Any]:
+    """What Flower's own configuration file says; nothing if there is none that can be read."""
+    home = os.environ.get("FLWR_HOME") or Path.home() / ".flwr"
+    try:
+        return tomllib.loads((Path(home) / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def simulations_of(path: Path, run: Callable[[App], Any], arguments: Sequence[str] = ()) -> int:

@@ -6,9 +6,12 @@ Each answer draws from a key of its own, so that where and when it is given chan
 from __future__ import annotations
 
 import copy
+import logging
 import multiprocessing
 import sys
 import threading
+import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -22,8 +25,9 @@ from flwr.clientapp import ClientApp
 from atoll.core.random import Key
 from atoll.errors import ConfigurationError
 from atoll.flower.apps import App, Settings, loaded
-from atoll.flower.draws import import_torch_for, seeded
+from atoll.flower.draws import at_import, import_torch_for, seeded
 
+logger = logging.getLogger("atoll.flower")
 #: Flower's code of an error that a ClientApp raised.
 RAISED = 2
 
@@ -41,8 +45,8 @@ class Clients(ABC):
         }
 
     @abstractmethod
-    def answer(self, client: int, message: Message, key: Key) -> Message:
-        """What a client says to a message, drawing from `key`."""
+    def answer(self, client: int, message: Message, key: Key) -> tuple[Message, float]:
+        """What a client says to a message, drawing from `key`; and its own seconds for it."""
 
     def close(self) -> None:
         """Let workers go."""
@@ -57,10 +61,11 @@ class Here(Clients):
         # The streams of draws are the process's own.
         self._lock = threading.Lock()
 
-    def answer(self, client: int, message: Message, key: Key) -> Message:
+    def answer(self, client: int, message: Message, key: Key) -> tuple[Message, float]:
         with self._lock:
+            begun = time.monotonic()
             reply, self.contexts[client] = answered(self._app, message, self.contexts[client], key)
-            return reply
+            return reply, time.monotonic() - begun
 
 
 class Workers(Clients):
@@ -74,7 +79,7 @@ class Workers(Clients):
                 f"{app.name} is a script, whose client cannot be imported elsewhere; run it with "
                 "one worker"
             )
-        self._begun = app.place, app.references[1]
+        self._begun = app.place, app.references[1], at_import(app.seed)
         self._lock = threading.Lock()
         self._pool = self._fresh()
 
@@ -83,17 +88,18 @@ class Workers(Clients):
         spawned = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self.width, spawned, _begin, self._begun)
 
-    def answer(self, client: int, message: Message, key: Key) -> Message:
+    def answer(self, client: int, message: Message, key: Key) -> tuple[Message, float]:
         pool = self._pool
         try:
-            reply, context = pool.submit(_answered, message, self.contexts[client], key).result()
+            task = pool.submit(_answered, message, self.contexts[client], key)
+            reply, context, seconds = task.result()
         except BrokenProcessPool:
             with self._lock:
                 if pool is self._pool:
                     self._pool = self._fresh()
-            return Message(Error(RAISED, "the client's process died"), reply_to=message)
+            return Message(Error(RAISED, "the client's process died"), reply_to=message), 0.0
         self.contexts[client] = context
-        return reply
+        return reply, seconds
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -111,12 +117,23 @@ def answered(
         try:
             reply: Any = app(message, own)
         except (Exception, SystemExit) as error:
-            text = f"{type(error).__name__}: {error}"
+            logger.debug("a client of the app failed", exc_info=error)
+            text = f"{type(error).__name__}: {error}{_place_of(error)}"
             return Message(Error(RAISED, text), reply_to=message), context
     if not isinstance(reply, Message):
         text = f"the ClientApp gave {type(reply).__name__}, not a Message"
         return Message(Error(RAISED, text), reply_to=message), context
     return reply, own
+
+
+def _place_of(error: BaseException) -> str:
+    """Where in the app an error came from, as people look for it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    own = [frame for frame in own if frame.filename != __file__]
+    if not own:
+        return ""
+    return f" (in {own[-1].name}, {Path(own[-1].filename).name} line {own[-1].lineno})"
 
 
 def _context(client: int, clients: int, config: Mapping[str, Any]) -> Context:
@@ -127,16 +144,19 @@ def _context(client: int, clients: int, config: Mapping[str, Any]) -> Context:
 _app: ClientApp | None = None
 
 
-def _begin(place: str, reference: str) -> None:
+def _begin(place: str, reference: str, key: Key) -> None:
     global _app  # noqa: PLW0603
     from flwr.supercore.task_identity import TaskIdentity
 
     import_torch_for(Path(place))
     sys.path.insert(0, place)
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-    _app = loaded(reference)
+    with seeded(key):
+        _app = loaded(reference)
 
 
-def _answered(message: Message, context: Context, key: Key) -> tuple[Message, Context]:
+def _answered(message: Message, context: Context, key: Key) -> tuple[Message, Context, float]:
     assert _app is not None
-    return answered(_app, message, context, key)
+    begun = time.monotonic()
+    reply, kept = answered(_app, message, context, key)
+    return reply, kept, time.monotonic() - begun

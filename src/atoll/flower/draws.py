@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,16 @@ def import_torch_for(folder: Path) -> None:
             return
 
 
+def at_import(seed: int) -> Key:
+    """Where an app draws from while it is imported: the same in every process of a run."""
+    return Key(seed).fold("flower", "import")
+
+
 @contextmanager
 def seeded(key: Key) -> Iterator[None]:
     """Let `random`, NumPy and torch draw from `key`; what they drew from before goes on after.
+
+    TensorFlow and MLX, where they are imported, are begun from it too, and not put back.
 
     An app that seeds them itself gets what it asks for, until it returns.
     """
@@ -43,6 +51,9 @@ def seeded(key: Key) -> Iterator[None]:
     np.random.seed(word % 2**32)
     if torch:
         torch.manual_seed(word)
+    for name, seed in (("tensorflow", "random.set_seed"), ("mlx.core", "random.seed")):
+        if name in sys.modules:
+            attrgetter(seed)(sys.modules[name])(word % 2**31)
     try:
         yield
     finally:

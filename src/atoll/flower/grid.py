@@ -20,8 +20,11 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from atoll.core.random import Key
+from atoll.errors import ConfigurationError
 from atoll.flower.clients import RAISED, Clients
 
+#: Looking for clients so often, and for so many seconds, is waiting.
+LOOKS, LOOKING = 4, 3.0
 #: Told of each message and its reply; the number is that of the client.
 Watcher = Callable[[int, Message, Message], None]
 
@@ -43,6 +46,10 @@ class LocalGrid(Grid):
         self._sent: Counter[int] = Counter()
         self._number = 0
         self._replies: dict[str, Message] = {}
+        #: For how long each client was at work on its reply.
+        self._seconds: dict[str, float] = {}
+        #: How often the server has asked who is there since it last sent something, and since when.
+        self._looked, self._since = 0, 0.0
         # A Message reads these when a server makes it; they are the process's own.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
@@ -64,10 +71,26 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
+        self._notice_waiting()
         return range(1, self._count + 1)
+
+    def _notice_waiting(self) -> None:
+        """Raise if the server looks again and again for clients that will never be there."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # the old loop looks all the time, beside its work
+        now = time.monotonic()
+        self._since = self._since if self._looked else now
+        self._looked += 1
+        if self._looked > LOOKS and now - self._since > LOOKING:
+            raise ConfigurationError(
+                f"the app waits for more clients than the {self._count} that there are (see "
+                "min_available_nodes, or min_available_clients, of its strategy); give it more "
+                "with --clients N"
+            )
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver messages; when this returns, their clients have answered."""
+        self._looked = 0
         work = [(message, *self._stamped(message)) for message in messages]
         with ThreadPoolExecutor(self._clients.width) as several:
             return list(several.map(lambda each: self._deliver(*each), work))
@@ -80,12 +103,15 @@ class LocalGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Replies in the order of the messages; those that come after the time are left out."""
-        begun = time.time()
-        names = self.push_messages(messages)
+        names = list(self.push_messages(messages))
         replies = list(self.pull_messages(names))
         if timeout is None:
             return replies
-        return [each for each in replies if each.metadata.created_at - begun <= timeout]
+        # Its own time: that others were before it on this machine is not a client's doing.
+        return [
+            reply for name, reply in zip(names, replies, strict=True)
+            if self._seconds[name] <= timeout
+        ]  # fmt: skip
 
     def _stamped(self, message: Message) -> tuple[str, Key]:
         """A number for a message, and where its client draws from: settled before any answers."""
@@ -107,13 +133,14 @@ class LocalGrid(Grid):
         for each in (own, message):
             each.metadata.__dict__["_message_id"] = name
         if 1 <= node <= self._count:
-            reply = self._clients.answer(node - 1, own, key)
+            reply, seconds = self._clients.answer(node - 1, own, key)
         else:
+            seconds = 0.0
             reply = Message(Error(RAISED, f"there is no client {node}"), reply_to=own)
         reply.metadata.__dict__["_message_id"] = f"reply-{name}"
         with self._lock:
             self._watch(node - 1, message, reply)
-            self._replies[name] = reply
+            self._replies[name], self._seconds[name] = reply, seconds
         return name
 
 

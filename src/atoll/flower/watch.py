@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from atoll.core.vectors import Layout
+from atoll.errors import ConfigurationError
 from atoll.rounds.client_states import ClientStates
 from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.record import Participant, Record, Run
@@ -154,16 +155,32 @@ class Watch:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hear of what passes inside Flower's strategies: rounds, evaluations, the final model."""
+        from flwr.server.client_manager import SimpleClientManager
         from flwr.server.server import Server
         from flwr.serverapp.strategy import Strategy
 
-        kept = Strategy.start, Server.fit
+        kept = Strategy.start, Server.fit, SimpleClientManager.wait_for
         Strategy.start = self._started_as(kept[0])  # type: ignore[method-assign]
         Server.fit = self._fitted_as(kept[1])  # type: ignore[method-assign]
+        SimpleClientManager.wait_for = self._never_waiting(kept[2])  # type: ignore[method-assign]
         try:
             yield
         finally:
-            Strategy.start, Server.fit = kept  # type: ignore[method-assign]
+            Strategy.start, Server.fit, SimpleClientManager.wait_for = kept  # type: ignore
+
+    def _never_waiting(self, original: Any) -> Any:
+        """What the old loop waits for clients with: those that there are not will not come."""
+
+        def wait_for(manager: Any, num_clients: int, timeout: int = 86400) -> bool:
+            there = int(self.run.data.get("clients", 0))
+            if num_clients > there:
+                raise ConfigurationError(
+                    f"the app waits for {num_clients} clients, and there are {there} (see "
+                    "min_available_clients of its strategy); give it more with --clients N"
+                )
+            return bool(original(manager, num_clients, timeout))
+
+        return wait_for
 
     def _started_as(self, original: Any) -> Any:
         parameters = inspect.signature(original)

@@ -1,0 +1,170 @@
+"""Flower apps that nobody here wrote: what they say is heard, and what cannot be ends."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr")
+
+from atoll.cli import main
+from atoll.errors import ConfigurationError
+from atoll.flower import read_app, run_app
+
+PROJECT = """
+[project]
+name = "silent"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "x"
+[tool.flwr.app.components]
+serverapp = "{module}:server"
+clientapp = "{module}:client"
+[tool.flwr.app.config]
+num-server-rounds = 1
+"""
+APP = """
+import logging
+import warnings
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.logger import log
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+INITIAL = np.random.rand(2)  # at import, as a net at the top of many tutorials
+client, server = ClientApp(), ServerApp()
+
+
+@client.train()
+def train(message, context):
+    {train}
+    arrays = message.content["arrays"].to_numpy_ndarrays()
+    metrics = MetricRecord({{"num-examples": 1}})
+    content = RecordDict({{"arrays": ArrayRecord([arrays[0] + INITIAL]), "metrics": metrics}})
+    return Message(content, reply_to=message)
+
+
+@server.main()
+def main(grid, context):
+    {main}
+    strategy = FedAvg(fraction_evaluate=0.0, {settings})
+    strategy.start(grid=grid, initial_arrays=ArrayRecord([INITIAL]), num_rounds=1)
+"""
+COUNT = [0]
+
+
+def app(folder, train="pass", main="pass", settings=""):
+    COUNT[0] += 1
+    module = f"silent_{COUNT[0]}"
+    place = folder / module
+    place.mkdir()
+    (place / "pyproject.toml").write_text(PROJECT.format(module=module))
+    text = APP.format(train=train, main=main, settings=settings)
+    (place / f"{module}.py").write_text(text)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def no_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+    return tmp_path / "flwr"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_draws_at_import_are_of_the_seed_in_every_process(tmp_path, workers):
+    place = app(tmp_path)
+    found = []
+    for seed in (3, 3, 4):
+        sys.modules.pop(place.name, None)
+        read = read_app(place, seed)
+        found.append(run_app(read.told({}, 4), seed=seed, workers=workers).model["params"])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+    # What clients add is what the server began with: they drew the same.
+    initial = sys.modules[place.name].INITIAL
+    np.testing.assert_allclose(found[2], 2 * initial, rtol=1e-6)
+
+
+def test_waiting_for_more_clients_than_there_are_ends_in_a_sentence(tmp_path, capsys):
+    place = app(tmp_path, settings="min_available_nodes=20")
+    started = time.monotonic()
+    assert main(["flower", str(place), "--clients", "3", "--runs", str(tmp_path / "runs")]) == 1
+    assert time.monotonic() - started < 20
+    assert "waits for more clients than the 3 that there are" in capsys.readouterr().err
+
+
+def test_the_old_loop_does_not_wait_either():
+    from flwr.client import NumPyClient
+    from flwr.clientapp import ClientApp
+    from flwr.server import ServerAppComponents, ServerConfig
+    from flwr.server.strategy import FedAvg
+    from flwr.serverapp import ServerApp
+
+    from atoll.flower import App
+
+    strategy = FedAvg(min_available_clients=20)
+    server = ServerApp(
+        server_fn=lambda context: ServerAppComponents(
+            strategy=strategy, config=ServerConfig(num_rounds=1)
+        )
+    )
+    client = ClientApp(client_fn=lambda context: NumPyClient().to_client())
+    with pytest.raises(ConfigurationError, match="waits for 20 clients, and there are 3"):
+        run_app(App("old", server, client, clients=3))
+
+
+def test_what_the_app_says_is_heard_and_what_flower_says_is_not(tmp_path):
+    place = app(
+        tmp_path,
+        main='log(logging.INFO, "said by the app"); log(logging.WARNING, "warned by the app"); '
+        'print("printed by the app"); warnings.warn("python warned")',
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "atoll", "flower", str(place), "--runs", str(tmp_path / "runs")],
+        capture_output=True, text=True, env=dict(os.environ), timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    for text in ("said by the app", "warned by the app", "printed by the app", "python warned"):
+        assert text in said
+    assert "[ROUND 1" not in said
+
+
+def test_a_client_that_fails_says_where(tmp_path, capsys):
+    place = app(tmp_path, train='raise ValueError("no such file")')
+    assert main(["flower", str(place), "--runs", str(tmp_path / "runs")]) == 1
+    assert f"ValueError: no such file (in train, {place.name}.py line" in capsys.readouterr().err
+
+
+def test_a_clients_own_time_counts_and_not_that_of_others(tmp_path):
+    """Six clients of 0.2 seconds each, one after the other, within a second each."""
+    place = app(tmp_path, train="import time; time.sleep(0.2)", settings="")
+    text = (place / f"{place.name}.py").read_text()
+    (place / f"{place.name}.py").write_text(text.replace("num_rounds=1", "num_rounds=1, timeout=1"))
+    run = run_app(read_app(place).told({}, 6))
+    assert run.history[0].accepted == 6
+
+
+def test_there_are_as_many_clients_as_flower_would_start(tmp_path, no_configuration):
+    place = app(tmp_path)
+    assert read_app(place).clients == 2
+    no_configuration.mkdir()
+    path = no_configuration / "config.toml"
+    path.write_text(
+        '[superlink]\ndefault = "local"\n[superlink.local]\noptions.num-supernodes = 7\n'
+    )
+    assert read_app(place).clients == 7
+    path.write_text("nonsense [")
+    assert read_app(place).clients == 2
+    project = place / "pyproject.toml"
+    project.write_text(
+        project.read_text() + '[tool.flwr.federations]\ndefault = "l"\n'
+        "[tool.flwr.federations.l]\noptions.num-supernodes = 5\n"
+    )
+    assert read_app(place).clients == 5
