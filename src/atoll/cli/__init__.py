@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from atoll import __version__
-from atoll.cli.grammar import add_serving, positive
+from atoll.cli.grammar import add_serving, port, positive, seed
 from atoll.errors import AtollError
 
 RUNS = "runs"
@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`); what is left has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1 if options.module in WORKING else 0
+    except UnicodeError as error:
+        print(f"atoll: something that was given is no proper text: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"atoll: {where}{error.strerror or error}", file=sys.stderr)
@@ -61,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train on real data and compare with local training")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=seed, default=0)
     demo.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders go")
     demo.set_defaults(module="demo")
 
@@ -74,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="change the federation, e.g. --set schedule.rounds=100 --set learner.lr=0.05",
     )
-    simulate.add_argument("--seed", type=int, help="seed of every draw (0, or that of --resume)")
+    simulate.add_argument("--seed", type=seed, help="seed of every draw (0, or that of --resume)")
     simulate.add_argument("--resume", metavar="RUN", help="go on with this run")
     simulate.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders go")
     simulate.add_argument("--name", help="name of the run folder (the file's name and a number)")
@@ -133,8 +136,8 @@ def _flower(commands: Any) -> None:
     flower.add_argument("path", metavar="PATH", help="the app's folder, or a script")
     flower.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="of the script; after --")
     flower.add_argument("--clients", type=positive, help="how many; default: what the app says, "
-                        "or 10")  # fmt: skip
-    flower.add_argument("--seed", type=int, default=0)
+                        "or as many as Flower starts")  # fmt: skip
+    flower.add_argument("--seed", type=seed, default=0)
     flower.add_argument("--workers", type=positive, default=1, help="processes for clients; "
                         "default: this one")  # fmt: skip
     flower.add_argument(
@@ -149,7 +152,7 @@ def _flower(commands: Any) -> None:
 
 def _page(command: argparse.ArgumentParser) -> None:
     command.add_argument("--web", action="store_true", help="open a live page on 127.0.0.1")
-    command.add_argument("--port", type=int, default=0, help="of the page; default: a free one")
+    command.add_argument("--port", type=port, default=0, help="of the page; default: a free one")
 
 
 def _drawing(command: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from atoll.protocol.identity import make_key
+from atoll.protocol.identity import make_key, read_identity
 from atoll.service import operations
 from atoll.service.storage.folder import StateFolder, check_name
 from atoll.site.connection import Connection
@@ -100,7 +100,7 @@ class ByIdentity(Access):
     """From anywhere, as an analyst or admin."""
 
     def __init__(self, place: Path) -> None:
-        known = json.loads((place / "site.json").read_text(encoding="utf-8"))
+        known = read_identity(place)
         pem = (place / "ca.pem").read_bytes() if (place / "ca.pem").exists() else None
         key = make_key(place / "key.pem")
         self._url = known["url"]

@@ -5,12 +5,53 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+#: Seconds of ten years.
+LONGEST = 10 * 365 * 86400.0
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return value
+
+
+def port(text: str) -> int:
+    """A port, 0 for a free one."""
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError("must be a port, from 0 to 65535")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time that can be waited for."""
+    value = float(text)
+    if not 0 <= value <= LONGEST:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {LONGEST:.0f} seconds")
+    return value
+
+
+def _hours(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= LONGEST / 3600:
+        raise argparse.ArgumentTypeError("must be more than 0, and ten years at most")
+    return value
+
+
+def _lease(text: str) -> float:
+    value = seconds(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 second or more")
     return value
 
 
@@ -61,9 +102,9 @@ def _server(commands: Any) -> None:
     serve.add_argument("file", help="a file that defines `federation`")
     serve.add_argument("--state", required=True, metavar="FOLDER", help="made by atoll init")
     serve.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    serve.add_argument("--seed", type=int, default=0)
+    serve.add_argument("--seed", type=seed, default=0)
     serve.add_argument("--host", default="0.0.0.0", help="address to listen on; default: all")
-    serve.add_argument("--port", type=int, default=8443)
+    serve.add_argument("--port", type=port, default=8443)
     serve.add_argument("--database", metavar="URL", help="postgresql://...; default: in the folder")
     serve.add_argument("--blobs", metavar="PLACE", help="s3://...; default: in the folder")
     serve.add_argument(
@@ -71,11 +112,11 @@ def _server(commands: Any) -> None:
         "default: the cohort or, without one, everyone who was invited",
     )  # fmt: skip
     serve.add_argument(
-        "--lease", type=float, default=900.0, metavar="SECONDS",
+        "--lease", type=_lease, default=900.0, metavar="SECONDS",
         help="a site that is not heard of for so long is given up for the round; default: 900",
     )  # fmt: skip
     serve.add_argument(
-        "--linger", type=float, default=600.0, metavar="SECONDS",
+        "--linger", type=seconds, default=600.0, metavar="SECONDS",
         help="how long to answer after the end, for sites to fetch the model; default: 600",
     )  # fmt: skip
     serve.add_argument("--test", metavar="FILE", help="a file whose `data` each model is tested on")
@@ -85,7 +126,7 @@ def _server(commands: Any) -> None:
     invite = _state(commands, "invite", "make a one-time token for a site")
     invite.add_argument("name", help="what the site will be called, e.g. hospital-a")
     invite.add_argument("--role", choices=("site", "analyst", "admin"), default="site")
-    invite.add_argument("--hours", type=float, default=72.0, help="it is good for; default: 72")
+    invite.add_argument("--hours", type=_hours, default=72.0, help="it is good for; default: 72")
 
 
 def _site(commands: Any) -> None:

@@ -19,7 +19,7 @@ from atoll.protocol.identity import Token, make_key
 from atoll.service.storage.audit import lines, verify
 from atoll.service.storage.folder import StateFolder, check_name
 from atoll.site.agent import approve
-from atoll.site.connection import Connection, Unreachable, find_authority
+from atoll.site.connection import Connection, first_contact
 from atoll.tracking.record import human_bytes
 
 
@@ -62,7 +62,7 @@ def _enrol(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     token = Token.read(options.token or os.environ.get("ATOLL_TOKEN", ""))
-    pem = None if options.public_ca else _first_contact(options.url, token)
+    pem = None if options.public_ca else first_contact(options.url, token)
     if pem is not None:
         write_atomically(folder / "ca.pem", [pem])
     link = Connection(options.url, pem, make_key(folder / "key.pem"), note=note, patience=PATIENCE)
@@ -71,15 +71,6 @@ def _enrol(options: argparse.Namespace) -> int:
     write_json(folder / "site.json", about)
     print(f"{enrolled.site} is {enrolled.role} of {enrolled.project}")
     return 0
-
-
-def _first_contact(url: str, token: Token) -> bytes:
-    import urllib3
-
-    try:
-        return find_authority(url, token)
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise Unreachable(f"the server was not reached: {error}; start it, then enrol") from error
 
 
 def _approve(options: argparse.Namespace) -> int:

@@ -38,6 +38,22 @@ class IdentityError(AtollError):
     """Someone is not who they say, or may not do what they ask."""
 
 
+def read_identity(folder: Path) -> dict[str, str]:
+    """What an identity's folder says in `site.json`: server, name and project.
+
+    Raises `IdentityError` if that is damaged.
+    """
+    path = folder / "site.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise IdentityError(f"{path} cannot be read: {error}") from None
+    known = found if isinstance(found, dict) else {}
+    if not all(isinstance(known.get(name), str) for name in ("url", "site")):
+        raise IdentityError(f"{path} is damaged: it names no server and no site; enrol anew")
+    return {name: str(value) for name, value in known.items()}
+
+
 def make_key(path: Path) -> Ed25519PrivateKey:
     """The key in this file, made if there is none."""
     require("cryptography", "atoll[serve]", "a site's key")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -254,7 +255,10 @@ def _array(value: Any) -> NDArray[Any] | None:
     if isinstance(value, type) or not hasattr(value, "__array__") or not hasattr(value, "shape"):
         return None
     try:
-        return np.asarray(value)
+        with warnings.catch_warnings():
+            # Some frameworks' arrays do not know NumPy 2's way of asking yet.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
         return None
 

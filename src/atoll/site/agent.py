@@ -43,7 +43,7 @@ from atoll.data.federated import FederatedData
 from atoll.errors import AtollError, CheckpointError, ConfigurationError, RunError
 from atoll.learners.base import Assignment
 from atoll.protocol import messages
-from atoll.protocol.identity import IdentityError, Token, make_key, token_digest
+from atoll.protocol.identity import IdentityError, Token, make_key, read_identity, token_digest
 from atoll.rounds.describe import agreed, describe, differences, plan_digest, said
 from atoll.rounds.messages import pack
 from atoll.rounds.plan import Plan
@@ -145,7 +145,7 @@ class Site:
         """Become a site of the federation, or take up being one."""
         key = make_key(self.folder / "key.pem")
         path = self.folder / "site.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        known = read_identity(self.folder) if path.exists() else None
         digest = token_digest(token.secret) if token else ""
         if known is not None and digest in ("", known.get("token")):
             authority = self.folder / "ca.pem"
@@ -480,7 +480,7 @@ class Site:
 
     def _heartbeat(self) -> None:
         """While a long training goes on, say that it does, and hear whether it still counts."""
-        known = json.loads((self.folder / "site.json").read_text(encoding="utf-8"))
+        known = read_identity(self.folder)
         key = make_key(self.folder / "key.pem")
         link = self._link(self.link.url, self.folder / "ca.pem", key, known["site"])
         # Also when it was asked to leave: what it is at work on still counts.

@@ -304,6 +304,17 @@ class Connection:
         return answer
 
 
+def first_contact(url: str, token: Token) -> bytes:
+    """As `find_authority`, tried once; `Unreachable` says why the server was not there."""
+    require("urllib3", "atoll[serve]", "a site's connection")
+    import urllib3
+
+    try:
+        return find_authority(url, token)
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise Unreachable(f"{_reason(error)}; start the server first") from error
+
+
 def find_authority(url: str, token: Token) -> bytes:
     """The project's certificate, asked of a server that is not yet trusted, checked by the token.
 

@@ -71,8 +71,7 @@ class StateFolder:
             if database:
                 folder.use_database(database)
         except BaseException:
-            # Half a folder would be in the way of the next try.
-            shutil.rmtree(path, ignore_errors=True)
+            _empty(path)
             raise
         return folder
 
@@ -205,13 +204,22 @@ class StateFolder:
             with tarfile.open(source) as archive:
                 archive.extractall(path, filter="data")
         except (tarfile.TarError, OSError) as error:
-            shutil.rmtree(path, ignore_errors=True)
+            _empty(path)
             raise CheckpointError(f"{source} cannot be restored: {error}") from error
         folder = StateFolder.open(path)
         with closing(folder.store()) as store, store.change(leading=False) as change:
             # Another federation from here on: it must not tidy up the blobs of the first.
             change.run(settings.delete().where(settings.c.name == "id"))
         return folder
+
+
+def _empty(folder: Path) -> None:
+    """Half a folder would be in the way of the next try."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _needed(database: Path) -> set[str]:
