@@ -211,7 +211,8 @@ def test_dropout_in_eval_mode_stays_there():
     assert not any(modes)
 
 
-def test_keras_asks_too(monkeypatch):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Keras itself
+def test_keras_asks_too():
     pytest.importorskip("keras")
     import keras
 

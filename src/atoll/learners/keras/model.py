@@ -155,11 +155,17 @@ def not_fresh(model: Any) -> str:
     trained = Weights.of(model).trained
     draws = [Weights.of(redrawn(model, seed)).trained for seed in range(DRAWS)]
     for name, variable in trained.items():
-        given = keras.ops.convert_to_numpy(variable)
-        reason = unlike(given, [keras.ops.convert_to_numpy(each[name]) for each in draws])
+        given = _plain(variable)
+        reason = unlike(given, [_plain(each[name]) for each in draws])
         if reason:
             return f"{variable.path} {reason}"
     return ""
+
+
+def _plain(variable: Any) -> Any:
+    """A variable's value in NumPy, on any backend."""
+    value = variable.value
+    return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
 def _made_again(model: Any) -> Any:
