@@ -173,6 +173,17 @@ def test_who_is_revoked_no_longer_says_what_the_data_mean(inner):
     assert served.loop.store.setting("meaning")["site"] == "bob"
 
 
+def test_two_agents_with_one_identity_are_told_of(inner, caplog):
+    served = inner(schedule=SYNC)
+    alice = served.insider("alice").open()
+    one, other, third = (f"{n}" * 32 for n in "abc")
+    for agent in (one, one, other, other, third):
+        alice.order(agent=agent)
+    assert "two agents" not in caplog.text  # it was started again, twice
+    alice.order(agent=other)
+    assert "two agents are at work as alice" in caplog.text
+
+
 def test_who_is_waited_for_is_named(inner):
     served = inner(schedule="Synchronous(rounds=3, cohort=2, minimum=2)")
     alice = served.insider("alice").open()

@@ -22,6 +22,7 @@ Name = Annotated[
     Meta(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,62}[A-Za-z0-9])?$(?![\s\S])", max_length=64),
 ]
 Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?![\s\S])", max_length=64)]
+Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$(?![\s\S])", max_length=32)]
 Hex64 = Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$(?![\s\S])", max_length=128)]
 AssignmentId = Annotated[
     str, Meta(pattern=r"^[0-9]{1,12}\.[0-9]{1,12}\.[0-9]{1,12}$(?![\s\S])", max_length=38)
@@ -87,7 +88,7 @@ class CheckIn(Message, frozen=True):
 
     `busy` names the assignment it is at work on, and asks for nothing but whether it still counts.
     `plan` and `layout` are the digests of its own copy of the federation, `meaning` that of the
-    names of its inputs and classes, which it may also tell.
+    names of its inputs and classes, which it may also tell. `agent` is drawn when an agent starts.
     """
 
     plan: Hex32
@@ -96,6 +97,7 @@ class CheckIn(Message, frozen=True):
     busy: AssignmentId | None = None
     farewell: bool = False
     about: Annotated[dict[Label, Value], Meta(max_length=16)] = {}
+    agent: Hex16 | None = None
     meaning: Hex32 | None = None
     inputs: Annotated[list[Value], Meta(max_length=256)] = []
     classes: Annotated[list[Value], Meta(max_length=256)] = []

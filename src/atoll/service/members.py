@@ -33,6 +33,8 @@ class Members:
         self.parked: set[str] = set()
         #: Who has said goodbye, or was turned away.
         self.absent: set[str] = set()
+        #: The agents that each site's check-ins came from, the latest last.
+        self._agents: dict[str, list[str]] = {}
         self._said: dict[str, tuple[int, str]] = {}
         self._unsaid: set[str] = set()
         self._written: dict[str, float] = {}
@@ -45,6 +47,19 @@ class Members:
         if examples is not None and self._said.get(site) != (examples, about):
             self._said[site] = examples, about
             self._unsaid.add(site)
+
+    def doubled(self, site: str, agent: str | None) -> bool:
+        """Whether this check-in shows that two agents are at work with one identity.
+
+        One that was started again is another too, but the first is not heard of any more.
+        """
+        known = self._agents.setdefault(site, [])
+        if agent is None or known[-1:] == [agent]:
+            return False
+        twice = agent in known
+        # The last ones are enough; who was told of once is told of again only after others.
+        self._agents[site] = [agent] if twice else [*known[-3:], agent]
+        return twice
 
     def left(self, site: str) -> bool:
         """A site is not there any more, until it checks in again; whether that is news."""

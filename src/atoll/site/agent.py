@@ -123,7 +123,7 @@ class Site:
         self.folder.chmod(0o700)
         self._lock()
         self.plan.learner.check(self.data)
-        self._failures = 0
+        self._failures, self._agent = 0, secrets.token_hex(16)
         self._over = threading.Event()
         self._said_goodbye = False
         self._busy: str | None = None
@@ -466,6 +466,7 @@ class Site:
             busy=busy,
             farewell=farewell,
             about={**self.resources, **(self._summary() if self.declare else {})},
+            agent=self._agent,
             meaning=self.data.meaning.digest if self.data.meaning else None,
             inputs=_told(self.data.meaning.inputs) if self.declare else [],
             classes=_told(self.data.meaning.classes) if self.declare else [],

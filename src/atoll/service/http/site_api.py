@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import time
@@ -52,6 +53,7 @@ STATUS = {
 }
 
 
+logger = logging.getLogger("atoll.service")
 #: Where a refusal holds the server's plan, described in JSON.
 PLAN = "plan"
 
@@ -87,6 +89,10 @@ class SiteApi:
             loop.left(site, reason)
             problem = messages.Problem(reason[:1000], {"meaning": "compare the two data sets"})
             return Response(messages.write(problem), 409, media_type="application/json")
+        if loop.members.doubled(site, message.agent):
+            logger.warning(
+                "two agents are at work as %s: one of them has a copy of its folder; stop one", site
+            )
         if message.farewell and not loop.done:
             loop.left(site, "it said that it leaves")
             return answered(messages.Order("drop"))
