@@ -242,3 +242,17 @@ def test_a_question_mark_in_the_folders_name_moves_no_database(place):
     assert (place.root / "trial?1" / "atoll.db").exists()
     assert "secret" not in place.cli("sites", "trial?2")
     place.cli("backup", "trial?1", "b.tar")
+
+
+def test_the_folders_status_says_what_is_waited_for(place):
+    place.write(schedule="Synchronous(rounds=2, cohort=2, minimum=2)")
+    token = place.invite("0")
+    place.invite("1")
+    place.serve("--linger", "1")
+    place.join("0", token)
+    place.until(lambda: "0 has joined" in place.log("server"), what="joining")
+
+    def waited():
+        return json.loads(place.cli("status", "state", "--json"))["waiting_for"] or ""
+
+    place.until(lambda: "1 of 2 sites have joined" in waited(), 20, "a word")

@@ -119,6 +119,8 @@ class FederationLoop:
         self._ticked = clock()
         #: What the next round waits for, in words.
         self.waiting = ""
+        #: What of it is written down, for who looks at the folder.
+        self._told_waiting: str | None = None
         self._remembers = True
         self._told: dict[int, Tree] = {}
 
@@ -315,6 +317,11 @@ class FederationLoop:
                 self._record_outcome(change, now)
             self._after_outcome()
         self._invite(now)
+        told = "" if self.open else self.waiting
+        if told != self._told_waiting:
+            with self.store.change() as change:
+                change.set("waiting", told)
+            self._told_waiting = told
 
     def stop(self, who: str) -> None:
         """No more rounds; sites are told to stop when they next ask."""

@@ -28,8 +28,8 @@ class UnknownSite(ConfigurationError):
     """Nobody of this name has joined or was invited."""
 
 
-def status(store: Store, project: str, waiting: str | None = None) -> dict[str, Any]:
-    """How a federation stands; `waiting` is what the next round waits for, in words."""
+def status(store: Store, project: str) -> dict[str, Any]:
+    """How a federation stands, and what the next round waits for, in words."""
     version, state = store.version(), store.setting("coordinator") or {}
     leads = tables.lease.c.until > time.time()
     led = bool(store.rows(sa.select(tables.lease.c.holder).where(leads)))
@@ -43,7 +43,7 @@ def status(store: Store, project: str, waiting: str | None = None) -> dict[str, 
         "round": version["version"] if version else 0,
         "rounds": (store.setting("plan") or {}).get("schedule", {}).get("rounds"),
         "phase": phase,
-        "waiting_for": waiting,
+        "waiting_for": (store.setting("waiting") or None) if led else None,
         "sites": len(store.rows(sa.select(tables.sites.c.name).where(member))),
         "at_work": _at_work(state),
         "model": version["model"] if version else None,

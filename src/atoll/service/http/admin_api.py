@@ -48,7 +48,7 @@ class AdminApi:
     async def status(self, request: Request) -> Response:
         await self.endpoints.who(request, "analyst", b"")
         loop = self.endpoints.leading()
-        return JSONResponse(operations.status(loop.store, self.endpoints.project, loop.waiting))
+        return JSONResponse(operations.status(loop.store, self.endpoints.project))
 
     async def rounds(self, request: Request) -> Response:
         await self.endpoints.who(request, "analyst", b"")
