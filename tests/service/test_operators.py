@@ -181,7 +181,6 @@ def test_what_is_seen_is_the_same_either_way(served, capsys):
 
     (by_folder,), by_http = told(capsys, inner, "status"), asked("status")
     assert list(by_folder) == list(by_http)
-    assert by_http["waiting_for"]
     assert by_folder == {**by_http, "project": "inner"}
     assert by_http["at_work"] == ["alice", "bob"] and by_http["server"] == "running"
     found = told(capsys, inner, "rounds")
