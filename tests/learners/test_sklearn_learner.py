@@ -119,3 +119,17 @@ def test_estimators_that_cannot_go_on_are_refused():
         SklearnLearner(DecisionTreeClassifier(), features=2, classes=2)
     with pytest.raises(ConfigurationError, match="give classes"):
         SklearnLearner(SGDClassifier(), features=2)
+
+
+@pytest.mark.parametrize("kind", ["SGDClassifier", "LogisticRegression", "Perceptron"])
+def test_weights_of_classes_are_agreed_on_and_not_each_clients_own(kind):
+    import sklearn.linear_model as models
+
+    from atoll.errors import ConfigurationError
+
+    more = {"warm_start": True} if kind == "LogisticRegression" else {}
+    with pytest.raises(ConfigurationError, match="agree on numbers"):
+        SklearnLearner(
+            getattr(models, kind)(class_weight="balanced", **more), features=3, classes=2
+        )
+    SklearnLearner(getattr(models, kind)(class_weight={0: 1, 1: 3}, **more), features=3, classes=2)

@@ -73,6 +73,12 @@ class SklearnLearner(Learner):
                 f"{type(self.estimator).__name__} has neither partial_fit nor warm_start, so it "
                 "cannot go on from the parameters it receives"
             )
+        if isinstance(self.estimator.get_params().get("class_weight"), str):
+            # Of each client's own labels: another loss at each, and none where there is one class.
+            raise ConfigurationError(
+                "class_weight='balanced' would weigh classes otherwise at every client, and not at "
+                "all where one class is missing; agree on numbers, class_weight={0: 1.0, 1: 3.0}"
+            )
         check_metrics(self.metrics)
         self._check_start()
 
