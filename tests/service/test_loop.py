@@ -254,6 +254,24 @@ def test_a_machine_that_slept_holds_it_against_nobody(tmp_path):
     asyncio.run(story())
 
 
+def test_a_clock_that_is_set_back_keeps_no_dead_sites_round_open(tmp_path):
+    world = World(tmp_path)
+
+    async def story():
+        async with world.loop(lease=100.0) as loop:
+            loop.tick()
+            assert set(loop.open) == {"a", "b", "c"}
+            world.now -= 86400
+            loop.tick()
+            assert set(loop.open) == {"a", "b", "c"}
+            for _ in range(6):  # 120 seconds by any clock
+                world.now += 20
+                loop.tick()
+            assert not loop.open or loop.coordinator.attempt >= 1
+
+    asyncio.run(story())
+
+
 def test_an_asynchronous_run_of_refused_updates_ends(tmp_path):
     world = World(tmp_path, "ab")
     world.plan = replace(world.plan, schedule=schedules.Buffered(rounds=5, concurrency=2, buffer=1))

@@ -54,6 +54,8 @@ from atoll.service.storage.tables import uploads, versions
 logger = logging.getLogger("atoll.service")
 #: Seconds between two ticks from which on they were not this process's to use.
 SUSPENDED = 30.0
+#: So many seconds may a clock be set back as it is kept right.
+SET_BACK = 2.0
 #: Characters of a described plan that are told to a site whose copy is another.
 DESCRIBED = 50_000
 T = TypeVar("T")
@@ -295,7 +297,7 @@ class FederationLoop:
     def tick(self) -> None:
         """What time alone brings about: leases, deadlines, the next round."""
         now = self.clock()
-        if now - self._ticked > SUSPENDED:
+        if not -SET_BACK < now - self._ticked < SUSPENDED:
             # This machine slept, or its clock was set: nobody else was silent for so long.
             self._pass_over(now - self._ticked)
         self._ticked = now
@@ -484,9 +486,14 @@ class FederationLoop:
 
     def _pass_over(self, gap: float) -> None:
         """Do not hold a gap in this process's own time against anyone."""
-        logger.warning("%.0f seconds passed unseen; leases and the deadline move by as much", gap)
+        what = "passed unseen" if gap > 0 else "were taken back by this machine's clock"
+        logger.warning("%.0f seconds %s; leases and the deadline move by as much", abs(gap), what)
         for site in self.members.seen:
             self.members.seen[site] += gap
+        for site, row in self.open.items():
+            self.open[site] = {**row, "asked": row.get("asked", row["opened"]) + gap}
+        self._patient_until += gap
+        self._retry_at += gap
         if self.coordinator.deadline is not None:
             self.coordinator.deadline += gap
 
