@@ -206,7 +206,7 @@ def test_a_site_that_was_revoked_comes_back_with_its_old_folder(place):
     place.cli("revoke", "state", "1")
     assert place.wait("1") == 1
     # Made for the membership that ended: nothing of it may stand in the way.
-    old = place.root / "1" / "outbox" / "1.0.1-0.safetensors"
+    old = place.root / "1" / "outbox" / f"1.0.1-0-{'ab' * 16}.safetensors"
     old.write_bytes(b"x" * 100)
     trained = place.log("1").count("trained")
     place.join("1", place.invite("1"))
@@ -256,3 +256,15 @@ def test_the_folders_status_says_what_is_waited_for(place):
         return json.loads(place.cli("status", "state", "--json"))["waiting_for"] or ""
 
     place.until(lambda: "1 of 2 sites have joined" in waited(), 20, "a word")
+
+
+def test_an_update_of_a_time_that_a_restore_has_undone_is_not_taken(inner):
+    served = inner(schedule="Synchronous(rounds=3, cohort=1, minimum=1)")
+    alice = served.insider("alice").open()
+    order = alice.assignment()
+    about = {"assignment": order["assignment"], "size": 10, "sha256": "ab" * 32}
+    refused = alice.ask("POST", "/v1/uploads", {**about, "model": "cd" * 16})
+    assert refused.status == 410
+    assert "made from another model" in json.loads(refused.data)["reason"]
+    for model in (order["model"][:32], None):
+        assert alice.ask("POST", "/v1/uploads", {**about, "model": model}).status == 201

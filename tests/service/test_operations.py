@@ -352,3 +352,29 @@ def test_commands_without_a_state_folder(place):
         )
     assert "cannot be a site's name" in place.cli("invite", "state", "../up", check=False)
     assert "is not empty" in place.cli("init", "state", check=False)
+
+
+def test_a_backup_that_was_cut_off_is_not_restored(place):
+    place.write(schedule="Synchronous(rounds=2, cohort=2)")
+    tokens = [place.invite(name) for name in "01"]
+    place.serve("--linger", "1")
+    for name, token in zip("01", tokens, strict=True):
+        place.join(name, token)
+    for name in ("0", "1", "server"):
+        assert place.wait(name) == 0
+    place.cli("backup", "state", "whole.tar")
+    whole = (place.root / "whole.tar").read_bytes()
+    # At the borders of its members too, where tar itself sees no fault.
+    import tarfile
+
+    with tarfile.open(place.root / "whole.tar") as archive:
+        borders = [member.offset for member in archive.getmembers()]
+    for size in [*borders, *(border + 700 for border in borders)]:
+        if size >= len(whole):
+            continue
+        (place.root / "cut.tar").write_bytes(whole[:size])
+        from atoll.cli import main
+
+        assert main(["restore", str(place.root / "cut.tar"), str(place.root / "again")]) == 1
+        assert not any((place.root / "again").iterdir())
+    place.cli("restore", "whole.tar", "once-more")

@@ -138,13 +138,15 @@ class Order(Message, frozen=True):
 class Offer(Message, frozen=True):
     """An upload that is about to come: for which assignment, how long, and its SHA-256.
 
-    `exchange` is the number of the question that it answers.
+    `exchange` is the number of the question that it answers, `model` the beginning of the digest of
+    the model that the site had before it: after a restore rounds are done again, under their names.
     """
 
     assignment: AssignmentId
     size: Annotated[int, Meta(ge=1, le=1 << 48)]
     sha256: Hex32
     exchange: Count = 0
+    model: Hex16 | None = None
 
 
 class Verdict(Message, frozen=True):

@@ -206,11 +206,23 @@ class FederationLoop:
         version = self.version["version"] if self.plan.schedule.lockstep else None
         return ledger.last_counted(self.store, site, version)
 
-    def offer(self, site: str, assignment: str, size: int, sha256: str, step: int) -> Row | Answer:
+    def offer(
+        self,
+        site: str,
+        assignment: str,
+        size: int,
+        sha256: str,
+        step: int,
+        model: str | None = None,
+    ) -> Row | Answer:
         """Open an upload, or say that none is needed; the same offer opens the same upload."""
         row = self.store.assignment(assignment)
         if row is None or row["site"] != site:
             return Answer(Verdict.UNKNOWN, f"{assignment!r} is not {site}'s assignment")
+        began = self.store.version(row["version"])
+        if model is not None and began is not None and not began["broadcast"].startswith(model):
+            reason = f"the update of {site} was made from another model, before a restore"
+            return Answer(Verdict.NOT_NEEDED, reason)
         if ledger.was_answered(self.store, assignment, step):
             return Answer(Verdict.DUPLICATE, f"the update of {site} was accepted before")
         owed = self.open.get(site)

@@ -271,7 +271,7 @@ class Site:
         """Receive, work, remember, and put the answer into the outbox."""
         assert order.assignment is not None
         started = time.perf_counter()
-        waiting = self._outgoing(order.assignment, order.exchange)
+        waiting = self._outgoing(order.assignment, order.exchange, order.model)
         if waiting.exists():
             # What was made once is sent again, and never made anew.
             self._send_outbox()
@@ -375,9 +375,10 @@ class Site:
     def _send_outbox(self) -> None:
         """Deliver what is waiting; an answer of any kind settles it."""
         for path in sorted((self.folder / "outbox").glob("*.safetensors")):
-            assignment, _, exchange = path.name.removesuffix(".safetensors").partition("-")
+            name = path.name.removesuffix(".safetensors")
+            assignment, exchange, model = (*name.split("-"), "0", "")[:3]
             try:
-                verdict = self.link.upload(path, assignment, int(exchange or 0))
+                verdict = self.link.upload(path, assignment, int(exchange), model or None)
                 self.report(f"update {assignment} ({path.stat().st_size} bytes): {verdict.verdict}")
             except Refusal as refusal:
                 # That the whole site was revoked is said at the next check-in.
@@ -518,8 +519,9 @@ class Site:
     def _kept(self, assignment: str, exchange: int) -> Path:
         return self.folder / "kept" / f"{assignment}-{exchange}.safetensors"
 
-    def _outgoing(self, assignment: str, exchange: int) -> Path:
-        return self.folder / "outbox" / f"{assignment}-{exchange}.safetensors"
+    def _outgoing(self, assignment: str, exchange: int, model: str | None) -> Path:
+        name = f"{assignment}-{exchange}-{(model or '')[:32]}"
+        return self.folder / "outbox" / f"{name}.safetensors"
 
     def _link(self, url: str, authority: Path, key: Any, site: str) -> Connection:
         pem = authority.read_bytes() if authority.exists() else None

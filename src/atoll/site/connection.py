@@ -180,10 +180,12 @@ class Connection:
         self._persist(attempt)
         partial.replace(path)
 
-    def upload(self, path: Path, assignment: str, exchange: int = 0) -> messages.Verdict:
+    def upload(
+        self, path: Path, assignment: str, exchange: int = 0, model: str | None = None
+    ) -> messages.Verdict:
         """Send an update, going on where an earlier attempt was cut off; what became of it."""
         size, digest = path.stat().st_size, file_digest(path)
-        offer = messages.write(messages.Offer(assignment, size, digest, exchange))
+        offer = messages.write(messages.Offer(assignment, size, digest, exchange, model))
 
         def attempt() -> messages.Verdict:
             answer = self._sealed("POST", "/v1/uploads", offer)

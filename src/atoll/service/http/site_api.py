@@ -215,7 +215,9 @@ class SiteApi:
                 f"{message.size}",
                 audited="upload",
             )
-        found = loop.offer(site, message.assignment, message.size, message.sha256, message.exchange)
+        found = loop.offer(
+            site, message.assignment, message.size, message.sha256, message.exchange, message.model
+        )
         if isinstance(found, Answer):
             if found.verdict is Verdict.UNKNOWN:
                 raise Refused(403, found.reason, audited="upload")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from atoll.core.files import write_json
+from atoll.core.files import file_digest, write_json
 from atoll.errors import CheckpointError, ConfigurationError
 from atoll.protocol.certificates import (
     check_hosts,
@@ -201,9 +201,11 @@ class StateFolder:
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
         try:
+            _check_end(source)
             with tarfile.open(source) as archive:
                 archive.extractall(path, filter="data")
-        except (tarfile.TarError, OSError) as error:
+            _check_whole(path)
+        except (tarfile.TarError, OSError, sqlite3.DatabaseError) as error:
             _empty(path)
             raise CheckpointError(f"{source} cannot be restored: {error}") from error
         folder = StateFolder.open(path)
@@ -211,6 +213,30 @@ class StateFolder:
             # Another federation from here on: it must not tidy up the blobs of the first.
             change.run(settings.delete().where(settings.c.name == "id"))
         return folder
+
+
+def _check_end(source: Path) -> None:
+    """Raise `OSError` unless an archive ends as archives do, with two blocks of zeros."""
+    with source.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 2 * tarfile.BLOCKSIZE))
+        if file.read() != bytes(2 * tarfile.BLOCKSIZE):
+            raise OSError("it is no archive, or was cut off")
+
+
+def _check_whole(path: Path) -> None:
+    """Raise `OSError` unless everything is there and whole that a server cannot do without."""
+    for name in ("federation.json", "atoll.db", "ca.pem", "server.pem", "metrics.token"):
+        if not (path / name).is_file():
+            raise OSError(f"the archive is cut off: it has no {name}")
+    with closing(sqlite3.connect(path / "atoll.db")) as database:
+        told = database.execute("PRAGMA quick_check").fetchone()[0]
+    if told != "ok":
+        raise OSError(f"its database is damaged: {told}")
+    for digest in _needed(path / "atoll.db"):
+        blob = path / "blobs" / digest[:2] / digest
+        if not blob.is_file() or file_digest(blob) != digest:
+            raise OSError(f"the archive is cut off: it has no whole blob {digest[:16]}")
 
 
 def _empty(folder: Path) -> None:
