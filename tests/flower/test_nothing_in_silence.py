@@ -168,3 +168,48 @@ def test_there_are_as_many_clients_as_flower_would_start(tmp_path, no_configurat
         "[tool.flwr.federations.l]\noptions.num-supernodes = 5\n"
     )
     assert read_app(place).clients == 5
+
+
+OWN_LOOP = """
+    class Own(FedAvg):
+        def start(self, grid, initial_arrays, num_rounds):
+            arrays = initial_arrays
+            for number in range(1, 3):
+                from flwr.app import ConfigRecord
+                messages = self.configure_train(number, arrays, ConfigRecord(), grid)
+                replies = grid.send_and_receive(messages)
+                arrays, metrics = self.aggregate_train(number, replies)
+            return None
+"""
+
+
+def test_a_strategy_with_a_loop_of_its_own_keeps_its_model_and_metrics(tmp_path):
+    place = app(tmp_path, train="pass")
+    path = place / f"{place.name}.py"
+    import textwrap
+
+    text = path.read_text().replace("strategy = FedAvg(", "strategy = Own(")
+    text = text.replace("\nclient, server =", textwrap.dedent(OWN_LOOP) + "\nclient, server =", 1)
+    text = text.replace('{"num-examples": 1}', '{"num-examples": 1, "found": 2.5}')
+    path.write_text(text)
+    run = run_app(read_app(place, 1).told({}, 3), seed=1)
+    assert len(run.history) == 2
+    assert run.history[-1].measurements["found"] == 2.5
+    initial = sys.modules[place.name].INITIAL
+    np.testing.assert_allclose(run.model["params"], 3 * initial, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("import flwr.of_the_future", "which flwr .* does not have: it is written for another"),
+        ("import nobody_has_this", "which is not installed"),
+        ("from flwr.app import OfTheFuture", "needs another version of what it imports"),
+    ],
+)
+def test_what_an_app_lacks_is_told_apart(tmp_path, line, told):
+    place = app(tmp_path)
+    path = place / f"{place.name}.py"
+    path.write_text(f"{line}\n{path.read_text()}")
+    with pytest.raises(ConfigurationError, match=told):
+        read_app(place)

@@ -9,7 +9,8 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,31 @@ def _found(reference: str, place: Path) -> Any:
     except AtollError:
         raise
     except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{place} needs {_lacking(error.name or '')}") from error
+    except ImportError as error:
         raise ConfigurationError(
-            f"{place} needs the module {error.name!r}, which is not installed; install what its "
-            "pyproject.toml lists under dependencies"
+            f"{place} needs another version of what it imports: {error}"
         ) from error
     except AttributeError as error:
         raise ConfigurationError(f"{place} does not define {reference}: {error}") from error
+
+
+def _lacking(module: str) -> str:
+    """What an app lacks, and what to do: a package, or another version of one."""
+    root, _, inside = module.partition(".")
+    if inside and find_spec(root):
+        try:
+            there = f"{root} {metadata.version(root)}"
+        except metadata.PackageNotFoundError:
+            there = root
+        return (
+            f"the module {module!r}, which {there} does not have: it is written for another "
+            "version; see its pyproject.toml"
+        )
+    return (
+        f"the module {module!r}, which is not installed; install what its pyproject.toml lists "
+        "under dependencies"
+    )
 
 
 def _clients(flwr: Mapping[str, Any]) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +33,8 @@ class Watch:
         self.run, self._observers = run, observers
         self._round = 0
         self._begun = False
+        #: What a strategy has aggregated last: the model of an app with a loop of its own.
+        self._latest: ArrayRecord | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -137,6 +140,8 @@ class Watch:
     def end(self) -> None:
         """The app has ended by itself."""
         self.close()
+        if not self.run.model:
+            self.finished(self._latest)
         if self._begun:
             for observer in self._observers:
                 observer.end(self.run)
@@ -164,9 +169,48 @@ class Watch:
         Server.fit = self._fitted_as(kept[1])  # type: ignore[method-assign]
         SimpleClientManager.wait_for = self._never_waiting(kept[2])  # type: ignore[method-assign]
         try:
-            yield
+            with self._hearing():
+                yield
         finally:
             Strategy.start, Server.fit, SimpleClientManager.wait_for = kept  # type: ignore
+
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        """Hear of what strategies make, whoever calls them: apps may have loops of their own."""
+        from flwr.common import parameters_to_ndarrays
+        from flwr.server.strategy import Strategy as OldStrategy
+        from flwr.serverapp.strategy import Strategy
+
+        def trained(made: Any) -> None:
+            arrays, metrics = made
+            self._latest = arrays if arrays is not None else self._latest
+            if metrics is not None:
+                self._made[0] = _numbers(metrics)
+
+        def tested(made: Any) -> None:
+            if made is not None:
+                self._made[1] = _numbers(made)
+
+        def fitted(made: Any) -> None:
+            if made is not None and made[0] is not None:
+                self._latest = ArrayRecord(parameters_to_ndarrays(made[0]))
+
+        heard = [
+            (Strategy, "aggregate_train", trained), (Strategy, "aggregate_evaluate", tested),
+            (OldStrategy, "aggregate_fit", fitted),
+        ]  # fmt: skip
+        kept = []
+        for root, name, told in heard:
+            for kind in _derived(root):
+                original = vars(kind).get(name)
+                if original is not None:
+                    kept.append((kind, name, original))
+                    setattr(kind, name, _telling(original, told))
+        try:
+            yield
+        finally:
+            for kind, name, original in kept:
+                setattr(kind, name, original)
 
     def _never_waiting(self, original: Any) -> Any:
         """What the old loop waits for clients with: those that there are not will not come."""
@@ -269,6 +313,30 @@ class Watch:
             return result
 
         return fit
+
+
+def _derived(kind: type) -> Iterator[type]:
+    """Every class below this one, once."""
+    seen = set()
+    below: list[type] = [*kind.__subclasses__()]
+    while below:
+        each = below.pop()
+        if each not in seen:
+            seen.add(each)
+            below += each.__subclasses__()
+            yield each
+
+
+def _telling(original: Any, told: Callable[[Any], None]) -> Any:
+    """The same method, whose result is told; that of a derived class is told last."""
+
+    @functools.wraps(original)
+    def method(*given: Any, **named: Any) -> Any:
+        made = original(*given, **named)
+        told(made)
+        return made
+
+    return method
 
 
 def _round_of(message: Message) -> int:
