@@ -15,6 +15,8 @@ from atoll.errors import ConfigurationError, LayoutError
 LISTED = 3
 #: Fewer numbers than this say too little of who has drawn them.
 MANY = 64
+#: Of more numbers than these a part is looked at.
+SAMPLED = 1 << 16
 
 
 def is_vectors(source: Any) -> bool:
@@ -72,6 +74,12 @@ def fits(layout: Layout, arrays: Mapping[str, Any], what: str, known: Collection
 def _listed(names: list[str]) -> str:
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def sampled(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy of some of an array's numbers, spread over it; of all of them if they are few."""
+    flat = array.reshape(-1)
+    return np.array(flat[:: max(1, flat.size // SAMPLED)])
 
 
 def unlike(given: NDArray[Any], draws: Sequence[NDArray[Any]]) -> str:

@@ -15,7 +15,7 @@ import keras  # type: ignore[import-untyped]
 import numpy as np
 
 from atoll.errors import ConfigurationError
-from atoll.learners.weights import unlike
+from atoll.learners.weights import sampled, unlike
 
 #: So many draws of a weight tell what its initialiser gives.
 DRAWS = 4
@@ -153,19 +153,21 @@ def redrawn(model: Any, seed: int) -> Any:
 def not_fresh(model: Any) -> str:
     """Why a model's weights cannot be ones that its initialisers have just drawn."""
     trained = Weights.of(model).trained
-    draws = [Weights.of(redrawn(model, seed)).trained for seed in range(DRAWS)]
+    draws = []
+    for seed in range(DRAWS):
+        fresh = Weights.of(redrawn(model, seed)).trained
+        draws.append({name: _sampled(variable) for name, variable in fresh.items()})
     for name, variable in trained.items():
-        given = _plain(variable)
-        reason = unlike(given, [_plain(each[name]) for each in draws])
+        reason = unlike(_sampled(variable), [each[name] for each in draws])
         if reason:
             return f"{variable.path} {reason}"
     return ""
 
 
-def _plain(variable: Any) -> Any:
-    """A variable's value in NumPy, on any backend."""
+def _sampled(variable: Any) -> Any:
+    """Some of a variable's numbers in NumPy, on any backend."""
     value = variable.value
-    return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    return sampled(np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value))
 
 
 def _made_again(model: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from atoll.errors import ConfigurationError
-from atoll.learners.weights import unlike
+from atoll.learners.weights import sampled, unlike
 
 #: So many draws of a parameter tell what its initialiser gives.
 DRAWS = 4
@@ -40,12 +40,12 @@ def not_fresh(module: nn.Module) -> str:
         now = _trained(other)
         if number == 0:
             writes = {name: now[name]._version - version for name, version in before.items()}
-        draws.append({name: p.detach().cpu().numpy().copy() for name, p in now.items()})
+        draws.append({name: sampled(p.detach().cpu().numpy()) for name, p in now.items()})
     for name, parameter in trained.items():
         # One write of these is the mark of what nothing has drawn.
         if parameter._version > writes[name] - 1:
             return f"{name} was written after its layer had drawn it"
-        given = parameter.detach().cpu().numpy()
+        given = sampled(parameter.detach().cpu().numpy())
         reason = unlike(given, [each[name] for each in draws])
         if reason:
             return f"{name} {reason}"
