@@ -172,3 +172,22 @@ def test_what_a_proxy_refuses_for_good_is_told_and_given_up(place, fronts, statu
     place.until(lambda: "has left" in place.log("server"), what="the farewell")
     assert "0 does not deliver for round 1: its update of" in place.log("server")
     assert f"status {status}" in place.log("server")
+
+
+def test_an_identity_learns_where_the_server_is_now(place, monkeypatch, capsys):
+    from atoll.cli import access
+
+    monkeypatch.setattr(access, "PATIENCE", 0.3)
+    folder = place.root / "ann"
+    token = place.invite("ann", "--role", "analyst")
+    place.serve("--linger", "1")
+    place.until(lambda: "leading" in place.log("server"), what="the server's start")
+    place.cli("enrol", place.url, "--token", token, "--folder", "ann")
+    about = json.loads((folder / "site.json").read_text())
+    (folder / "site.json").write_text(json.dumps({**about, "url": "https://127.0.0.1:9"}))
+    assert main(["status", str(folder)]) == 1
+    assert main(["status", str(folder), "--url", place.url + "/"]) == 0
+    assert main(["status", str(folder)]) == 0
+    assert json.loads((folder / "site.json").read_text())["url"] == place.url
+    assert main(["status", str(place.state), "--url", place.url]) == 1
+    assert "no identity's folder" in capsys.readouterr().err

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from atoll.core.files import write_json
+from atoll.errors import ConfigurationError
 from atoll.protocol.identity import make_key, read_identity
 from atoll.service import operations
 from atoll.service.storage.folder import StateFolder, check_name
-from atoll.site.connection import Connection
+from atoll.site.connection import Connection, address
 
 #: Seconds for which a command tries to reach the server.
 PATIENCE = 10.0
@@ -58,9 +60,13 @@ class Access(ABC):
             since = page[-1]["round"]
 
 
-def access(place: Path) -> Access:
-    """To the federation of a state folder, or of an identity's folder."""
-    return ByIdentity(place) if (place / "site.json").exists() else ByFolder(place)
+def access(place: Path, url: str | None = None) -> Access:
+    """To the federation of a state folder, or of an identity's folder; `url` is its new address."""
+    if (place / "site.json").exists():
+        return ByIdentity(place, url)
+    if url is not None:
+        raise ConfigurationError(f"{place} is no identity's folder, so --url says nothing about it")
+    return ByFolder(place)
 
 
 class ByFolder(Access):
@@ -99,8 +105,11 @@ class ByFolder(Access):
 class ByIdentity(Access):
     """From anywhere, as an analyst or admin."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, url: str | None = None) -> None:
         known = read_identity(place)
+        if url is not None:
+            known["url"] = address(url)
+            write_json(place / "site.json", known)
         pem = (place / "ca.pem").read_bytes() if (place / "ca.pem").exists() else None
         key = make_key(place / "key.pem")
         self._url = known["url"]

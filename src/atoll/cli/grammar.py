@@ -169,18 +169,25 @@ def _site(commands: Any) -> None:
     enrol.set_defaults(module="state", action="enrol")
 
 
-def _operations(commands: Any) -> None:
+def _anywhere(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
+    """A command on the server's machine, or from elsewhere by an identity."""
     either = "a state folder, or the folder of an identity made by atoll enrol"
-    _json(_state(commands, "status", "how a federation stands", either))
-    rounds = _state(commands, "rounds", "a federation's rounds", either)
+    command = _state(commands, name, help, either)
+    command.add_argument("--url", help="of an identity: where the server is now; it is kept")
+    return command
+
+
+def _operations(commands: Any) -> None:
+    _json(_anywhere(commands, "status", "how a federation stands"))
+    rounds = _anywhere(commands, "rounds", "a federation's rounds")
     rounds.add_argument(
         "--since", type=_round, default=0, metavar="ROUND", help="only those after this one"
     )
     _json(rounds)
-    _json(_state(commands, "sites", "who has joined a federation, or is invited", either))
-    _state(commands, "revoke", "refuse a site from now on", either).add_argument("name")
-    _state(commands, "stop", "end a federation; it can be served again", either)
-    _state(commands, "page", "a link to the live page of a federation", either)
+    _json(_anywhere(commands, "sites", "who has joined a federation, or is invited"))
+    _anywhere(commands, "revoke", "refuse a site from now on").add_argument("name")
+    _anywhere(commands, "stop", "end a federation; it can be served again")
+    _anywhere(commands, "page", "a link to the live page of a federation")
     audit = commands.add_parser("audit", help="check or show the audit log")
     audit.add_argument("what", choices=("verify", "show"))
     audit.add_argument("state", metavar="STATE", help="a state folder")

@@ -81,7 +81,7 @@ def _approve(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    with closing(access(Path(options.state))) as federation:
+    with closing(access(Path(options.state), options.url)) as federation:
         found = federation.status()
     if options.json:
         print(json.dumps(found))
@@ -91,7 +91,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _rounds(options: argparse.Namespace) -> int:
-    with closing(access(Path(options.state))) as federation:
+    with closing(access(Path(options.state), options.url)) as federation:
         found = federation.rounds(options.since)
         if options.json:
             for row in found:
@@ -114,7 +114,7 @@ def _round(row: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _sites(options: argparse.Namespace) -> int:
-    with closing(access(Path(options.state))) as federation:
+    with closing(access(Path(options.state), options.url)) as federation:
         found = federation.sites()
     if options.json:
         for row in found:
@@ -137,21 +137,21 @@ def _sites(options: argparse.Namespace) -> int:
 
 
 def _revoke(options: argparse.Namespace) -> int:
-    with closing(access(Path(options.state))) as federation:
+    with closing(access(Path(options.state), options.url)) as federation:
         federation.revoke(options.name)
     print(f"{options.name} is revoked; its next request will be refused")
     return 0
 
 
 def _stop(options: argparse.Namespace) -> int:
-    with closing(access(Path(options.state))) as federation:
+    with closing(access(Path(options.state), options.url)) as federation:
         federation.stop()
     print("stopping: sites are told when they next ask; `atoll serve` goes on from here")
     return 0
 
 
 def _page(options: argparse.Namespace) -> int:
-    with closing(access(Path(options.state))) as federation:
+    with closing(access(Path(options.state), options.url)) as federation:
         print(f"{federation.link()}\ngood for five minutes, once")
     return 0
 
