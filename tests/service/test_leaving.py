@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
+from contextlib import closing
 
 import pytest
 
@@ -170,7 +172,8 @@ def test_who_is_revoked_no_longer_says_what_the_data_mean(inner):
     root = served.insider("root", "admin").open()
     assert root.ask("POST", "/v1/sites/alice/revoke").status == 204
     bob.order(**{**MEANING, "meaning": "cd" * 32})
-    assert served.loop.store.setting("meaning")["site"] == "bob"
+    with closing(served.folder.store()) as store:
+        assert store.setting("meaning")["site"] == "bob"
 
 
 def test_two_agents_with_one_identity_are_told_of(inner, caplog):
@@ -185,7 +188,7 @@ def test_two_agents_with_one_identity_are_told_of(inner, caplog):
 
 
 def test_who_is_waited_for_is_named(inner):
-    served = inner(schedule="Synchronous(rounds=3, cohort=2, minimum=2)")
+    served = inner(schedule="Synchronous(rounds=3, cohort=2, minimum=2, attempts=99, pause=0.0)")
     alice = served.insider("alice").open()
     bob = served.insider("bob").open()
     bob.order(farewell=True)
@@ -218,16 +221,16 @@ def test_a_reader_that_goes_away_ends_no_agent(place):
     import subprocess
     import sys
 
-    from conftest import ENVIRONMENT, SITE
-
     place.write(schedule="Synchronous(rounds=3)")
     token = place.invite("0")
     place.serve("--linger", "5")
-    (place.root / "0.py").write_text(SITE.format(name="0"))
+    site = 'import atoll\ndata = atoll.data.load("digits").iid(clients=4)\nclient = "0"\n'
+    (place.root / "0.py").write_text(site)
     words = ["join", place.url, "federation.py", "--data", "0.py", "--folder", "0"]
     agent = subprocess.Popen(
         [sys.executable, "-m", "atoll", *words, "--token", token], cwd=place.root,
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )  # fmt: skip
     agent.stdout.close()
     assert agent.wait(60) == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +32,8 @@ from atoll.service.storage.tables import answers, assignments, uploads, versions
 
 #: Files from here on are not left in memory; seconds between two times of letting go.
 SMALL, PAUSE = 1 << 24, 0.002
+#: What nobody speaks of is kept for so many seconds, if there is room for so many models.
+LEFT_BEHIND, ROOM = 3600.0, 8
 #: In a state's metadata: the blob in which some of its arrays lie, and under which names.
 LINK = "elsewhere"
 
@@ -191,18 +195,23 @@ class ModelStore:
     def tidy(self, names: set[str]) -> None:
         """At the start: remove what earlier processes left behind, but for these.
 
-        Of whatever age: a process that does not lead any more can bring nothing into the database,
-        so nothing will speak of what it has put.
+        Sites may still ask for what is younger than an hour, unless there is no room for it.
         """
+        before = time.time() - (LEFT_BEHIND if self._has_room() else 0.0)
         there = self.blobs.all()
         self._put |= set(there) & names
-        for digest in set(there) - names:
-            self.blobs.remove(digest)
+        for digest, since in there.items():
+            if digest not in names and since <= before:
+                self.blobs.remove(digest)
         coming = self.store.rows(sa.select(uploads))
         parts = {f"{row['id']}.part" for row in coming}
         for path in self.scratch.iterdir():
-            if path.name not in parts:
+            if path.name not in parts and path.stat().st_mtime <= before:
                 path.unlink(missing_ok=True)
+
+    def _has_room(self) -> bool:
+        """Whether the disk holds several models more."""
+        return shutil.disk_usage(self.scratch).free > ROOM * 4 * self.plan.learner.layout.size
 
     def named(self) -> set[str]:
         """Every digest that the database names, whether it is still needed or not."""
