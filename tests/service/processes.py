@@ -208,12 +208,14 @@ class Wire:
         assert len(data) == size
         path.write_bytes(data)
 
-    def upload(self, path: Path, assignment: str, exchange: int = 0) -> messages.Verdict:
+    def upload(
+        self, path: Path, assignment: str, exchange: int = 0, model: str | None = None
+    ) -> messages.Verdict:
         data = path.read_bytes()
         self.world.bytes[assignment, exchange] = data
         self.sent.append((assignment, exchange, sha256(data).hexdigest()))
         self.world.client.pass_by()
-        answer = self._do(offer(self.world.loop, self.site, assignment, exchange, data))
+        answer = self._do(offer(self.world.loop, self.site, assignment, exchange, data, model))
         self.world.client.pass_by()
         if STATUS[answer.verdict] != 200:
             raise Refusal(STATUS[answer.verdict], answer.reason)
@@ -223,10 +225,17 @@ class Wire:
         pass
 
 
-async def offer(loop: FederationLoop, site: str, assignment: str, step: int, data: bytes) -> Answer:
+async def offer(
+    loop: FederationLoop,
+    site: str,
+    assignment: str,
+    step: int,
+    data: bytes,
+    model: str | None = None,
+) -> Answer:
     """An answer is offered and delivered."""
     assert len(data) <= loop.largest
-    upload = loop.offer(site, assignment, len(data), sha256(data).hexdigest(), step)
+    upload = loop.offer(site, assignment, len(data), sha256(data).hexdigest(), step, model)
     if isinstance(upload, Answer):
         return upload
     loop.models.part(upload["id"]).write_bytes(data)
