@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 import traceback
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,9 +46,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _of_the_app(record: logging.LogRecord) -> bool:
     """Whether a line of Flower's logger is the app's own, or a warning."""
+    return record.levelno >= logging.WARNING or not record.pathname.startswith(_inside_flower())
+
+
+@cache
+def _inside_flower() -> str:
+    """The folder of Flower's own code."""
     inside = find_spec("flwr")
-    folder = str(Path(inside.origin).parent) if inside and inside.origin else ""
-    return record.levelno >= logging.WARNING or not record.pathname.startswith(folder)
+    return str(Path(inside.origin).parent) if inside and inside.origin else ""
 
 
 def _kept(app: App, options: argparse.Namespace) -> bool:

@@ -3,64 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 #: Seconds of ten years.
 LONGEST = 10 * 365 * 86400.0
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+def _number(kind: type[int] | type[float], least: float, most: float, bounds: str) -> Any:
+    """A reader of numbers of a kind within bounds, which it says."""
+
+    def read(text: str) -> int | float:
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be {bounds}")
+        return value
+
+    read.__name__ = kind.__name__  # what argparse calls a text that is no such number
+    return read
 
 
-def seed(text: str) -> int:
-    """A whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return value
-
-
-def port(text: str) -> int:
-    """A port, 0 for a free one."""
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError("must be a port, from 0 to 65535")
-    return value
-
-
-def seconds(text: str) -> float:
-    """A time that can be waited for."""
-    value = float(text)
-    if not 0 <= value <= LONGEST:
-        raise argparse.ArgumentTypeError(f"must be from 0 to {LONGEST:.0f} seconds")
-    return value
-
-
-def _hours(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= LONGEST / 3600:
-        raise argparse.ArgumentTypeError("must be more than 0, and ten years at most")
-    return value
-
-
-def _lease(text: str) -> float:
-    value = seconds(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 second or more")
-    return value
-
-
-def _round(text: str) -> int:
-    """The number of a round; 0 comes before the first."""
-    value = int(text)
-    if not 0 <= value < 10**9:
-        raise argparse.ArgumentTypeError("must be the number of a round")
-    return value
+positive = _number(int, 1, math.inf, "at least 1")
+seed = _number(int, 0, math.inf, "at least 0")
+port = _number(int, 0, 65535, "a port, from 0 to 65535")
+_round = _number(int, 0, 10**9 - 1, "the number of a round")
+_seconds = _number(float, 0, LONGEST, f"from 0 to {LONGEST:.0f} seconds")
+_lease = _number(float, 1, LONGEST, f"from 1 to {LONGEST:.0f} seconds")
+_hours = _number(float, math.ulp(0.0), LONGEST / 3600, "more than 0, and ten years at most")
 
 
 def add_serving(commands: Any) -> None:
@@ -116,7 +85,7 @@ def _server(commands: Any) -> None:
         help="a site that is not heard of for so long is given up for the round; default: 900",
     )  # fmt: skip
     serve.add_argument(
-        "--linger", type=seconds, default=600.0, metavar="SECONDS",
+        "--linger", type=_seconds, default=600.0, metavar="SECONDS",
         help="how long to answer after the end, for sites to fetch the model; default: 600",
     )  # fmt: skip
     serve.add_argument("--test", metavar="FILE", help="a file whose `data` each model is tested on")

@@ -22,7 +22,7 @@ from atoll.data.tasks import Task, task_of
 from atoll.errors import ConfigurationError, DataError
 from atoll.learners.metrics import Metrics, Sums, check_metrics, figures, own_figures
 from atoll.learners.rates import Rate, rate_at
-from atoll.learners.scoring import ignored, scored, weight
+from atoll.learners.scoring import ignored, scored, takes_probabilities, weight
 from atoll.learners.weights import copied, fits, is_vectors, packed
 
 #: Turns (gradient, params) into the direction to descend along; either may be [P] or [C, P].
@@ -486,6 +486,18 @@ class GradientLearner(Learner, Stacking):
         if len(starts) > 1 and count - starts[-1] < self.smallest_batch:
             starts.pop()
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+
+    def batch_loss(self, outputs: NDArray[Any], targets: NDArray[Any]) -> float:
+        """The mean loss of float32 outputs, where `loss` is a function of people's own."""
+        raise NotImplementedError
+
+    def gives_probabilities(self, outputs: NDArray[Any], targets: NDArray[Any], task: Task) -> bool:
+        if not callable(getattr(self, "loss", None)) or not task.decides(outputs.shape[1:]):
+            return False
+        if "_probabilities" not in self.__dict__:
+            found = takes_probabilities(self.batch_loss, outputs, targets)
+            self.__dict__["_probabilities"] = found
+        return bool(self.__dict__["_probabilities"])
 
     def _shares(self, examples: Examples, cut: Sequence[slice]) -> list[float]:
         """What share the mean loss of each batch has in that of all examples."""

@@ -59,7 +59,7 @@ def check_hosts(hosts: Sequence[str]) -> None:
     if not hosts:
         raise ConfigurationError("a server's certificate is for one host at least")
     for host in hosts:
-        if not NAME.fullmatch(host) and not _is_address(host):
+        if not NAME.fullmatch(host) and _address(host) is None:
             raise ConfigurationError(
                 f"{host!r} is no host: give a name or an address, e.g. fl.example.org or 10.0.0.7, "
                 "without https:// and without a port"
@@ -190,21 +190,18 @@ def _write(
     (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def _is_address(host: str) -> bool:
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(host)
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _host(name: str) -> x509.GeneralName:
     from cryptography import x509
 
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
+    address = _address(name)
+    return x509.DNSName(name) if address is None else x509.IPAddress(address)
 
 
 def _usage(*, signs: bool) -> x509.KeyUsage:

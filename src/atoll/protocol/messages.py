@@ -168,6 +168,10 @@ class Login(Message, frozen=True):
     ticket: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{43}$(?![\s\S])", max_length=43)]
 
 
+#: Where a refusal's detail holds the server's plan, described in JSON.
+PLAN = "plan"
+
+
 class Problem(Message, frozen=True):
     """Why a request was refused, and what to do about it."""
 

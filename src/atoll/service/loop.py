@@ -139,8 +139,9 @@ class FederationLoop:
     async def start(self) -> None:
         """Take up where the store left off."""
         self._check_identity()
-        # First of all: on a full disk nothing else may be possible.
-        await self._in_thread(lambda: self.models.tidy(self.models.named()))
+        if not self.models.has_room():
+            # First of all: on a full disk nothing else may be possible.
+            await self._in_thread(lambda: self.models.tidy(self.models.named()))
         latest = self.store.version()
         if latest is None:
             await self._first_version()

@@ -236,7 +236,7 @@ class Site:
                 raise Stopped("the agent was asked to stop")
             with contextlib.suppress(queue.Empty):
                 answer = found.get(timeout=0.1)
-                if isinstance(answer, Refusal) and "plan" in answer.detail:
+                if isinstance(answer, Refusal) and messages.PLAN in answer.detail:
                     self._other_copy(answer)
                 if isinstance(answer, BaseException):
                     raise answer
@@ -245,7 +245,7 @@ class Site:
     def _other_copy(self, refusal: Refusal) -> None:
         """Raise with the settings that differ, if the server's plan can be read."""
         try:
-            theirs = json.loads(refusal.detail["plan"])
+            theirs = json.loads(refusal.detail[messages.PLAN])
             mine = json.loads(json.dumps(agreed(self.plan)))
             found = said(differences(mine, theirs), "here", "at the server")
         except (ValueError, RecursionError):
@@ -460,6 +460,7 @@ class Site:
         return target
 
     def _greeting(self, *, busy: str | None = None, farewell: bool = False) -> messages.CheckIn:
+        meaning = self.data.meaning
         return messages.CheckIn(
             plan=self._plan_digest,
             layout=self.plan.learner.layout.digest,
@@ -468,9 +469,9 @@ class Site:
             farewell=farewell,
             about={**self.resources, **(self._summary() if self.declare else {})},
             agent=self._agent,
-            meaning=self.data.meaning.digest if self.data.meaning else None,
-            inputs=_told(self.data.meaning.inputs) if self.declare else [],
-            classes=_told(self.data.meaning.classes) if self.declare else [],
+            meaning=meaning.digest if meaning else None,
+            inputs=_told(meaning.inputs) if self.declare else [],
+            classes=_told(meaning.classes) if self.declare else [],
         )
 
     def _summary(self) -> dict[str, str]:

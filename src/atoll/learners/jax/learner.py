@@ -38,7 +38,7 @@ from atoll.learners.jax.models import Model, Owned
 from atoll.learners.jax.objectives import NOTHING, Shown
 from atoll.learners.jax.variables import Variables, arrays_of, stream
 from atoll.learners.rates import rate_at
-from atoll.learners.scoring import ignored, takes_probabilities, weight
+from atoll.learners.scoring import ignored, weight
 from atoll.learners.weights import copied, fits, is_vectors, packed
 
 
@@ -227,7 +227,7 @@ class JaxLearner(GradientLearner):
 
         def sums_of(outputs: NDArray[Any], y: NDArray[Any]) -> Sums:
             shown = outputs.astype(np.float32)
-            return self.sums(shown, y, self._loss_of(outputs, y), kind, classes)
+            return self.sums(shown, y, self.batch_loss(outputs, y), kind, classes)
 
         return sums_of_parts(parts, _at_once(parts), outputs_of, sums_of)
 
@@ -241,7 +241,7 @@ class JaxLearner(GradientLearner):
         return mean_over(
             examples,
             _at_once([examples]),
-            lambda x, y: self._loss_of(outputs_of(x), y),
+            lambda x, y: self.batch_loss(outputs_of(x), y),
             partial(weight, self.loss),
         )
 
@@ -256,7 +256,7 @@ class JaxLearner(GradientLearner):
 
         return outputs_of
 
-    def _loss_of(self, outputs: NDArray[Any], y: NDArray[Any]) -> float:
+    def batch_loss(self, outputs: NDArray[Any], y: NDArray[Any]) -> float:
         # In one of a few shapes too: every client would be compiled for otherwise.
         size = rounded(len(y))
         losses = self._jitted_loss(_padded(outputs, size), _padded(y, size))
@@ -265,14 +265,6 @@ class JaxLearner(GradientLearner):
             return float(each.mean())
         weights = np.asarray(self._loop.weights(jnp.asarray(y)))
         return float(each[weights > 0] @ weights[weights > 0] / max(weights.sum(), 1))
-
-    def gives_probabilities(self, outputs: NDArray[Any], targets: NDArray[Any], task: Task) -> bool:
-        if isinstance(self.loss, str) or not task.decides(outputs.shape[1:]):
-            return False
-        if "_probabilities" not in self.__dict__:
-            found = takes_probabilities(self._loss_of, outputs, targets)
-            self.__dict__["_probabilities"] = found
-        return bool(self.__dict__["_probabilities"])
 
     @cached_property
     def _jitted_loss(self) -> Any:
@@ -309,7 +301,7 @@ class JaxLearner(GradientLearner):
         self._check_rows(data, model)
         check_outputs(self.loss, outputs.shape[1:], data)
         last = last_function(jax.make_jaxpr(self._forward)(model["params"], state, x).jaxpr)
-        check_scale(self.loss, self._loss_of, np.asarray(outputs, np.float32), y, data, last)
+        check_scale(self.loss, self.batch_loss, np.asarray(outputs, np.float32), y, data, last)
 
     def _check_rows(self, data: FederatedData, model: Vectors) -> None:
         """Raise unless what an example comes to is the same whatever stands beside it."""

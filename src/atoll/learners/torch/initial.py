@@ -32,16 +32,16 @@ def not_fresh(module: nn.Module) -> str:
         if name.endswith("num_batches_tracked") and bool(buffer.any()):
             return f"{name} has counted {int(buffer.sum())} batches"
     other = copy.deepcopy(module)
-    trained = _trained(module)
-    before = {name: p._version for name, p in _trained(other).items()}
+    own = trained(module)
+    before = {name: p._version for name, p in trained(other).items()}
     draws = []
     for number in range(DRAWS):
         _draw(other)
-        now = _trained(other)
+        now = trained(other)
         if number == 0:
             writes = {name: now[name]._version - version for name, version in before.items()}
         draws.append({name: sampled(p.detach().cpu().numpy()) for name, p in now.items()})
-    for name, parameter in trained.items():
+    for name, parameter in own.items():
         # One write of these is the mark of what nothing has drawn.
         if parameter._version > writes[name] - 1:
             return f"{name} was written after its layer had drawn it"
@@ -71,18 +71,19 @@ def _frozen(part: nn.Module) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _draw(module: nn.Module) -> None:
     """Draw the trained parameters; a part that is frozen keeps its buffers too."""
-    trained, frozen = _trained(module), [p for p in module.parameters() if not p.requires_grad]
+    drawn, frozen = trained(module), [p for p in module.parameters() if not p.requires_grad]
     kept = [p.detach().clone() for p in frozen]
     resting = still(module)
     with torch.no_grad():
         # Whatever no `reset_parameters` reaches is still NaN afterwards.
-        for parameter in trained.values():
+        for parameter in drawn.values():
             parameter.fill_(math.nan)
         for name, part in _inner_first(module):
             renew = getattr(part, "reset_parameters", None) or getattr(
@@ -92,7 +93,7 @@ def _draw(module: nn.Module) -> None:
                 renew()
         for parameter, value in zip(frozen, kept, strict=True):
             parameter.copy_(value)
-    stuck = [name for name, p in trained.items() if bool(p.isnan().any())]
+    stuck = [name for name, p in drawn.items() if bool(p.isnan().any())]
     if stuck:
         raise ConfigurationError(
             f"the initial value of {stuck[0]!r} cannot be drawn from the seed, because no "

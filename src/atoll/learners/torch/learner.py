@@ -33,8 +33,8 @@ from atoll.learners.base import (
 )
 from atoll.learners.checks import check_loss, check_mean, check_outputs, check_scale, tried
 from atoll.learners.evaluation import TOKENS_AT_ONCE, mean_over, pieces, sums_of_parts
-from atoll.learners.scoring import ignored, takes_probabilities, weight
-from atoll.learners.torch.initial import not_fresh, redrawn, still
+from atoll.learners.scoring import ignored, weight
+from atoll.learners.torch.initial import not_fresh, redrawn, still, trained
 from atoll.learners.torch.losses import LOSSES, Loss, last_function, loss_of
 from atoll.learners.torch.optimizers import OptimizerFactory, wants_parameters
 from atoll.learners.torch.resident import (
@@ -148,9 +148,8 @@ class TorchLearner(GradientLearner):
         """Why the optimiser is given the parameters and not one flat vector; empty if it is not."""
         if self.optimizer is None:
             return ""
-        trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         with draws_from(Key(0)):
-            return wants_parameters(self.optimizer, trained)
+            return wants_parameters(self.optimizer, trained(self.module))
 
     def _check_fresh(self) -> None:
         """Raise where drawing the weights from the seed would throw away those that are there."""
@@ -376,8 +375,8 @@ class TorchLearner(GradientLearner):
         check_outputs(self.loss, outputs.shape[1:], data)
         self._try_smallest(data, x, y)
         shown = outputs.detach().float().numpy()
-        check_mean(self.loss, self._loss_of_arrays, shown, y, data)
-        check_scale(self.loss, self._loss_of_arrays, shown, y, data, last_function(outputs))
+        check_mean(self.loss, self.batch_loss, shown, y, data)
+        check_scale(self.loss, self.batch_loss, shown, y, data, last_function(outputs))
 
     def _try_out(self, data: FederatedData, x: Any, y: NDArray[Any]) -> Any:
         """The outputs for a few examples, through module and loss."""
@@ -473,17 +472,9 @@ class TorchLearner(GradientLearner):
                 partial(weight, self.loss),
             )
 
-    def _loss_of_arrays(self, outputs: NDArray[Any], y: NDArray[Any]) -> float:
+    def batch_loss(self, outputs: NDArray[Any], y: NDArray[Any]) -> float:
         with torch.no_grad():
             return float(self._loss(torch.from_numpy(outputs), torch.from_numpy(y)))
-
-    def gives_probabilities(self, outputs: NDArray[Any], targets: NDArray[Any], task: Task) -> bool:
-        if isinstance(self.loss, str) or not task.decides(outputs.shape[1:]):
-            return False
-        if "_probabilities" not in self.__dict__:
-            found = takes_probabilities(self._loss_of_arrays, outputs, targets)
-            self.__dict__["_probabilities"] = found
-        return bool(self.__dict__["_probabilities"])
 
     def _loss_of(self, outputs: Tensor, y: NDArray[Any]) -> float:
         return float(self._loss(outputs, torch.from_numpy(y).to(outputs.device)))

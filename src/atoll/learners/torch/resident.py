@@ -16,7 +16,7 @@ from atoll.core.vectors import Array, Layout, Vectors
 from atoll.data.examples import Examples, Rows, of_each, picked
 from atoll.errors import ConfigurationError
 from atoll.learners.base import Objective
-from atoll.learners.torch.initial import still
+from atoll.learners.torch.initial import still, trained
 from atoll.learners.torch.losses import Loss
 from atoll.learners.torch.optimizers import (
     OptimizerFactory,
@@ -39,7 +39,7 @@ class Resident:
         self.device = device or torch.device("cpu")
         self.module = copy.deepcopy(module).to(self.device)
         self._resting = still(module)
-        trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        own = trained(self.module)
         persistent = set(self.module.state_dict(keep_vars=True))
         buffers = dict(self.module.named_buffers())
         self.buffers = {name: b for name, b in buffers.items() if name in persistent}
@@ -47,11 +47,11 @@ class Resident:
         self._private = {
             name: b.detach().clone() for name, b in buffers.items() if name not in persistent
         }
-        self.layout = Layout.of(trained, self.buffers)
-        self.trained = tuple(trained)
+        self.layout = Layout.of(own, self.buffers)
+        self.trained = tuple(own)
         self.flat = torch.empty(self.layout.size, device=self.device)
         self.gradients = torch.zeros(self.layout.size, device=self.device)
-        for name, parameter in trained.items():
+        for name, parameter in own.items():
             entry = self.layout[name]
             if parameter.dtype != torch.float32:
                 raise ConfigurationError(

@@ -54,8 +54,6 @@ STATUS = {
 
 
 logger = logging.getLogger("atoll.service")
-#: Where a refusal holds the server's plan, described in JSON.
-PLAN = "plan"
 
 
 class SiteApi:
@@ -80,7 +78,7 @@ class SiteApi:
                 problem = messages.Problem(
                     f"the {what} of {site}'s copy of the federation is another than the server's: "
                     "compare the two files",
-                    {"site's": theirs, "server's": ours, PLAN: loop.described},
+                    {"site's": theirs, "server's": ours, messages.PLAN: loop.described},
                 )
                 return Response(messages.write(problem), 409, media_type="application/json")
         reason = loop.disagreement(site, message)

@@ -197,7 +197,7 @@ class ModelStore:
 
         Sites may still ask for what is younger than an hour, unless there is no room for it.
         """
-        before = time.time() - (LEFT_BEHIND if self._has_room() else 0.0)
+        before = time.time() - (LEFT_BEHIND if self.has_room() else 0.0)
         there = self.blobs.all()
         self._put |= set(there) & names
         for digest, since in there.items():
@@ -209,7 +209,7 @@ class ModelStore:
             if path.name not in parts and path.stat().st_mtime <= before:
                 path.unlink(missing_ok=True)
 
-    def _has_room(self) -> bool:
+    def has_room(self) -> bool:
         """Whether the disk holds several models more."""
         return shutil.disk_usage(self.scratch).free > ROOM * 4 * self.plan.learner.layout.size
 
