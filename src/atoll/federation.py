@@ -145,7 +145,7 @@ class Federation(Plan):
             state: the state folder, made if there is none (see `invite`).
             host, port: where to listen; a new folder's certificate is for this host.
             seed: of every draw that everyone may know.
-            sites: how many must have joined before the first round.
+            sites: how many must be there before the first round.
             lease: seconds after which an invited site that was not heard of is given up as lost.
             linger: seconds for which it goes on answering when the rounds are done.
             test: data on which each new model is measured.

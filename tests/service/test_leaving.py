@@ -107,7 +107,7 @@ SYNC = "Synchronous(rounds=3, cohort=2, minimum=1, pause=0.0)"
 
 
 def test_a_farewell_gives_up_what_is_owed_and_is_no_presence(inner):
-    served = inner(schedule="Synchronous(rounds=3, minimum=1, pause=0.0)")
+    served = inner(schedule="Synchronous(rounds=3, cohort=2, minimum=1, pause=0.0)")
     alice, bob = served.insider("alice").open(), served.insider("bob").open()
     bob.order()  # both are there
     first = alice.assignment()
@@ -193,7 +193,7 @@ def test_who_is_waited_for_is_named(inner):
     bob = served.insider("bob").open()
     bob.order(farewell=True)
     end = time.monotonic() + 10
-    while "bob to be heard of: 1 of the 2" not in served.loop.waiting:
+    while "1 of 2 sites are there; missing: bob" not in served.loop.waiting:
         alice.order()
         assert time.monotonic() < end, served.loop.waiting
         time.sleep(0.05)
@@ -258,7 +258,7 @@ def test_the_folders_status_says_what_is_waited_for(place):
     def waited():
         return json.loads(place.cli("status", "state", "--json"))["waiting_for"] or ""
 
-    place.until(lambda: "1 of 2 sites have joined" in waited(), 20, "a word")
+    place.until(lambda: "1 of 2 sites are there" in waited(), 20, "a word")
 
 
 def test_an_update_of_a_time_that_a_restore_has_undone_is_not_taken(inner):

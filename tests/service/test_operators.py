@@ -15,10 +15,14 @@ from attacker import Inner, Insider, error_of, packed
 
 from atoll.cli import main
 from atoll.cli.files import read_plan
+from atoll.protocol import messages
+from atoll.protocol.identity import make_key
+from atoll.rounds.describe import plan_digest
 from atoll.service import operations
 from atoll.service.storage import tables, visits
 from atoll.service.storage.database import Store
 from atoll.service.storage.folder import StateFolder
+from atoll.site.connection import Connection
 
 SCHEDULE = "Synchronous(rounds=3, cohort=2, minimum=2, pause=0.0)"
 
@@ -207,6 +211,11 @@ def test_the_command_says_the_same_by_folder_and_by_identity(place):
         token = place.invite(name, "--role", role)
         place.cli("enrol", place.url, "--token", token, "--folder", name)
     place.invite("later")
+    plan = read_plan(str(place.root / "federation.py"))
+    authority = (place.root / "0" / "ca.pem").read_bytes()
+    link = Connection(place.url, authority, make_key(place.root / "0" / "key.pem"), "0")
+    link.check_in(messages.CheckIn(plan_digest(plan), plan.learner.layout.digest, 10), 0)
+    link.close()
     place.until(lambda: '"at_work": ["0"]' in place.cli("status", "state", "--json"), what="work")
     status = [json.loads(place.cli("status", each, "--json")) for each in ("state", "ann", "bob")]
     assert {tuple(each) for each in status} == {tuple(status[0])}

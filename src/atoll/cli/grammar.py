@@ -77,7 +77,7 @@ def _server(commands: Any) -> None:
     serve.add_argument("--database", metavar="URL", help="postgresql://...; default: in the folder")
     serve.add_argument("--blobs", metavar="PLACE", help="s3://...; default: in the folder")
     serve.add_argument(
-        "--sites", type=positive, help="how many must have joined before the first round; "
+        "--sites", type=positive, help="how many must be there before the first round; "
         "default: the cohort or, without one, everyone who was invited",
     )  # fmt: skip
     serve.add_argument(

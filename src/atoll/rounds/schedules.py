@@ -71,7 +71,7 @@ class Schedule(ABC):
     @property
     @abstractmethod
     def least(self) -> int:
-        """Members that must have joined before anything can begin."""
+        """Members that must be there before anything can begin."""
 
     @property
     @abstractmethod

@@ -395,7 +395,8 @@ class FederationLoop:
             return
         if self.plan.schedule.lockstep and (self._folding or not self._work.empty()):
             return  # what is still to be summed is of an attempt that was abandoned
-        first = self.coordinator.round == 1 and self.coordinator.phase is Phase.IDLE
+        attempt = self.coordinator.round, self.coordinator.attempt
+        first = attempt == (1, 0) and self.coordinator.phase is Phase.IDLE
         patient = now < self._patient_until
         roster = self.members.roster(self.open)
         schedule, awaited = self.plan.schedule, ""
@@ -404,7 +405,6 @@ class FederationLoop:
         self._say(awaited or self.members.next_waits_for(schedule, roster, patient))
         if self.waiting:
             return
-        attempt = self.coordinator.round, self.coordinator.attempt
         invitations = self.coordinator.open(roster, now)
         lockstep = self.plan.schedule.lockstep
         if not invitations and not lockstep:

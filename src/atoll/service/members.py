@@ -105,12 +105,17 @@ class Members:
         )
 
     def first_waits_for(self, schedule: Schedule, wanted: int | None) -> str:
-        """Why the first round cannot begin: those who are to be there have not joined; or empty."""
+        """Why the first round cannot begin: those who are to be there are not; or empty."""
         wanted = schedule.wanted if wanted is None else wanted
-        have = len(self.names)
         if wanted is not None:
-            enough = have >= wanted
-            return "" if enough else f"the first round: {have} of {wanted} sites have joined"
+            # Heard of, not only enrolled: a cohort is drawn from those who are there, and is the
+            # simulation's where everyone is.
+            silent = [name for name in self.names if not self.seen.get(name)]
+            have = len(self.names) - len(silent)
+            if have >= wanted:
+                return ""
+            who = f"; missing: {_shown(silent)}" if silent else ""
+            return f"the first round: {have} of {wanted} sites are there{who}"
         awaited = self.awaited()
         return f"the first round: {', '.join(awaited)} can still join" if awaited else ""
 
@@ -131,8 +136,8 @@ class Members:
         if present >= enough:
             return ""
         silent = sorted(set(self.names) - {roster.names[member] for member in roster.candidates()})
-        shown = ", ".join(silent[:5]) + (", ..." if len(silent) > 5 else "")
-        return f"{shown} to be heard of: {present} of the {enough} that are needed were, lately"
+        heard = f"{present} of the {enough} that are needed were, lately"
+        return f"{_shown(silent)} to be heard of: {heard}"
 
     def awaited(self) -> list[str]:
         """Who was invited and may still join; some of them, if they are many."""
@@ -162,6 +167,10 @@ class Members:
             )
         self._written |= new
         self._unsaid.clear()
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _resources(said: Sequence[Mapping[str, str]]) -> Resources:

@@ -11,7 +11,7 @@ class Service:
 
     Args:
         seed: of every draw.
-        sites: how many must have joined before the first round; None is the schedule's cohort or,
+        sites: how many must be there before the first round; None is the schedule's cohort or,
             without one, everyone who was invited.
         lease: seconds after which an invited site that was not heard of is given up as lost.
         presence: seconds for which a site that was heard of counts as there.
