@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +14,17 @@ from atoll.backends.backend import Engine
 from atoll.backends.parsing import engine_of
 from atoll.core.files import write_json
 from atoll.core.vectors import Vectors
-from atoll.data.federated import FederatedData
+from atoll.data.federated import FederatedData, check_population
 from atoll.errors import CheckpointError, ConfigurationError, require
 from atoll.learners.base import Learner
 from atoll.rounds.describe import describe, short
-from atoll.rounds.evaluate import evaluate_pooled
 from atoll.rounds.plan import Plan
 from atoll.simulation.asynchronous import AsynchronousSimulator
 from atoll.simulation.attackers import Attackers
 from atoll.simulation.baselines import Baselines, train_baselines
 from atoll.simulation.devices import Devices
 from atoll.simulation.explain import Explanation, explain
-from atoll.simulation.simulator import Simulator, check_population
+from atoll.simulation.simulator import Simulator
 from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer
 from atoll.tracking.reading import read_engine, read_run
@@ -164,9 +163,7 @@ class Federation(Plan):
         folder = state_folder(state, host)
         service = Service(seed=seed, sites=sites, lease=lease, presence=lease)
         listening = Listening(host=host, port=port, linger=linger)
-        evaluate = None if test is None else evaluation_on(self, check_population(test))
-        meaning = None if test is None else test.meaning
-        serve(self, folder, service, listening, evaluate, initial=start, meaning=meaning, stop=stop)
+        serve(self, folder, service, listening, test, initial=start, stop=stop)
         run = read_run(folder.path / "run")
         run.learner = self.learner
         return run
@@ -264,16 +261,6 @@ def state_folder(path: str | Path, host: str) -> StateFolder:
     if (place / "federation.json").exists():
         return StateFolder.open(place)
     return StateFolder.make(place, place.name, [host])
-
-
-def evaluation_on(plan: Plan, data: FederatedData) -> Callable[[Vectors], Mapping[str, float]]:
-    """The metrics of a model on these data: on their test part, or on all if they have none."""
-    tested = data if len(data.test_part) else replace(data, test_part=data.all_train())
-
-    def evaluate(model: Vectors) -> Mapping[str, float]:
-        return evaluate_pooled(plan.learner, model, tested)
-
-    return evaluate
 
 
 class Rounds:

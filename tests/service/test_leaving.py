@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from contextlib import closing
@@ -14,6 +15,7 @@ pytest.importorskip("sklearn")
 from attacker import Inner
 from test_on_the_way import slowly
 
+from atoll.cli import main
 from atoll.cli.files import read_plan
 
 
@@ -193,10 +195,55 @@ def test_who_is_waited_for_is_named(inner):
     bob = served.insider("bob").open()
     bob.order(farewell=True)
     end = time.monotonic() + 10
-    while "1 of 2 sites are there; missing: bob" not in served.loop.waiting:
+    # It may have been asked before it left.
+    said = r"1 of 2 sites are there; missing: bob|bob to be heard of: 1 of the 2"
+    while not re.search(said, served.loop.waiting):
         alice.order()
         assert time.monotonic() < end, served.loop.waiting
         time.sleep(0.05)
+
+
+def test_status_says_who_owes_an_answer_since_when_and_until_when(inner, capsys):
+    served = inner(schedule="Synchronous(rounds=3, cohort=2, minimum=2, deadline=500.0)")
+    state, began = str(served.folder.path), time.time()
+
+    def told():
+        assert main(["status", state, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def soon(text):
+        end = time.monotonic() + 10
+        while text not in ((found := told())["waiting_for"] or ""):
+            assert time.monotonic() < end, found
+            time.sleep(0.05)
+        return found
+
+    alice = served.insider("alice").open()
+    served.invite("bob")
+    found = soon("1 of 2 sites are there")
+    assert found["until"] is None and found["silence"] == served.loop.service.lease
+    assert main(["status", state]) == 0
+    assert "they answer, are revoked, or the federation is stopped" in capsys.readouterr().out
+    served.insider("carol")
+    alice.assignment()
+    found = soon("alice (asked 0.")
+    assert "carol (asked" in found["waiting_for"] and "heard of" in found["waiting_for"]
+    assert began + 500 < found["until"] < time.time() + 500
+    assert main(["status", state]) == 0
+    shown = capsys.readouterr().out
+    assert "in 8 min " in shown and "of silence" in shown
+
+
+def test_an_invitation_is_waited_for_until_it_ends(inner, capsys):
+    served = inner(schedule="Synchronous(rounds=3)")
+    served.insider("alice")
+    served.invite("bob")
+    end, found = time.monotonic() + 10, {}
+    while "bob can still join" not in (found.get("waiting_for") or ""):
+        assert main(["status", str(served.folder.path), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert time.monotonic() < end, found
+    assert time.time() + 3500 < found["until"] < time.time() + 3601
 
 
 def test_a_site_that_was_revoked_comes_back_with_its_old_folder(place):

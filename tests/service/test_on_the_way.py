@@ -13,7 +13,8 @@ from front import Front
 
 from atoll.cli import main
 from atoll.errors import ConfigurationError
-from atoll.site.connection import Connection, Unreachable, address
+from atoll.site import connection
+from atoll.site.connection import Connection, Refusal, Unreachable, address
 
 SLOW = """
 import time
@@ -154,7 +155,7 @@ def test_heartbeats_and_restarts_keep_the_path(place, fronts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", [403, 404, 410, 413, 422])
+@pytest.mark.parametrize("status", [404, 413])
 def test_what_a_proxy_refuses_for_good_is_told_and_given_up(place, fronts, status):
     """An update that does not get through: one try a round, a pause, an end, and all is said."""
     place.write(schedule="Synchronous(rounds=2, minimum=1, pause=0.1, attempts=1000)")
@@ -191,3 +192,20 @@ def test_an_identity_learns_where_the_server_is_now(place, monkeypatch, capsys):
     assert json.loads((folder / "site.json").read_text())["url"] == place.url
     assert main(["status", str(place.state), "--url", place.url]) == 1
     assert "no identity's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [403, 404, 410, 413, 422])
+def test_what_is_in_between_is_asked_again_and_the_server_is_believed(status):
+    """A page of HTML is a proxy's, which may be set up anew; a `Problem` is settled."""
+    link = Connection("https://a:8443", None, Ed25519PrivateKey.generate(), sleep=lambda _: None)
+    for body, ours in ((b"<html>no</html>", False), (b'{"error":"no"}', True)):
+        tries = []
+
+        def attempt(body=body, tries=tries):
+            tries.append(body)
+            raise connection._refusal(status, body)
+
+        with pytest.raises(Refusal) as told:
+            link._persist(attempt)
+        assert told.value.status == status and told.value.ours is ours
+        assert len(tries) == (1 if ours else 1 + connection.ELSEWHERE)

@@ -283,7 +283,8 @@ def test_a_federation_that_was_not_served_yet_can_be_looked_at(tmp_path, capsys)
     assert main(["status", state, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "project": "p", "server": "not running", "round": 0, "rounds": None, "phase": "idle",
-        "waiting_for": None, "sites": 0, "at_work": [], "model": None,
+        "waiting_for": None, "until": None, "silence": None, "sites": 0, "at_work": [],
+        "model": None,
     }  # fmt: skip
     assert main(["status", state]) == 0
     assert main(["rounds", state, "--json"]) == 0

@@ -78,7 +78,8 @@ def test_one_process_leads_and_another_takes_over(tmp_path, monkeypatch):
     assert not second.lead()
     with first.change() as change:
         change.set("a", 1)
-    # The first one is busy for longer than its lease; the second takes over at once.
+    # The first one is busy for longer than its lease; the second takes over.
+    assert not second.lead()
     time.sleep(0.4)
     assert second.lead()
     with pytest.raises(NotLeading), first.change() as change:
@@ -87,6 +88,28 @@ def test_one_process_leads_and_another_takes_over(tmp_path, monkeypatch):
     assert not first.lead()
     second.resign()
     assert first.lead()
+    for store in (first, second):
+        store.close()
+
+
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_a_lease_is_told_by_the_clock_of_who_waits(tmp_path, monkeypatch, ahead):
+    """A leader whose clock is an hour off is not robbed while it lives, nor waited for for long."""
+    url, real = f"sqlite:///{tmp_path / 'x.db'}", time.time
+    first, second = Store(url, lease_seconds=0.3), Store(url, lease_seconds=0.3)
+    first.holder = "elsewhere:1:ab"
+
+    def leads():
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "time", lambda: real() + ahead)
+            return first.lead()
+
+    for _ in range(8):
+        assert leads()
+        assert not second.lead()
+        time.sleep(0.1)
+    time.sleep(0.3)
+    assert second.lead()
     for store in (first, second):
         store.close()
 

@@ -9,7 +9,6 @@ from atoll.backends.allocator import share_freed_memory
 from atoll.cli.files import read_data, read_plan
 from atoll.cli.logs import log_to
 from atoll.cli.overrides import override
-from atoll.federation import evaluation_on
 from atoll.service.serve import Listening, serve
 from atoll.service.settings import Service
 from atoll.service.storage.folder import StateFolder
@@ -30,7 +29,5 @@ def run(options: argparse.Namespace) -> int:
         host=options.host, port=options.port, blobs=options.blobs, linger=options.linger
     )
     test = None if options.test is None else read_data(options.test)
-    evaluate = None if test is None else evaluation_on(federation, test)
-    meaning = None if test is None else test.meaning
-    serve(federation, folder, service, listening, evaluate, meaning=meaning)
+    serve(federation, folder, service, listening, test)
     return 0

@@ -20,7 +20,7 @@ from atoll.service.storage.audit import lines, verify
 from atoll.service.storage.folder import StateFolder, check_name
 from atoll.site.agent import approve
 from atoll.site.connection import Connection, first_contact
-from atoll.tracking.record import human_bytes
+from atoll.tracking.record import human_bytes, human_seconds
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,8 +86,23 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
+    found["until"] = _until(found)
+    silence = found.pop("silence")
+    if found["at_work"] and silence:
+        found["given up after"] = f"{human_seconds(silence)} of silence"
     print_table(("", ""), [(name.replace("_", " "), _shown(found[name])) for name in found])
     return 0
+
+
+def _until(found: Mapping[str, Any]) -> str:
+    """When a wait ends by itself, in words."""
+    until = found["until"]
+    if not found["waiting_for"]:
+        return ""
+    if until is None:
+        return "they answer, are revoked, or the federation is stopped"
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(until))
+    return f"{clock}, in {human_seconds(max(until - time.time(), 0))}"
 
 
 def _rounds(options: argparse.Namespace) -> int:

@@ -263,3 +263,13 @@ def assemble(
         dataset.test or Examples(columns, dataset.y, np.concatenate(test_rows)),
         dataset.columns,
     )
+
+
+def check_population(data: object) -> FederatedData:
+    """The data as a population, or a sentence about what they are instead."""
+    if isinstance(data, FederatedData):
+        return data
+    raise DataError(
+        f"clients must be FederatedData, not {type(data).__name__}; partition a set first, "
+        "e.g. data.load('digits').dirichlet(clients=100, alpha=0.3)"
+    )

@@ -13,7 +13,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -26,22 +26,22 @@ from atoll.aggregation.conversation import Ask
 from atoll.core.random import Key
 from atoll.core.room import room_in
 from atoll.core.vectors import Tree, Vector, Vectors
-from atoll.data.meaning import Meaning
+from atoll.data.federated import FederatedData
 from atoll.errors import CannotClose, CheckpointError, RunError
-from atoll.protocol import messages
 from atoll.rounds.buffered import BufferedCoordinator
 from atoll.rounds.coordinator import Answer, Coordinator, Phase, Verdict
 from atoll.rounds.describe import agreed, describe, plan_digest
 from atoll.rounds.driver import Driver
+from atoll.rounds.evaluate import evaluate_pooled
 from atoll.rounds.messages import largest
 from atoll.rounds.plan import Plan
 from atoll.rounds.server import Server
 from atoll.rounds.stopping import check_rules, stop_reason
 from atoll.rounds.task import Received, first_state
-from atoll.service import operations
+from atoll.service import meanings, operations
 from atoll.service.deciding import Deciding
 from atoll.service.history import History
-from atoll.service.members import Members
+from atoll.service.members import Members, Wait
 from atoll.service.questions import Question, put_question
 from atoll.service.replay import replay
 from atoll.service.settings import Service
@@ -69,7 +69,7 @@ class FederationLoop:
         service: how it is served.
         store, blobs: where it is kept.
         scratch: a folder on the blobs' disk for files in the making.
-        evaluate: gives the metrics of a model after each round; None evaluates nothing.
+        test: data on whose test part each new model is measured.
         clock: seconds since the epoch.
         history: where the rounds are kept as a run that people look at; None keeps none.
         initial: the whole model to start from; None asks the learner.
@@ -83,13 +83,11 @@ class FederationLoop:
         blobs: Blobs,
         scratch: Path,
         *,
-        evaluate: Callable[[Vectors], Mapping[str, float]] | None = None,
+        test: FederatedData | None = None,
         clock: Callable[[], float] = time.time,
         history: Path | None = None,
         initial: Vectors | None = None,
-        meaning: Meaning | None = None,
     ) -> None:
-        self._meaning = meaning
         self.plan, self.service, self.store = plan, service, store
         self.models = ModelStore(plan, store, blobs, scratch)
         self.plan_digest, self.layout_digest = plan_digest(plan), plan.learner.layout.digest
@@ -108,7 +106,7 @@ class FederationLoop:
         #: What the open question tells those who are asked; None under an asynchronous schedule.
         self.question: Question | None = None
         self.rows: dict[str, Row] = {}
-        self._evaluate = evaluate
+        self._test = test
         self._thread = ThreadPoolExecutor(1, "atoll-sums")
         self._work: asyncio.Queue[Callable[[], Any]]
         self._worker: asyncio.Task[None] | None = None
@@ -121,8 +119,9 @@ class FederationLoop:
         self._ticked = clock()
         #: What the next round waits for, in words.
         self.waiting = ""
+        self._waits_until: float | None = None
         #: What of it is written down, for who looks at the folder.
-        self._told_waiting: str | None = None
+        self._told_wait: object = None
         self._remembers = True
         self._told: dict[int, Tree] = {}
 
@@ -332,11 +331,21 @@ class FederationLoop:
                 self._record_outcome(change, now)
             self._after_outcome()
         self._invite(now)
-        told = "" if self.open else self.waiting
-        if told != self._told_waiting:
+        self._tell()
+
+    def _tell(self) -> None:
+        """Write down what is waited for, for who looks at the folder."""
+        pause = self._retry_at if self.clock() < self._retry_at else None
+        what, until = self.waiting, self._waits_until
+        if self.open:
+            what, until = "", self.coordinator.deadline
+        elif pause is not None:
+            what, until = "the pause after an abandoned round", pause
+        told = {"for": what, "until": until, "silence": self.service.lease}
+        if told != self._told_wait:
             with self.store.change() as change:
                 change.set("waiting", told)
-            self._told_waiting = told
+            self._told_wait = told
 
     def stop(self, who: str) -> None:
         """No more rounds; sites are told to stop when they next ask."""
@@ -344,31 +353,6 @@ class FederationLoop:
             operations.stop(change, who)
         self.stopping = True
         self.notify()
-
-    def disagreement(self, site: str, message: messages.CheckIn) -> str:
-        """How the meaning of a site's data differs from the federation's; empty if it does not.
-
-        It is that of the server's test data or of the first site that says one.
-        """
-        if message.meaning is None:
-            return ""
-        known = self.store.setting("meaning")
-        if known is None:
-            told = {"inputs": message.inputs, "classes": message.classes}
-            with self.store.change() as change:
-                change.set("meaning", {"digest": message.meaning, "site": site, **told})
-                change.audit(site, "meaning", digest=message.meaning)
-            return ""
-        if known["digest"] == message.meaning:
-            return ""
-        mine = Meaning(tuple(message.inputs), tuple(message.classes))
-        theirs = Meaning(tuple(known["inputs"]), tuple(known["classes"]))
-        how = mine.difference(theirs, site, known["site"]) if mine and theirs else ""
-        return (
-            f"{site}'s data mean something else than those of {known['site']}: "
-            f"{how or 'the names of their inputs or classes differ'}. Bring columns, categories "
-            "and labels into one form at both"
-        )
 
     def left(self, site: str, reason: str) -> None:
         """A site will not answer until it comes again: nobody waits for what it owes."""
@@ -396,13 +380,15 @@ class FederationLoop:
         if self.plan.schedule.lockstep and (self._folding or not self._work.empty()):
             return  # what is still to be summed is of an attempt that was abandoned
         attempt = self.coordinator.round, self.coordinator.attempt
-        first = attempt == (1, 0) and self.coordinator.phase is Phase.IDLE
-        patient = now < self._patient_until
-        roster = self.members.roster(self.open)
-        schedule, awaited = self.plan.schedule, ""
-        if first:
-            awaited = self.members.first_waits_for(schedule, self.service.sites)
-        self._say(awaited or self.members.next_waits_for(schedule, roster, patient))
+        roster, schedule, wait = self.members.roster(self.open), self.plan.schedule, None
+        wanted = None
+        if attempt == (1, 0) and self.coordinator.phase is Phase.IDLE:
+            wanted = schedule.wanted if self.service.sites is None else self.service.sites
+            wait = self.members.invited() if wanted is None else None
+        self._say(
+            wait
+            or self.members.wait(schedule, roster, first=wanted, patient_until=self._patient_until)
+        )
         if self.waiting:
             return
         invitations = self.coordinator.open(roster, now)
@@ -490,12 +476,13 @@ class FederationLoop:
         chosen = set(whom)
         return [id for id, row in self.rows.items() if (row["site"], row["turn"]) in chosen]
 
-    def _say(self, text: str) -> None:
+    def _say(self, wait: Wait | None) -> None:
         """Log what is waited for, when it changes."""
+        what = wait.what if wait else ""
         # Between two deliveries an asynchronous schedule has nobody to ask, as a rule.
-        if text and text != self.waiting and not self.open:
-            logger.info("waiting for %s", text)
-        self.waiting = text
+        if what and what != self.waiting and not self.open:
+            logger.info("waiting for %s", what)
+        self.waiting, self._waits_until = what, wait.until if wait else None
 
     def _pass_over(self, gap: float) -> None:
         """Do not hold a gap in this process's own time against anyone."""
@@ -616,9 +603,9 @@ class FederationLoop:
         made = await self._in_thread(lambda: self.models.keep(self.server, round))
         stepped = time.perf_counter()
         metrics = {}
-        if self._evaluate is not None:
-            evaluate, model = self._evaluate, self.server.model()
-            metrics = dict(await self._in_thread(lambda: evaluate(model)))
+        if self._test is not None:
+            test, model, learner = self._test, self.server.model(), self.plan.learner
+            metrics = await self._in_thread(lambda: evaluate_pooled(learner, model, test))
         now = self.clock()
         size = self.models.size(self.version["broadcast"])
         phases = {"step": stepped - started, "evaluation": time.perf_counter() - stepped}
@@ -742,10 +729,8 @@ class FederationLoop:
         self.models.blobs.claim(self.store.identify())
         with self.store.change() as change:
             change.set("plan", describe(self.plan))
-            if self._meaning and change.setting("meaning") is None:
-                about = {"site": "the server's test data", "digest": self._meaning.digest}
-                told = {"inputs": self._meaning.inputs, "classes": self._meaning.classes}
-                change.set("meaning", {**about, **told})
+            if self._test is not None:
+                meanings.settle(change, self._test.meaning, "the server's test data")
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
         def housed() -> T:

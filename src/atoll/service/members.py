@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import sqlalchemy as sa
@@ -13,6 +14,14 @@ from atoll.rounds.roster import Resources, Roster
 from atoll.rounds.schedules import Schedule
 from atoll.service.storage.database import Store
 from atoll.service.storage.tables import sites, tokens
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What is waited for, in words, and when that ends by itself, if it does."""
+
+    what: str
+    until: float | None = None
 
 
 class Members:
@@ -104,47 +113,53 @@ class Members:
             _resources([json.loads(about) for _, about in said]),
         )
 
-    def first_waits_for(self, schedule: Schedule, wanted: int | None) -> str:
-        """Why the first round cannot begin: those who are to be there are not; or empty."""
-        wanted = schedule.wanted if wanted is None else wanted
-        if wanted is not None:
+    def wait(
+        self, schedule: Schedule, roster: Roster, *, first: int | None, patient_until: float
+    ) -> Wait | None:
+        """Why nobody can be invited now.
+
+        Before anything was asked, `first` sites must be there. Until `patient_until` everyone that
+        would be asked is waited for.
+        """
+        if first is not None:
             # Heard of, not only enrolled: a cohort is drawn from those who are there, and is the
             # simulation's where everyone is.
             silent = [name for name in self.names if not self.seen.get(name)]
             have = len(self.names) - len(silent)
-            if have >= wanted:
-                return ""
-            who = f"; missing: {_shown(silent)}" if silent else ""
-            return f"the first round: {have} of {wanted} sites are there{who}"
-        awaited = self.awaited()
-        return f"the first round: {', '.join(awaited)} can still join" if awaited else ""
-
-    def next_waits_for(self, schedule: Schedule, roster: Roster, patient: bool) -> str:
-        """Why nobody can be invited now; or empty. The `patient` wait for all that are asked."""
+            if have < first:
+                who = f"; missing: {_shown(silent)}" if silent else ""
+                return Wait(f"the first round: {have} of {first} sites are there{who}")
         population, present = len(roster), len(roster.candidates())
         if population < schedule.least:
-            return (
+            return Wait(
                 f"more sites: the schedule needs {schedule.least}, and {population} are part of "
                 "this"
             )
         # Nobody waits for who has said that it leaves, unless it cannot be done without.
         there = population - len(self.absent.intersection(self.names))
-        enough = max(
-            schedule.enough(population, patient=False),
-            min(schedule.enough(population, patient=patient), there),
-        )
+        fewest = schedule.enough(population, patient=False)
+        asked = max(fewest, min(schedule.enough(population, patient=True), there))
+        patient = self._clock() < patient_until
+        enough = asked if patient else fewest
         if present >= enough:
-            return ""
+            return None
         silent = sorted(set(self.names) - {roster.names[member] for member in roster.candidates()})
-        heard = f"{present} of the {enough} that are needed were, lately"
-        return f"{_shown(silent)} to be heard of: {heard}"
-
-    def awaited(self) -> list[str]:
-        """Who was invited and may still join; some of them, if they are many."""
-        waiting = sa.select(tokens.c.name).where(
-            tokens.c.used.is_(None), tokens.c.expires > self._clock(), tokens.c.role == "site"
+        return Wait(
+            f"{_shown(silent)} to be heard of: {present} of the {enough} that are needed were, "
+            "lately",
+            patient_until if patient and present >= fewest else None,
         )
-        return [row["name"] for row in self._store.rows(waiting.order_by(tokens.c.name).limit(5))]
+
+    def invited(self) -> Wait | None:
+        """The wait for those who were invited and may still join."""
+        may = [tokens.c.used.is_(None), tokens.c.expires > self._clock(), tokens.c.role == "site"]
+        query = sa.select(tokens.c.name, tokens.c.expires).where(*may).order_by(tokens.c.name)
+        rows = self._store.rows(query)
+        if not rows:
+            return None
+        names = [row["name"] for row in rows]
+        last = max(row["expires"] for row in rows)
+        return Wait(f"the first round: {_shown(names)} can still join", last)
 
     def write(self) -> None:
         """Write down what is new, all in one transaction."""

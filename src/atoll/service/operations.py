@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from atoll.errors import ConfigurationError
 from atoll.rounds.coordinator import Phase
+from atoll.service import meanings
 from atoll.service.storage import tables, visits
 from atoll.service.storage.database import Change, Store
 from atoll.service.storage.folder import is_name
+from atoll.tracking.record import human_seconds
 
 #: Rounds that one answer tells of; the next ones are had by `since`.
 PAGE = 500
+#: So many of those who owe an answer are named with their times.
+OWING = 5
 SHOWN = ("name", "role", "status", "joined", "examples", "seen")
 
 
@@ -29,23 +33,31 @@ class UnknownSite(ConfigurationError):
 
 
 def status(store: Store, project: str) -> dict[str, Any]:
-    """How a federation stands, and what the next round waits for, in words."""
+    """How a federation stands, what it waits for, in words, and until when.
+
+    `until` is the time (seconds since 1970) at which the wait ends by itself, None if only who is
+    waited for can end it; a site that owes an answer is given up after `silence` seconds of it.
+    """
     version, state = store.version(), store.setting("coordinator") or {}
-    leads = tables.lease.c.until > time.time()
-    led = bool(store.rows(sa.select(tables.lease.c.holder).where(leads)))
+    led = store.led()
     phase = state.get("phase", str(Phase.IDLE))
     if store.setting("stop") and phase not in (Phase.DONE, Phase.FAILED):
         phase = "stopping" if led else "stopped"
     member = (tables.sites.c.status == "active") & (tables.sites.c.role == "site")
+    at_work = _at_work(state)
+    waiting = (store.setting("waiting") or {}) if led else {}
+    for_whom = _owing(store, at_work) if at_work and led else waiting.get("for")
     return {
         "project": project,
         "server": "running" if led else "not running",
         "round": version["version"] if version else 0,
         "rounds": (store.setting("plan") or {}).get("schedule", {}).get("rounds"),
         "phase": phase,
-        "waiting_for": (store.setting("waiting") or None) if led else None,
+        "waiting_for": for_whom or None,
+        "until": waiting.get("until"),
+        "silence": waiting.get("silence"),
         "sites": len(store.rows(sa.select(tables.sites.c.name).where(member))),
-        "at_work": _at_work(state),
+        "at_work": at_work,
         "model": version["model"] if version else None,
     }
 
@@ -58,6 +70,24 @@ def _at_work(state: Mapping[str, Any]) -> list[str]:
         return []
     gone = {*state["accepted"], *state["lost"]}
     return sorted(client for id, client in state["open"].items() if id not in gone)
+
+
+def _owing(store: Store, names: Sequence[str]) -> str:
+    """Some of those who owe an answer: since when, and when they were last heard of."""
+    owed = tables.assignments.c
+    query = sa.select(owed.site, owed.opened, tables.sites.c.seen).join_from(
+        tables.assignments, tables.sites, tables.sites.c.name == owed.site
+    )
+    some = names[:OWING]
+    rows = store.rows(query.where(owed.state == "open", owed.site.in_(some)).order_by(owed.site))
+    now = time.time()
+    said = [
+        f"{row['site']} (asked {human_seconds(max(now - row['opened'], 0))} ago, heard of "
+        f"{human_seconds(max(now - row['seen'], 0))} ago)"
+        for row in rows
+    ]
+    more = len(names) - len(some)
+    return ", ".join(said) + (f" and {more} more" if more else "")
 
 
 def rounds(store: Store, since: int = 0) -> list[dict[str, Any]]:
@@ -90,9 +120,7 @@ def revoke(change: Change, who: str, name: str) -> None:
     if not joined + invited:
         raise UnknownSite(f"there is no site {name!r}")
     visits.end_all(change, name)
-    known = change.setting("meaning")
-    if known is not None and known["site"] == name:
-        change.set("meaning", None)  # the next site says anew what the data mean
+    meanings.forget(change, name)
     change.audit(who, "revoked", site=name)
 
 

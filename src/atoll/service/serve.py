@@ -7,14 +7,14 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 
 from atoll.core.vectors import Vectors
-from atoll.data.meaning import Meaning
+from atoll.data.federated import FederatedData, check_population
 from atoll.errors import AtollError, ConfigurationError, RunError, require
 from atoll.protocol.certificates import renew_server, server_context
 from atoll.rounds.coordinator import Phase
@@ -51,20 +51,22 @@ def serve(
     folder: StateFolder,
     service: Service,
     listening: Listening,
-    evaluate: Callable[[Vectors], Mapping[str, float]] | None = None,
+    test: FederatedData | None = None,
     *,
     initial: Vectors | None = None,
-    meaning: Meaning | None = None,
     stop: threading.Event | None = None,
 ) -> None:
     """Serve until the rounds are done, until `atoll stop`, or until SIGTERM or Ctrl-C.
 
-    `initial` is the whole model to start from; `meaning` that of the data that `evaluate` uses;
-    `stop`, set in another thread, ends it too.
+    `test` is what each new model is measured on: its test part, or all of it if it has none;
+    `initial` is the whole model to start from; `stop`, set in another thread, ends it too.
     """
     require("uvicorn", "atoll[serve]", "a federation's server")
     renew_server(folder.path)
-    process = _Process(plan, folder, service, listening, evaluate, initial, meaning, stop)
+    if test is not None:
+        test = check_population(test)
+        test = test if len(test.test_part) else replace(test, test_part=test.all_train())
+    process = _Process(plan, folder, service, listening, test, initial, stop)
     try:
         with asyncio.Runner(loop_factory=_loop()) as runner:
             runner.run(process.run())
@@ -96,14 +98,13 @@ class _Process:
         folder: StateFolder,
         service: Service,
         listening: Listening,
-        evaluate: Callable[[Vectors], Mapping[str, float]] | None,
+        test: FederatedData | None,
         initial: Vectors | None,
-        meaning: Meaning | None,
         stop: threading.Event | None,
     ) -> None:
-        self.initial, self.meaning, self.stop = initial, meaning, stop
+        self.test, self.initial, self.stop = test, initial, stop
         self.plan, self.folder, self.service = plan, folder, service
-        self.listening, self.evaluate = listening, evaluate
+        self.listening = listening
         self.store = Store(folder.database)
         token = (folder.path / "metrics.token").read_text(encoding="utf-8")
         self.app = App(folder.authority, folder.project, token)
@@ -156,8 +157,8 @@ class _Process:
         loop = FederationLoop(
             self.plan, self.service, self.store,
             blobs_at(self.listening.blobs or str(self.folder.path / "blobs")),
-            self.folder.path / "incoming", evaluate=self.evaluate, history=self.folder.path / "run",
-            initial=self.initial, meaning=self.meaning,
+            self.folder.path / "incoming", test=self.test, history=self.folder.path / "run",
+            initial=self.initial,
         )  # fmt: skip
         with self.store.change() as change:
             change.set("blobs", self.listening.blobs)

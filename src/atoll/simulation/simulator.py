@@ -21,7 +21,6 @@ from atoll.errors import (
     AtollError,
     CannotClose,
     ConfigurationError,
-    DataError,
     RunError,
     UpdateRefused,
 )
@@ -576,14 +575,4 @@ def _gave_up(round: int, attempts: int, reason: str, parts: Sequence[Participant
     return (
         f"round {round} was abandoned {attempts} times in a row, the last time because "
         f"{reason}{advice}"
-    )
-
-
-def check_population(data: object) -> FederatedData:
-    """The data as a population, or a sentence about what they are instead."""
-    if isinstance(data, FederatedData):
-        return data
-    raise DataError(
-        f"clients must be FederatedData, not {type(data).__name__}; partition a set first, "
-        "e.g. data.load('digits').dirichlet(clients=100, alpha=0.3)"
     )

@@ -32,6 +32,7 @@ from atoll.service.http.bodies import (
     versions_named,
 )
 from atoll.service.loop import FederationLoop
+from atoll.service.meanings import disagreement
 from atoll.service.storage.blobs import DIGEST, BlobMissing
 from atoll.service.storage.database import Row
 
@@ -81,7 +82,7 @@ class SiteApi:
                     {"site's": theirs, "server's": ours, messages.PLAN: loop.described},
                 )
                 return Response(messages.write(problem), 409, media_type="application/json")
-        reason = loop.disagreement(site, message)
+        reason = disagreement(loop.store, site, message)
         if reason:
             self.endpoints.measures.refused("mismatch")
             loop.left(site, reason)

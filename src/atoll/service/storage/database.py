@@ -43,6 +43,9 @@ class Store:
     def __init__(self, url: str, *, lease_seconds: float = LEASE_SECONDS) -> None:
         self.lease_seconds = lease_seconds
         self.holder = f"{_machine()}:{os.getpid()}:{secrets.token_hex(4)}"
+        #: Another's lease as it was last seen to change, and since when.
+        self._watched: tuple[str, float] | None = None
+        self._unchanged_since = 0.0
         self._engine = engine_for(url)
         try:
             with self._engine.begin() as connection:
@@ -104,7 +107,7 @@ class Store:
             if row is None:
                 values = {"name": "leader", "holder": self.holder, "until": now}
                 connection.execute(tables.lease.insert().values(**values))
-            elif row["until"] < now or _dead(row["holder"]):
+            elif self._lapsed(row) or _dead(row["holder"]):
                 taken = connection.execute(
                     tables.lease.update()
                     .where(
@@ -117,6 +120,19 @@ class Store:
             else:
                 return False
             return self._renew(connection)
+
+    def _lapsed(self, row: sa.RowMapping) -> bool:
+        """Whether another's lease was not renewed for as long as it holds, by this clock alone."""
+        # Its `until` is by the holder's clock, which may be an hour off either way.
+        now, seen = time.monotonic(), (row["holder"], row["until"])
+        if seen != self._watched:
+            self._watched, self._unchanged_since = seen, now
+        return now - self._unchanged_since > self.lease_seconds
+
+    def led(self) -> bool:
+        """Whether some process leads, as far as the lease tells."""
+        row = self._first(sa.select(tables.lease))
+        return row is not None and row["until"] > time.time() and not _dead(row["holder"])
 
     def resign(self) -> None:
         """Let another process lead at once."""
