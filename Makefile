@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the tests.
+WORKERS ?= 2
 # Data sets with natural clients are used where the folder is there; nothing depends on it.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Hundreds of processes are started by the tests; compiled files save each a third of a second.
@@ -17,10 +19,10 @@ demo: $(VENV)/demo.done  ## install into .venv, train on real data, compare; abo
 	@$(BIN)/atoll demo
 
 test: $(VENV)/test.done check  ## style, types and the tests, with everything they need; ten minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/test.done  ## statistical and end-to-end checks; much longer
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/test.done  ## style and types only
 	$(BIN)/ruff check .

@@ -26,12 +26,12 @@ federation = Federation(
 
 
 def clients():
-    return atoll.data.load("digits").dirichlet(clients=8, alpha=0.5, seed=0)
+    return atoll.data.load("digits").dirichlet(clients={clients}, alpha=0.5, seed=0)
 """
 SITE = """
 import atoll
 
-data = atoll.data.load("digits").dirichlet(clients=8, alpha=0.5, seed=0)
+data = atoll.data.load("digits").dirichlet(clients={clients}, alpha=0.5, seed=0)
 client = "{name}"
 """
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -50,6 +50,7 @@ class Place:
     root: Path
     port: int = field(default_factory=free_port)
     database: str = ""
+    clients: int = 8
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
     serving: list[str] = field(default_factory=list)
 
@@ -71,7 +72,9 @@ class Place:
         return done.stdout.strip() if check else done.stdout + done.stderr
 
     def write(self, algorithm="FedAvg()", schedule="Synchronous(rounds=5)", pipeline="Mean()"):
-        text = FEDERATION.format(algorithm=algorithm, schedule=schedule, pipeline=pipeline)
+        text = FEDERATION.format(
+            algorithm=algorithm, schedule=schedule, pipeline=pipeline, clients=self.clients
+        )
         (self.root / "federation.py").write_text(text)
 
     def start(self, name: str, *words: str) -> subprocess.Popen:
@@ -92,7 +95,9 @@ class Place:
         return self.cli("invite", "state", name, *more)
 
     def join(self, name: str, token: str = "", *more: str, url: str = "", client="") -> object:
-        (self.root / f"{name}.py").write_text(SITE.format(name=client or name))
+        (self.root / f"{name}.py").write_text(
+            SITE.format(name=client or name, clients=self.clients)
+        )
         words = ["join", url or self.url, "federation.py", "--data", f"{name}.py", "--folder", name]
         return self.start(name, *words, *(["--token", token] if token else []), *more)
 

@@ -63,7 +63,9 @@ def _enrol(options: argparse.Namespace) -> int:
     folder.chmod(0o700)
     token = Token.read(options.token or os.environ.get("ATOLL_TOKEN", ""))
     pem = None if options.public_ca else first_contact(options.url, token)
-    if pem is not None:
+    if pem is None:
+        (folder / "ca.pem").unlink(missing_ok=True)
+    else:
         write_atomically(folder / "ca.pem", [pem])
     link = Connection(options.url, pem, make_key(folder / "key.pem"), note=note, patience=PATIENCE)
     enrolled = link.enrol(token)

@@ -153,10 +153,6 @@ class FederationLoop:
         received = Received.of(self.plan, self.server.broadcast(self.version["version"]))
         self._remembers = bool(first_state(self.plan, received, self.server.blank))
         self.members.refresh()
-        now = self.clock()
-        # Whoever has joined may come back after our own absence.
-        self.members.seen = dict.fromkeys(self.members.names, now)
-        self._patient_until = now + self.service.presence
         self.history.begin(self.version["version"])
         self._work = asyncio.Queue()
         await self._refold()
@@ -165,7 +161,10 @@ class FederationLoop:
         names = self._needed()
         await self._in_thread(lambda: self.models.tidy(names))
         self._heed()
-        self._ticked = self.clock()
+        self._ticked = now = self.clock()
+        # Whoever has joined may come back after our own absence, which ends now.
+        self.members.seen = dict.fromkeys(self.members.names, now)
+        self._patient_until = now + self.service.presence
 
     async def close(self) -> None:
         """Finish what is in hand, and let go."""

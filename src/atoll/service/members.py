@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from atoll.rounds.roster import Resources, Roster
 from atoll.rounds.schedules import Schedule
 from atoll.service.storage.database import Store
 from atoll.service.storage.tables import sites, tokens
+
+logger = logging.getLogger("atoll.service")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,10 @@ class Members:
         )
         rows = self._store.rows(query)
         # Python's order, which no database's collation changes.
-        self.names = sorted(row["name"] for row in rows)
+        names = sorted(row["name"] for row in rows)
+        for name in sorted(set(self.names) - set(names)):
+            logger.info("%s was revoked", name)
+        self.names = names
         for row in rows:
             self._said.setdefault(row["name"], (row["examples"], row["about"]))
         self._mark = mark

@@ -43,7 +43,7 @@ class Listening:
     port: int = 8443
     blobs: str | None = None
     linger: float = 600.0
-    certificate: float = 600.0
+    certificate: float = 10.0
 
 
 def serve(
@@ -187,6 +187,7 @@ class _Process:
                 if now != known:
                     self.context.load_cert_chain(path, self.folder.path / "server-key.pem")
                     known = now
+                    logger.info("the server's certificate is another now")
             except (AtollError, OSError) as error:
                 logger.error("the server's certificate: %s", error)
 

@@ -148,10 +148,14 @@ class Site:
         known = read_identity(self.folder) if path.exists() else None
         digest = token_digest(token.secret) if token else ""
         if known is not None and digest in ("", known.get("token")):
-            authority = self.folder / "ca.pem"
+            authority, there = self.folder / "ca.pem", url or known["url"]
             if system_authorities:
                 authority.unlink(missing_ok=True)
-            self.link = self._link(url or known["url"], authority, key, known["site"])
+            elif token is not None and not authority.exists():
+                # Back from --public-ca: the token still says whom to trust.
+                pem = self._reaching(lambda: find_authority(there, token))
+                files.write_atomically(authority, [pem])
+            self.link = self._link(there, authority, key, known["site"])
             return
         if token is None:
             raise IdentityError("this site has not joined yet; give the token it was invited with")
