@@ -17,15 +17,21 @@ from conftest import free_port
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from atoll.algorithms import FedAvg
 from atoll.cli import main
 from atoll.cli.files import read_plan
+from atoll.data import load
 from atoll.errors import ConfigurationError
-from atoll.protocol import certificates
+from atoll.federation import Federation
+from atoll.learners import NumpyLearner
+from atoll.protocol import certificates, messages
 from atoll.protocol.certificates import client_context, hosts_of, make_server, renew_server
 from atoll.protocol.identity import IdentityError
+from atoll.rounds.schedules import Synchronous
 from atoll.service.serve import Listening, serve
 from atoll.service.settings import Service
 from atoll.service.storage.folder import StateFolder
+from atoll.site import agent
 from atoll.site.connection import Connection
 
 
@@ -166,3 +172,28 @@ def test_an_init_that_fails_can_be_tried_again(tmp_path):
     words = ["init", str(state), "--host", "127.0.0.1"]
     assert main([*words, "--database", "nonsense://x"]) == 1
     assert main(words) == 0
+
+
+def test_the_public_authorities_are_trusted_until_the_projects_is_again(tmp_path, monkeypatch):
+    """`--public-ca` is undone by joining with the token once more, as only that says whom."""
+    folder = StateFolder.make(tmp_path / "state", "p", ["localhost"])
+    token = folder.invite("a", "site", 1.0)
+    plan = Federation(
+        learner=NumpyLearner(layers=(64, 10)), algorithm=FedAvg(), schedule=Synchronous(rounds=1)
+    )
+    data = load("digits").iid(clients=1)
+    place = tmp_path / "a"
+    pem = (folder.path / "ca.pem").read_bytes()
+    monkeypatch.setattr(agent, "find_authority", lambda url, given: pem)
+    monkeypatch.setattr(
+        Connection, "enrol", lambda self, given: messages.Enrolled("a", "site", "p")
+    )
+    site = agent.Site(place, plan, data)
+    for given, public, trusted in (
+        (token, False, True), (None, False, True), (None, True, False), (None, False, False),
+        (token, True, False), (token, False, True), (None, False, True),
+    ):  # fmt: skip
+        site.join("https://localhost:9", given, public)
+        site.link.close()
+        assert (place / "ca.pem").exists() is trusted
+    site._held.close()
