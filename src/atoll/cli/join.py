@@ -14,7 +14,8 @@ from atoll.cli.logs import log_to
 from atoll.errors import ConfigurationError
 from atoll.learners.base import stacking
 from atoll.protocol.identity import Token
-from atoll.site.agent import Site, Terms
+from atoll.site.agent import Site
+from atoll.site.terms import Terms
 
 
 def run(options: argparse.Namespace) -> int:

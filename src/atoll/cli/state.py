@@ -18,8 +18,8 @@ from atoll.protocol.certificates import make_server
 from atoll.protocol.identity import Token, make_key
 from atoll.service.storage.audit import lines, verify
 from atoll.service.storage.folder import StateFolder, check_name
-from atoll.site.agent import approve
 from atoll.site.connection import Connection, first_contact
+from atoll.site.terms import approve
 from atoll.tracking.record import human_bytes, human_seconds
 
 

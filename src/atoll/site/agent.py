@@ -29,7 +29,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,13 @@ from atoll.core import files, room, safetensors
 from atoll.core.files import file_digest
 from atoll.core.random import Key
 from atoll.core.updates import Update
-from atoll.core.vectors import Tree, Vectors, flatten, nest
+from atoll.core.vectors import Tree, Vectors, nest
 from atoll.data.federated import FederatedData
-from atoll.errors import AtollError, CheckpointError, ConfigurationError, RunError
+from atoll.errors import AtollError, CheckpointError, RunError
 from atoll.learners.base import Assignment
 from atoll.protocol import messages
 from atoll.protocol.identity import IdentityError, Token, make_key, read_identity, token_digest
-from atoll.rounds.describe import agreed, describe, differences, plan_digest, said
+from atoll.rounds.describe import agreed, differences, plan_digest, said
 from atoll.rounds.messages import pack
 from atoll.rounds.plan import Plan
 from atoll.rounds.task import (
@@ -53,10 +52,11 @@ from atoll.rounds.task import (
     answer_question,
     as_told,
     assignment_for,
-    first_state,
     run_task,
 )
 from atoll.site.connection import Connection, Refusal, Stopped, find_authority
+from atoll.site.memory import Memory
+from atoll.site.terms import Terms
 
 logger = logging.getLogger("atoll.site")
 WAIT = 25.0
@@ -70,26 +70,6 @@ SETTLED = frozenset({403, 404, 410, 413, 422})
 
 class Undelivered(AtollError):
     """An update that does not get through; the server was told."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a site's owner agrees to: the code, the plan, and what leaves the site."""
-
-    code: str
-    plan: str
-    described: dict[str, Any]
-
-    @staticmethod
-    def of(plan: Plan, file: Path) -> Terms:
-        """The terms of a federation as this site's own copy of the file says them."""
-        parts = {
-            name: describe(getattr(plan, name))
-            for name in ("learner", "algorithm", "pipeline", "schedule")
-        }
-        more = {name: describe(getattr(plan, name)) for name in ("private", "download", "public")}
-        parts |= {name: value for name, value in more.items() if value}
-        return Terms(sha256(file.read_bytes()).hexdigest(), plan_digest(plan), parts)
 
 
 @dataclass
@@ -118,8 +98,8 @@ class Site:
     leaving: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        for name in ("memory", "kept", "outbox"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "outbox").mkdir(parents=True, exist_ok=True)
+        self._memory = Memory(self.folder, self.plan)
         self.folder.chmod(0o700)
         self._lock()
         self.plan.learner.check(self.data)
@@ -184,7 +164,7 @@ class Site:
 
     def run(self) -> Path | None:
         """Work until the federation is over (the model's file is returned) or until `stop`."""
-        self._approve()
+        self._ask_the_owner()
         beat = threading.Thread(target=self._heartbeat, daemon=True, name="atoll-heartbeat")
         beat.start()
         try:
@@ -289,8 +269,8 @@ class Site:
             return
         received = Received.of(self.plan, tree)
         task = ClientTask(
-            0, self.link.site, self._assignment(order), self._state(order, received), order.turn,
-            mail=mail,
+            0, self.link.site, self._assignment(order), self._memory.state(order, received),
+            order.turn, mail=mail,
         )  # fmt: skip
         self._busy, self._beat = order.assignment, max(order.wait[0], SHORTEST_BEAT)
         self._dropped.clear()
@@ -302,11 +282,7 @@ class Site:
             self.report(f"round {order.round}: no longer needed")
             return
         # The memory first: an answer that is delivered must find it.
-        kept = state.pop("kept", {})
-        if kept or task.state.get("kept"):
-            files.save(self._kept(order.assignment, order.exchange), "kept", {}, kept)
-        if order.works:
-            files.save(self._memory(order.assignment), "memory", {}, flatten(state))
+        self._memory.keep(order, task.state, state)
         files.write_atomically(waiting, pack(update))
         took = time.perf_counter() - started
         loss = update.metrics.get("train_loss")
@@ -360,22 +336,6 @@ class Site:
             order.exchange,
         )  # fmt: skip
 
-    def _state(self, order: messages.Order, received: Received) -> Tree:
-        """What this site keeps: of the update that counted last, and of the open round.
-
-        A question that is put twice finds what was kept before it was answered.
-        """
-        assert order.assignment is not None
-        state = self._remembered(order, received)
-        mine = [self._kept(order.assignment, exchange) for exchange in range(order.exchange)]
-        now = self._kept(order.assignment, order.exchange)
-        for other in (self.folder / "kept").glob("*.safetensors"):
-            if other not in (*mine, now):
-                other.unlink()
-        there = [path for path in mine if path.exists()]
-        kept = files.load(there[-1], "kept")[1] if there else {}
-        return {**state, "kept": kept} if kept else state
-
     def _send_outbox(self) -> None:
         """Deliver what is waiting; an answer of any kind settles it."""
         for path in sorted((self.folder / "outbox").glob("*.safetensors")):
@@ -401,34 +361,6 @@ class Site:
         self._count_failure(assignment, reason)
         raise Undelivered(reason)
 
-    def _remembered(self, order: messages.Order, received: Received) -> Tree:
-        """What is remembered of the update that counted last; older files go."""
-        path = self._only_memory(order)
-        if not (order.works or order.owner == "algorithm"):
-            return {}
-        if path is not None and path.exists():
-            return nest(files.load(path, "memory")[1])
-        if path is not None:
-            logger.warning(
-                "the memory of update %s is lost; the algorithm begins anew here", order.memory
-            )
-        return first_state(self.plan, received, self._blank(order.seed))
-
-    def _only_memory(self, order: messages.Order) -> Path | None:
-        """Where the memory is that counts, if any is; others go, but one in the making."""
-        path = None if order.memory is None else self._memory(order.memory)
-        own = self._memory(order.assignment or "")
-        for other in (self.folder / "memory").glob("*.safetensors"):
-            if other not in (path, own):
-                other.unlink()
-        return path
-
-    def _blank(self, seed: int) -> Vectors:
-        """What this site's private part of the model begins from."""
-        if self.plan.split.trivial:
-            return {}
-        return self.plan.split.parts(self.plan.learner.init(Key(seed).fold("init")))[1]
-
     def _cannot(self, order: messages.Order, error: Exception) -> None:
         """Training failed: say so to the server, and give up if it goes on like this."""
         assert order.assignment is not None
@@ -452,7 +384,7 @@ class Site:
     def _finish(self, order: messages.Order) -> Path | None:
         """Keep the federation's model, and say goodbye."""
         if order.round >= order.rounds:
-            self._only_memory(order)  # after a stop more may count than is known yet
+            self._memory.counted(order)  # after a stop more may count than is known yet
         target = None
         if order.model is not None and order.round > 0:
             target = self.folder / "model.safetensors"
@@ -500,29 +432,18 @@ class Site:
                 if order.kind == "drop" and self._busy == busy:
                     self._dropped.set()
 
-    def _approve(self) -> None:
+    def _ask_the_owner(self) -> None:
         """Wait until the owner has agreed to these terms."""
         if self.terms is None:
             return
-        asked, agreed = self.folder / "terms.json", self.folder / "approved.json"
-        plain = {"code": self.terms.code, "plan": self.terms.plan, **self.terms.described}
-        files.write_json(asked, plain)
         told = False
-        while not (agreed.exists() and json.loads(agreed.read_text("utf-8")) == plain):
+        for _ in self.terms.offer(self.folder):
             if not told:
                 self.report(
                     f"waiting for approval: see and decide with: atoll approve {self.folder}"
                 )
                 told = True
-            if (self.folder / "refused.json").exists():
-                raise RunError("the owner of this site has refused the federation's terms")
             self._sleep(0.5)
-
-    def _memory(self, assignment: str) -> Path:
-        return self.folder / "memory" / f"{assignment}.safetensors"
-
-    def _kept(self, assignment: str, exchange: int) -> Path:
-        return self.folder / "kept" / f"{assignment}-{exchange}.safetensors"
 
     def _outgoing(self, assignment: str, exchange: int, model: str | None) -> Path:
         name = f"{assignment}-{exchange}-{(model or '')[:32]}"
@@ -579,17 +500,3 @@ def _secret(path: Path) -> bytes:
         with os.fdopen(handle, "wb") as file:
             file.write(secrets.token_bytes(32))
     return path.read_bytes()
-
-
-def approve(folder: Path, *, refuse: bool = False) -> dict[str, Any]:
-    """Agree (or not) to the terms that a waiting agent has been offered; returns them."""
-    asked = folder / "terms.json"
-    if not asked.exists():
-        raise ConfigurationError(
-            f"nothing waits for approval in {folder}; an agent that was started with --ask does"
-        )
-    terms: dict[str, Any] = json.loads(asked.read_text(encoding="utf-8"))
-    name, other = ("refused", "approved") if refuse else ("approved", "refused")
-    (folder / f"{other}.json").unlink(missing_ok=True)
-    files.write_json(folder / f"{name}.json", terms)
-    return terms
