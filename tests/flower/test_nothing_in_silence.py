@@ -213,3 +213,90 @@ def test_what_an_app_lacks_is_told_apart(tmp_path, line, told):
     path.write_text(f"{line}\n{path.read_text()}")
     with pytest.raises(ConfigurationError, match=told):
         read_app(place)
+
+
+def test_lists_of_figures_are_told_one_by_one(tmp_path):
+    """As Flower's strategies average them: place by place, by examples."""
+    train = "number = context.node_config['partition-id']"
+    place = app(tmp_path, train)
+    source = next(place.glob("*.py"))
+    text = source.read_text().replace(
+        'MetricRecord({"num-examples": 1})',
+        'MetricRecord({"num-examples": 1 + 2 * number, "recall": [0.5, float(number)],\n'
+        '                            "curve": [0.0] * 100})',
+    )
+    source.write_text(text)
+    run = run_app(read_app(place).told({}, 2))
+    measured = run.history[0].measurements
+    assert measured["recall[0]"] == 0.5
+    assert measured["recall[1]"] == pytest.approx(0.75)
+    assert not [name for name in measured if name.startswith("curve")]
+
+
+def test_what_a_node_is_told_is_in_its_context(tmp_path, capsys):
+    train = (
+        "print('told', context.node_config['file'], context.node_config['rate'] * 2, "
+        "context.node_config['partition-id'])"
+    )
+    place = app(tmp_path, train)
+    words = ["flower", str(place), "--clients", "2", "--runs", str(tmp_path / "runs")]
+    told = ["--node-config", "file='/data/{partition-id}.csv'", "--node-config", "rate=0.25"]
+    assert main([*words, *told]) == 0
+    out = capsys.readouterr().out
+    assert "told /data/0.csv 0.5 0" in out and "told /data/1.csv 0.5 1" in out
+    assert main([*words, "--node-config", "file"]) == 1
+
+
+SCRIPT = """
+import sys
+from flwr.simulation import run_simulation
+from {module} import client, server
+print("began as", __name__, sys.argv[1:])
+run_simulation(server_app=server, client_app=client, num_supernodes=2)
+"""
+
+
+def test_a_script_is_run_by_its_modules_name(tmp_path, capsys, monkeypatch):
+    place = app(tmp_path)
+    package = place / f"package_{place.name}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "begin.py").write_text(SCRIPT.format(module=place.name))
+    monkeypatch.chdir(place)
+    runs = ["--runs", str(tmp_path / "runs")]
+    assert main(["flower", *runs, "-m", f"{package.name}.begin", "--", "a", "b"]) == 0
+    assert "began as __main__ ['a', 'b']" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    for missing in ("nowhere", f"{package.name}.nowhere", "nowhere.deep"):
+        assert main(["flower", *runs, "-m", missing]) == 1
+        assert "there is no module" in capsys.readouterr().err
+    assert main(["flower", *runs]) == 1
+    assert "say which app" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_who_sends_does_not_wait_and_all_is_answered_in_order(tmp_path, workers):
+    """Messages are answered when replies are asked for; also those nobody asks about."""
+    main_ = """
+    from flwr.app import MessageType
+    def say(node):
+        content = RecordDict({"arrays": ArrayRecord([np.full(2, node, float)])})
+        return grid.create_message(content, MessageType.TRAIN, node, "1")
+    import time
+    begun = time.monotonic()
+    first = list(grid.push_messages([say(1), say(2)]))
+    assert time.monotonic() - begun < 0.4
+    replies = list(grid.pull_messages(first[1:]))
+    assert len(replies) == 1 and replies[0].metadata.src_node_id == 2
+    assert len(list(grid.pull_messages(first))) == 1
+    assert not list(grid.pull_messages(first))
+    grid.push_messages([say(1)])
+    """
+    said = tmp_path / "said"
+    train = (
+        "import time; time.sleep(0.5)\n"
+        f"    with open({str(said)!r}, 'a') as file:\n        file.write('x')"
+    )
+    run = run_app(read_app(app(tmp_path, train, main_.strip())).told({}, 2), workers=workers)
+    assert run.history[0].accepted == 2
+    assert said.read_text() == "x" * 5  # three by hand, of which one is never asked for

@@ -133,7 +133,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _flower(commands: Any) -> None:
     flower = commands.add_parser("flower", help="run a Flower app on this machine")
-    flower.add_argument("path", metavar="PATH", help="the app's folder, or a script")
+    flower.add_argument("path", metavar="PATH", nargs="?", default="",
+                        help="the app's folder, or a script")  # fmt: skip
+    flower.add_argument("-m", dest="module_name", metavar="MODULE",
+                        help="a script by its module's name, e.g. -m package.main")  # fmt: skip
     flower.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="of the script; after --")
     flower.add_argument("--clients", type=positive, help="how many; default: what the app says, "
                         "or as many as Flower starts")  # fmt: skip
@@ -143,6 +146,10 @@ def _flower(commands: Any) -> None:
     flower.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="change the app's run config, e.g. --set num-server-rounds=10",
+    )  # fmt: skip
+    flower.add_argument(
+        "--node-config", action="append", default=[], metavar="NAME=VALUE",
+        help="what clients' nodes are told; {partition-id} in it is a client's number",
     )  # fmt: skip
     flower.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders go")
     flower.add_argument("--name", help="name of the run folder (the app's name and a number)")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tomllib
 import traceback
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,21 +28,28 @@ def run(options: argparse.Namespace) -> int:
     else:
         logging.getLogger("flwr").addFilter(_of_the_app)
     settings = dict(_pair(text) for text in options.set)
+    nodes = {name: _plain(text) for name, text in map(_pair, options.node_config)}
     path = Path(options.path)
     barren: list[bool] = []
 
     def simulate(app: App) -> None:
-        barren.append(_kept(app.told(settings, options.clients), options))
+        told = replace(app.told(settings, options.clients), node_config=nodes)
+        barren.append(_kept(told, options))
 
     try:
-        if path.suffix == ".py" and path.is_file():
+        if options.module_name:
+            words = [*([options.path] if options.path else []), *options.arguments]
+            simulations_of(options.module_name, simulate, words)
+        elif not options.path:
+            raise ConfigurationError("say which app: atoll flower FOLDER, FILE.py or -m MODULE")
+        elif path.suffix == ".py" and path.is_file():
             simulations_of(path, simulate, options.arguments)
         else:
             simulate(read_app(path, options.seed))
     except AtollError:
         raise
     except Exception as error:
-        return _broken(error, options.path)
+        return _broken(error, options.module_name or options.path)
     return 1 if any(barren) else 0
 
 
@@ -73,8 +82,17 @@ def _kept(app: App, options: argparse.Namespace) -> bool:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ConfigurationError(f"--set takes NAME=VALUE, not {text!r}")
+        raise ConfigurationError(f"this takes NAME=VALUE, not {text!r}")
     return name.strip(), value.strip()
+
+
+def _plain(text: str) -> bool | float | int | str:
+    """A value as TOML has it, which Flower's own options are; the text itself otherwise."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+    return value if isinstance(value, bool | float | int | str) else text
 
 
 def _broken(error: Exception, path: str) -> int:

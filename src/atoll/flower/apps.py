@@ -40,6 +40,8 @@ class App:
         references: where the two were found, `module:object`.
         place: the folder they are imported from; empty for a script.
         seed: what it drew from while it was imported.
+        node_config: what else `context.node_config` will say, as `flower-supernode --node-config`
+            does; "{partition-id}" in a text is the client's number.
     """
 
     name: str
@@ -50,6 +52,7 @@ class App:
     references: tuple[str, str] = ("", "")
     place: str = ""
     seed: int = 0
+    node_config: Settings = field(default_factory=dict)
 
     def told(self, settings: Mapping[str, str], clients: int | None) -> App:
         """The app with some of its settings, given as text, changed."""
@@ -174,12 +177,15 @@ def _configured() -> Mapping[str, Any]:
         return {}
 
 
-def simulations_of(path: Path, run: Callable[[App], Any], arguments: Sequence[str] = ()) -> int:
-    """Run a script, with its simulations run by `run`; how many there were."""
+def simulations_of(
+    script: Path | str, run: Callable[[App], Any], arguments: Sequence[str] = ()
+) -> int:
+    """Run a script, or a module by its name, with its simulations run by `run`; how many those
+    were."""
     # Here, because importing it takes a second that folders need not wait.
     from flwr import simulation
 
-    count = 0
+    count, name = 0, script.stem if isinstance(script, Path) else script.rsplit(".", 1)[-1]
 
     def simulated(app: App) -> None:
         nonlocal count
@@ -189,28 +195,44 @@ def simulations_of(path: Path, run: Callable[[App], Any], arguments: Sequence[st
     def run_simulation(
         server_app: ServerApp, client_app: ClientApp, num_supernodes: int, *_: Any, **__: Any
     ) -> None:
-        simulated(App(path.stem, server_app, client_app, {}, num_supernodes))
+        simulated(App(name, server_app, client_app, {}, num_supernodes))
 
     def start_simulation(*, client_fn: Any, num_clients: int, **settings: Any) -> Any:
-        app, histories = _old(path.stem, client_fn, num_clients, settings)
+        app, histories = _old(name, client_fn, num_clients, settings)
         simulated(app)
         return histories[-1] if histories else None
 
     kept = simulation.run_simulation, simulation.start_simulation, sys.argv
     simulation.run_simulation = run_simulation
     simulation.start_simulation = start_simulation
-    sys.argv = [str(path), *arguments]
-    sys.path.insert(0, str(path.parent.resolve()))
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(
+        0, str(script.parent.resolve()) if isinstance(script, Path) else str(Path.cwd())
+    )
     try:
-        runpy.run_path(str(path), run_name="__main__")
+        if isinstance(script, Path):
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            _run_module(script)
     finally:
         simulation.run_simulation, simulation.start_simulation, sys.argv = kept
         sys.path.pop(0)
     if not count:
         raise ConfigurationError(
-            f"{path} ended without a call of flwr.simulation.run_simulation or start_simulation"
+            f"{script} ended without a call of flwr.simulation.run_simulation or start_simulation"
         )
     return count
+
+
+def _run_module(name: str) -> None:
+    """As `python -m name`."""
+    try:
+        there = find_spec(name)
+    except ModuleNotFoundError:
+        there = None
+    if there is None:
+        raise ConfigurationError(f"there is no module {name!r} here or among what is installed")
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _old(

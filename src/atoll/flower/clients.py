@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -30,6 +29,8 @@ from atoll.flower.draws import at_import, import_torch_for, seeded
 logger = logging.getLogger("atoll.flower")
 #: Flower's code of an error that a ClientApp raised.
 RAISED = 2
+#: What stands for a client's number in what its node is told.
+NUMBER = "{partition-id}"
 
 
 class Clients(ABC):
@@ -40,9 +41,7 @@ class Clients(ABC):
 
     def __init__(self, app: App) -> None:
         #: What clients keep from one message to the next.
-        self.contexts = {
-            client: _context(client, app.clients, app.config) for client in range(app.clients)
-        }
+        self.contexts = {client: _context(client, app) for client in range(app.clients)}
 
     @abstractmethod
     def answer(self, client: int, message: Message, key: Key) -> tuple[Message, float]:
@@ -136,9 +135,12 @@ def _place_of(error: BaseException) -> str:
     return f" (in {own[-1].name}, {Path(own[-1].filename).name} line {own[-1].lineno})"
 
 
-def _context(client: int, clients: int, config: Mapping[str, Any]) -> Context:
-    place: Settings = {"partition-id": client, "num-partitions": clients}
-    return Context(1, client + 1, place, RecordDict(), dict(config))
+def _context(client: int, app: App) -> Context:
+    place: Settings = {"partition-id": client, "num-partitions": app.clients}
+    for name, value in app.node_config.items():
+        own = value.replace(NUMBER, str(client)) if isinstance(value, str) else value
+        place[name] = own
+    return Context(1, client + 1, place, RecordDict(), dict(app.config))
 
 
 _app: ClientApp | None = None

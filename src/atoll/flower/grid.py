@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from flwr.app import ArrayRecord, Error, Message, RecordDict
@@ -43,8 +43,12 @@ class LocalGrid(Grid):
         self._run = FlowerRun.create_empty(run_id=1)
         self._clients, self._count, self._key, self._watch = clients, count, key, watch
         self._lock = threading.Lock()
+        self._several = ThreadPoolExecutor(clients.width, "atoll-clients")
+        self._begun: list[Future[None]] = []
         self._sent: Counter[int] = Counter()
         self._number = 0
+        #: What was sent and nobody has asked for the replies of.
+        self._pending: list[tuple[Message, str, Key]] = []
         self._replies: dict[str, Message] = {}
         #: For how long each client was at work on its reply.
         self._seconds: dict[str, float] = {}
@@ -89,15 +93,32 @@ class LocalGrid(Grid):
             )
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver messages; when this returns, their clients have answered."""
+        """Send messages; their clients answer when replies are asked for, in the order sent."""
         self._looked = 0
         work = [(message, *self._stamped(message)) for message in messages]
-        with ThreadPoolExecutor(self._clients.width) as several:
-            return list(several.map(lambda each: self._deliver(*each), work))
+        with self._lock:
+            self._pending += work
+        return [name for _, name, _ in work]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages, once all that was sent is answered."""
+        self.settle()
         with self._lock:
             return [self._replies.pop(each) for each in message_ids if each in self._replies]
+
+    def settle(self) -> None:
+        """Have everything answered that was sent."""
+        with self._lock:
+            self._begun += [self._several.submit(self._deliver, *each) for each in self._pending]
+            self._pending, begun = [], list(self._begun)
+        for each in begun:
+            each.result()
+        with self._lock:
+            self._begun = [each for each in self._begun if not each.done()]
+
+    def close(self) -> None:
+        """Let go of the threads that clients answer in."""
+        self._several.shutdown(cancel_futures=True)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -119,9 +140,11 @@ class LocalGrid(Grid):
         with self._lock:
             self._number += 1
             self._sent[node] += 1
-            return str(self._number), self._key.fold("client", node, self._sent[node])
+            # Its loop may look replies up by it.
+            message.metadata.__dict__["_message_id"] = name = str(self._number)
+            return name, self._key.fold("client", node, self._sent[node])
 
-    def _deliver(self, message: Message, name: str, key: Key) -> str:
+    def _deliver(self, message: Message, name: str, key: Key) -> None:
         node = message.metadata.dst_node_id
         # Strategies send one content to all, and clients may change what they are given.
         content = RecordDict({k: _copied(record) for k, record in message.content.items()})
@@ -129,9 +152,7 @@ class LocalGrid(Grid):
             content, node, message.metadata.message_type, ttl=message.metadata.ttl,
             group_id=message.metadata.group_id,
         )  # fmt: skip
-        # On the server's too: its loop may look replies up by it.
-        for each in (own, message):
-            each.metadata.__dict__["_message_id"] = name
+        own.metadata.__dict__["_message_id"] = name
         if 1 <= node <= self._count:
             reply, seconds = self._clients.answer(node - 1, own, key)
         else:
@@ -141,7 +162,6 @@ class LocalGrid(Grid):
         with self._lock:
             self._watch(node - 1, message, reply)
             self._replies[name], self._seconds[name] = reply, seconds
-        return name
 
 
 def _copied(record: Any) -> Any:

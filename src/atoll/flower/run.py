@@ -45,6 +45,7 @@ def run_app(
     try:
         with watch.listening(), seeded(key.fold("server")):
             app.server(grid, context)
+            grid.settle()
         watch.end()
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
@@ -53,6 +54,7 @@ def run_app(
             watch.interrupted()
             raise
     finally:
+        grid.close()
         clients.close()
         for observer in observers:
             observer.close()

@@ -20,6 +20,8 @@ from atoll.tracking.observer import Observer, RoundEnd, Snapshot
 from atoll.tracking.record import Participant, Record, Run
 
 Figures = dict[str, float]
+#: A list of more numbers is a curve, and no figure of a round.
+LISTED = 32
 
 
 class Watch:
@@ -365,11 +367,19 @@ def _figures(content: RecordDict) -> tuple[float, Figures]:
 
 
 def _numbers(record: Any) -> Figures:
-    return {
-        str(name): float(value)
-        for name, value in record.items()
-        if isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    }
+    """The figures of a record; short lists, as of classes, one by one."""
+    found: Figures = {}
+    for name, value in record.items():
+        if isinstance(value, list) and len(value) <= LISTED:
+            parts = {f"{name}[{place}]": each for place, each in enumerate(value)}
+        else:
+            parts = {str(name): value}
+        found |= {
+            part: float(each)
+            for part, each in parts.items()
+            if isinstance(each, int | float | np.number) and not isinstance(each, bool)
+        }
+    return found
 
 
 def _mean(by_client: dict[int, tuple[float, Figures]]) -> Figures:
