@@ -1,6 +1,11 @@
 """Descriptions: plain, the same in every process, and different where meanings differ."""
 
+import gc
+import importlib
 import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -221,3 +226,31 @@ def test_a_resume_says_which_setting_differs(tmp_path, federation):
     mine.simulate(clients, folder=tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"learner.lr is 0.05 now and .* there"):
         other.simulate(clients, folder=tmp_path / "run", resume=True)
+
+
+def test_code_is_read_in_threads_too(tmp_path):
+    """CPython 3.11 raises SystemError where two threads make syntax trees at once."""
+    deep = "lambda x: " + "(" * 60 + "x" + " + 1)" * 60
+    names = [f"read_in_threads_{n}" for n in range(8)]
+    for name in names:
+        lines = [f"def f{n}(x):\n    return {deep}" for n in range(60)]
+        (tmp_path / f"{name}.py").write_text("\n".join(lines))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        modules = [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.pop(0)
+
+    def let_others(phase, about):
+        time.sleep(0.0001)  # as whatever is finalised while a tree is made may
+
+    before = gc.get_threshold()
+    gc.set_threshold(50)
+    gc.callbacks.append(let_others)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda module: describe(module.f59), modules))
+    finally:
+        gc.callbacks.remove(let_others)
+        gc.set_threshold(*before)
+    assert found == [describe(module.f59) for module in modules]

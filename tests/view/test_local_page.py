@@ -433,7 +433,7 @@ def test_show_serves_a_page_until_ctrl_c(runs, tmp_path):
         url = line.split(" is at ")[1].split(" until")[0]
         assert json.loads(get(url + "api/runs"))[-1]["id"] == "quick"
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.stdout.close()
@@ -464,7 +464,7 @@ def test_simulate_is_watched_from_its_start_to_after_its_end(tmp_path):
         assert [row["round"] for row in rows["rows"]] == [1, 2, 3, 4, 5]
         assert rows["state"]["status"] == "finished"
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.stdout.close()

@@ -13,6 +13,7 @@ import inspect
 import linecache
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +26,8 @@ BESIDE = frozenset({"type_params", "type_ignores", "type_comment", "kind", "ctx"
 INSTALLED = tuple(
     sorted({str(Path(sysconfig.get_path(n)).resolve()) for n in ("stdlib", "purelib", "platlib")})
 )
+#: CPython 3.11 counts the depth of all trees in the making together: two threads are a SystemError.
+PARSING = threading.Lock()
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -54,8 +57,10 @@ def class_digest(kind: type) -> str:
 @functools.cache
 def _class_source(kind: type) -> str:
     try:
-        text = inspect.getsource(kind)
-        return _told(ast.parse(inspect.cleandoc(f"\n{text}")).body[0])
+        with PARSING:
+            text = inspect.getsource(kind)
+            tree = ast.parse(inspect.cleandoc(f"\n{text}"))
+        return _told(tree.body[0])
     except (OSError, TypeError, SyntaxError, IndexError):
         own = {name: each for name, each in vars(kind).items() if isinstance(each, FunctionType)}
         return repr([(name, _bytecode(own[name].__code__)) for name in sorted(own)])
@@ -79,7 +84,8 @@ def _function_source(function: FunctionType) -> str | None:
 
 @functools.lru_cache(16)
 def _module(text: str) -> ast.Module:
-    return ast.parse(text)
+    with PARSING:
+        return ast.parse(text)
 
 
 def _at(node: ast.AST, code: CodeType) -> bool:
