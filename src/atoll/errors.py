@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -60,3 +62,12 @@ def require(module: str, install: str, purpose: str) -> ModuleType:
         raise MissingPackage(
             f"{purpose} needs {module!r}, which does not import: {error}"
         ) from error
+
+
+@contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """People's code that ends the process ends what it was asked for instead."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RunError(f"{what} called sys.exit({error.code!r})") from error

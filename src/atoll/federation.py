@@ -33,6 +33,7 @@ from atoll.view import html as display
 
 if TYPE_CHECKING:
     from atoll.service.storage.folder import StateFolder
+    from atoll.site.agent import Ended
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -177,7 +178,7 @@ class Federation(Plan):
         token: str = "",
         report: Callable[[str], None] | None = None,
         stop: threading.Event | None = None,
-    ) -> Path | None:
+    ) -> Ended:
         """Take part as a site, until the federation is over; as `atoll join`.
 
         Args:
@@ -189,7 +190,8 @@ class Federation(Plan):
             stop: set it, from another thread, to leave.
 
         Returns:
-            The file of the federation's model, None if it was left before the end.
+            How it has ended ("done", "stopped", "given up", or "left" before that), after how many
+            rounds, and the file of the federation's `model`, if there is one.
         """
         from atoll.protocol.identity import Token
         from atoll.site.agent import Site

@@ -280,3 +280,35 @@ def test_output_into_a_closed_pipe_is_quiet(here):
         f"{sys.executable} -m atoll data | head -1", shell=True, capture_output=True, text=True
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("engine", ["sequential(workers=1)", "sequential(processes=2)"])
+def test_a_training_that_ends_the_process_is_no_success(tmp_path, monkeypatch, capsys, engine):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ends.py").write_text(
+        "import atoll, sys\n"
+        "from dataclasses import dataclass\n"
+        "from atoll import Federation, algorithms, schedules\n"
+        "@dataclass(frozen=True, eq=False)\n"
+        "class Ends(atoll.learners.NumpyLearner):\n"
+        "    def train(self, *given, **named):\n"
+        "        sys.exit(0)\n"
+        "federation = Federation(\n"
+        "    learner=Ends(layers=(64, 10)), algorithm=algorithms.FedAvg(),\n"
+        "    schedule=schedules.Synchronous(rounds=2))\n"
+        "clients = atoll.data.load('digits').iid(clients=3)\n"
+    )
+    assert main(["simulate", "ends.py", "--engine", engine]) == 1
+    assert "a client's training called sys.exit(0)" in capsys.readouterr().err
+
+
+def test_figures_that_four_decimals_cannot_tell_have_an_exponent():
+    from atoll.cli.tables import figure
+
+    told = {
+        2.72e-12: "2.72e-12", -3.2e-07: "-3.2e-07", 4e-05: "4e-05", 1.2e14: "1.2e+14",
+        0.0: "0.0000", 0.5: "0.5000", -12.25: "-12.2500", 1e-4: "0.0001",
+        float("nan"): "-", float("inf"): "inf",
+    }  # fmt: skip
+    assert {value: figure(value) for value in told} == told
+    assert figure(None) == "-"

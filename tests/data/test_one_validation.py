@@ -217,3 +217,26 @@ def test_an_infinite_alpha_is_the_papers_iid(balanced):
     spread = held.label_distribution()
     np.testing.assert_array_equal(spread.sum(0), [100] * 4)
     assert spread.min() >= (10 if balanced else 25)
+
+
+@pytest.mark.parametrize("kind", ["int64", "float64"])
+def test_ids_that_float32_cannot_tell_apart_are_refused_wherever_they_stand(kind):
+    pandas = pytest.importorskip("pandas")
+    ids = (10**9 + np.arange(20)).astype(kind)
+    told = "float32 is exact up to 16777216 only"
+    table = pandas.DataFrame({"id": ids, "dose": np.arange(20.0), "ill": [0, 1] * 10})
+    with pytest.raises(DataError, match=f"values of column 'id' hold different .*{told}"):
+        data.from_table(table, label="ill")
+    table.loc[3, "id"] = None
+    with pytest.raises(DataError, match=told):
+        data.from_table(table, label="ill", missing="indicator")
+    with pytest.raises(DataError, match=told):
+        data.from_table(table.assign(id=ids), label="id", features=["dose"], task="regression")
+    with pytest.raises(DataError, match=told):
+        data.from_arrays(np.arange(20.0)[:, None], ids, task="regression")
+    with pytest.raises(DataError, match=told):
+        data.from_arrays(ids[:, None], np.arange(20) % 2)
+    # Amounts that stay apart, and fractions, which are rounded as ever.
+    apart = table.assign(id=2.0**30 * np.arange(20))
+    assert len(data.from_table(apart, label="ill").x) == 20
+    assert len(data.from_table(table.assign(id=ids + 0.5), label="ill").x) == 20

@@ -220,8 +220,13 @@ def test_status_says_who_owes_an_answer_since_when_and_until_when(inner, capsys)
 
     alice = served.insider("alice").open()
     served.invite("bob")
-    found = soon("1 of 2 sites are there")
-    assert found["until"] is None and found["silence"] == served.loop.service.lease
+    found = soon("1 of 2 sites are there; bob can still join")
+    assert began + 3500 < found["until"] < time.time() + 3601
+    assert found["silence"] == served.loop.service.lease
+    assert main(["revoke", state, "bob"]) == 0
+    capsys.readouterr()
+    found = soon("1 of 2 sites are there; nobody else is invited")
+    assert found["until"] is None
     assert main(["status", state]) == 0
     assert "they answer, are revoked, or the federation is stopped" in capsys.readouterr().out
     served.insider("carol")

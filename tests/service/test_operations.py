@@ -6,6 +6,7 @@ import json
 import signal
 import sqlite3
 import time
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -42,10 +43,10 @@ def joined(place, *names):
         place.join(name, token)
 
 
-def finished(place, *names):
+def finished(place, *names, code=0):
     for name in names:
-        assert place.wait(name) == 0, place.log(name)
-    assert place.wait("server", 30) == 0, place.log("server")
+        assert place.wait(name) == code, place.log(name)
+    assert place.wait("server", 30) == code, place.log("server")
 
 
 def test_the_owner_decides_before_the_first_training(place):
@@ -89,7 +90,13 @@ def test_stop_and_go_on(place):
     joined(place, "0", "1")
     place.until(lambda: len(rounds_of(place)) > 3, what="the third round")
     assert "stopping" in place.cli("stop", "state")
-    finished(place, "0", "1")
+    finished(place, "0", "1", code=130)
+    # Everybody says one round, and has one model.
+    status = json.loads(place.cli("status", "state", "--json"))
+    for name in "01":
+        assert f"stopped: {status['round']} of 5000 rounds" in place.log(name)
+        model = (place.root / name / "model.safetensors").read_bytes()
+        assert sha256(model).hexdigest() == status["model"]
     done = sum(row["state"] == "closed" for row in rounds_of(place))
     assert 3 <= done < 5000
     assert "the federation was stopped" in place.log("0")
@@ -107,7 +114,7 @@ def test_interrupted_server_leaves_at_once_and_is_taken_up(place):
     place.until(lambda: len(rounds_of(place)) > 2, what="the second round")
     server = place.processes["server"]
     server.send_signal(signal.SIGTERM)
-    assert server.wait(15) == 0
+    assert server.wait(15) == 130
     place.processes["0"].send_signal(signal.SIGTERM)
     assert place.wait("0", 15) == 130
     assert "stopped; start again to go on" in place.log("0")
@@ -156,7 +163,7 @@ def test_an_analyst_reads_and_an_admin_acts(place):
     assert sum(line.startswith("ann: refused ") for line in audited) == 2
     assert "there is no site 'nobody'" in place.cli("revoke", "bob", "nobody", check=False)
     place.cli("stop", "bob")
-    finished(place, "0")
+    finished(place, "0", code=130)
 
 
 @pytest.mark.slow
@@ -377,3 +384,54 @@ def test_a_backup_that_was_cut_off_is_not_restored(place):
         assert main(["restore", str(place.root / "cut.tar"), str(place.root / "again")]) == 1
         assert not any((place.root / "again").iterdir())
     place.cli("restore", "whole.tar", "once-more")
+
+
+FAILING = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True, eq=False)
+class Failing(atoll.learners.NumpyLearner):
+    def train(self, *given, **named):
+        raise ArithmeticError("it cannot")
+"""
+
+
+def test_a_federation_that_was_given_up_is_no_success_anywhere(place):
+    place.write(schedule="Synchronous(rounds=4, attempts=2, pause=0.0)")
+    file = place.root / "federation.py"
+    head, rest = file.read_text().replace("atoll.learners.Numpy", "Failing(").split("federation =")
+    rest = rest.replace("Failing(Learner(", "Failing(")
+    file.write_text(f"{head}{FAILING}\nfederation ={rest}")
+    place.serve("--linger", "20", "--sites", "2")
+    joined(place, "0", "1")
+    finished(place, "0", "1", code=1)
+    assert "the federation was given up" in place.log("0") + place.log("1")
+
+
+@pytest.mark.parametrize("wide", [32, 64])
+def test_what_cannot_be_measured_is_told_before_anyone_is_asked(place, wide):
+    place.write(schedule="Synchronous(rounds=2)")
+    (place.root / "held.py").write_text(
+        "import atoll, numpy as np\n"
+        f"x = np.random.default_rng(0).normal(size=(20, {wide})).astype('f')\n"
+        "data = atoll.data.from_arrays(x, np.arange(20) % 12, classes=12).iid(clients=1)\n"
+    )
+    place.serve("--test", "held.py")
+    assert place.wait("server", 60) == 1
+    told = place.log("server")
+    assert "Traceback" not in told and ("32" if wide == 32 else "12 classes") in told
+
+
+def test_a_best_model_that_nobody_can_tell_is_a_sentence(place):
+    place.write(schedule="Synchronous(rounds=2)")
+    file = place.root / "federation.py"
+    file.write_text(
+        file.read_text().replace(
+            "    schedule=", '    evaluation=atoll.Evaluation(best="accuracy"),\n    schedule='
+        )
+    )
+    place.serve("--linger", "20")
+    joined(place, "0")
+    assert place.wait("server", 60) == 1
+    assert "Evaluation(best='accuracy') is in no round" in place.log("server")
+    assert "Traceback" not in place.log("server")

@@ -20,7 +20,7 @@ from atoll.algorithms import ServerOptimizer
 from atoll.errors import CheckpointError
 from atoll.learners import NumpyLearner
 from atoll.simulation import LogNormal, RandomDevices
-from atoll.tracking import Observer, RunFolder, find_runs, read_run
+from atoll.tracking import Observer, RunFolder, find_runs, read_run, reading
 from atoll.tracking.best import Best
 from atoll.tracking.folder import new_folder
 from atoll.tracking.reading import read_status
@@ -492,3 +492,11 @@ def test_the_best_model_is_chosen_by_one_metric_throughout():
     assert not best.note(record(3, accuracy_client_mean=0.9))
     assert not best.note(record(4, accuracy=0.4))
     assert best.note(record(5, accuracy=0.6)) and best.record.round == 5
+
+
+def test_a_run_that_was_killed_is_not_running(tmp_path):
+    (tmp_path / "status.json").write_text('{"status": "running"}')
+    assert read_status(tmp_path) == "cut off"
+    with reading.hold(tmp_path):
+        assert read_status(tmp_path) == "running"
+    assert read_status(tmp_path) == "cut off"

@@ -22,7 +22,7 @@ from atoll.core.updates import Update
 from atoll.core.vectors import STATISTICS, Tree, Vectors, describe_names, nest
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
-from atoll.errors import ConfigurationError, RunError, UpdateRefused
+from atoll.errors import ConfigurationError, RunError, UpdateRefused, no_exit
 from atoll.learners.base import At, Correction, Learner, LocalResult, Objective, stacking
 from atoll.rounds.driver import discounted
 from atoll.rounds.messages import message_size
@@ -98,7 +98,7 @@ def together(
     got = in_learner(learner, {**opened.algorithm, **opened.given})
     mine = _memories([task.state.get("algorithm", {}) for task in tasks])
     remembered = in_learner(learner, mine)
-    with lent(got, remembered):
+    with lent(got, remembered), no_exit("the clients' training"):
         update, kept = plan.algorithm.work(stack, got, remembered)
     states = _states(plan, kept, stack, tasks)
     if update.shares or not plan.stages.transparent:

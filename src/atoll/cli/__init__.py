@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("atoll: stopped", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        # Commands give their code back: this is people's code, and the work is not done.
+        print(f"atoll: something that was run called sys.exit({error.code!r})", file=sys.stderr)
+        return int(error.code or 1) if isinstance(error.code, int) else 1
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); what is left has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

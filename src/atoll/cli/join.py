@@ -15,7 +15,11 @@ from atoll.errors import ConfigurationError
 from atoll.learners.base import stacking
 from atoll.protocol.identity import Token
 from atoll.site.agent import Site
+from atoll.site.connection import Stopped
 from atoll.site.terms import Terms
+
+#: What an agent's end is to whoever started it (see docs/promises.md).
+ENDS = {"done": 0, "given up": 1, "stopped": 130, "left": 130}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,12 +37,14 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, partial(_leave, site))
-    site.join(options.url, _token(options), options.public_ca)
-    model = site.run()
-    if model is None:
-        return 130
-    print(f"model: {model}")
-    return 0
+    try:
+        site.join(options.url, _token(options), options.public_ca)
+    except Stopped:
+        return ENDS["left"]
+    ended = site.run()
+    if ended.model is not None:
+        print(f"model: {ended.model}")
+    return ENDS[ended.outcome]
 
 
 def _say(text: str) -> None:

@@ -29,5 +29,5 @@ def run(options: argparse.Namespace) -> int:
         host=options.host, port=options.port, blobs=options.blobs, linger=options.linger
     )
     test = None if options.test is None else read_data(options.test)
-    serve(federation, folder, service, listening, test)
-    return 0
+    done = serve(federation, folder, service, listening, test)
+    return 0 if done else 130

@@ -39,5 +39,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    """A metric, or a dash where there is none."""
-    return "-" if value is None or value != value else f"{value:.{digits}f}"  # noqa: PLR0124
+    """A metric, or a dash where there is none; what four decimals cannot tell has its exponent."""
+    if value is None or value != value:  # noqa: PLR0124
+        return "-"
+    told = value == 0 or 10.0**-digits <= abs(value) < 1e9
+    return f"{value:.{digits}f}" if told else f"{value:.{digits}g}"

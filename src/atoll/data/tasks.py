@@ -389,6 +389,7 @@ def real(x: Array, noun: str) -> Array:
                 "different ids would become one. Give them as an input by name, "
                 "x={'ids': ...}, which stays int64, number them from 0, or divide amounts"
             )
+    tell_apart(x, noun)
     x = _writeable(np.ascontiguousarray(x, dtype=np.float32))
     bad = ~np.isfinite(x.reshape(len(x), -1)).all(axis=1)
     if bad.any():
@@ -397,6 +398,21 @@ def real(x: Array, noun: str) -> Array:
             f"(first at row {int(bad.argmax())}); fill or drop them first"
         )
     return x
+
+
+def tell_apart(x: Array, noun: str) -> None:
+    """Raise `DataError` if whole numbers that differ would be one in float32."""
+    if x.dtype.kind not in "iuf" or x.dtype == np.float32 or x.dtype.itemsize < 4:
+        return
+    size = np.abs(x)
+    far = x[(size > EXACT) & (size < 2.0**63)]  # greater ones are amounts; NaN is neither
+    different = np.unique(far[np.floor(far) == far])
+    if len(np.unique(different.astype(np.float32))) < len(different):
+        raise DataError(
+            f"{noun} hold different whole numbers up to {different[-1]:.0f}, but float32 is exact "
+            f"up to {EXACT} only: some would become one. Leave ids out, or number them from 0; "
+            "divide amounts"
+        )
 
 
 def whole(y: Array, classes: int | None, noun: str) -> Array:
@@ -422,6 +438,7 @@ def named_input(x: Array, noun: str) -> Array:
 
 
 def _finite(y: Array) -> Array:
+    tell_apart(y, "the targets")
     y = _writeable(np.ascontiguousarray(y, dtype=np.float32))
     if not np.isfinite(y).all():
         raise DataError("the targets hold NaN or infinity; fill or drop them first")

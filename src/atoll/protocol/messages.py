@@ -110,7 +110,7 @@ class Order(Message, frozen=True):
     numbers' seed, and `memory`, the assignment whose memory counts (None: it begins anew). It is
     the question number `exchange` of the round, called `question`, and whose `owner` is; only with
     `works` is there local work to do. `told` and `mail` are blobs that belong to it. For "stop":
-    the final model, if there is one.
+    the final model, if there is one, and how the federation has ended.
     """
 
     kind: Literal["train", "wait", "go on", "drop", "stop"]
@@ -133,6 +133,7 @@ class Order(Message, frozen=True):
     mail_size: Count = 0
     wait: tuple[float, float] = (0.0, 0.0)
     reason: Text = ""
+    outcome: Literal["", "done", "stopped", "given up"] = ""
 
 
 class Offer(Message, frozen=True):

@@ -23,7 +23,7 @@ from atoll.core.random import Key
 from atoll.core.updates import Update
 from atoll.core.vectors import Array, Tree, Vectors, describe_names, flatten, nest
 from atoll.data.examples import Examples
-from atoll.errors import RunError
+from atoll.errors import RunError, no_exit
 from atoll.learners.base import Assignment, Learner
 from atoll.rounds.plan import Plan
 
@@ -180,7 +180,7 @@ def run_task(
     Neither `received` nor the task's state is changed; the message shares no array with them.
     """
     client, got, mine = at_work(plan, received, task, examples)
-    with lent(got, mine):
+    with lent(got, mine), no_exit("a client's training"):
         update, kept = plan.algorithm.work(client, got, mine)
     own = as_declared(update, plan, client.statistics, received.statistics)
     memory = {
@@ -237,7 +237,7 @@ def answer_question(
     if owner == "algorithm":
         client, got, mine = at_work(plan, received, task, examples)
         told = in_learner(plan.learner, received.told)
-        with lent(got, mine, told):
+        with lent(got, mine, told), no_exit("a client's answer"):
             answer = plan.algorithm.answer(name, client, got, mine, told)
         return _plain(answer, plan.learner), kept
     reducer = plan.stages.reducer

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
 
@@ -27,7 +27,7 @@ from atoll.core.random import Key
 from atoll.core.room import room_in
 from atoll.core.vectors import Tree, Vector, Vectors
 from atoll.data.federated import FederatedData
-from atoll.errors import CannotClose, CheckpointError, RunError
+from atoll.errors import AtollError, CannotClose, CheckpointError, ConfigurationError, RunError
 from atoll.rounds.buffered import BufferedCoordinator
 from atoll.rounds.coordinator import Answer, Coordinator, Phase, Verdict
 from atoll.rounds.describe import agreed, describe, plan_digest
@@ -36,7 +36,7 @@ from atoll.rounds.evaluate import evaluate_pooled
 from atoll.rounds.messages import largest
 from atoll.rounds.plan import Plan
 from atoll.rounds.server import Server
-from atoll.rounds.stopping import check_rules, stop_reason
+from atoll.rounds.stopping import check_rules, only, stop_reason
 from atoll.rounds.task import Received, first_state
 from atoll.service import meanings, operations
 from atoll.service.deciding import Deciding
@@ -97,6 +97,8 @@ class FederationLoop:
         self.changed = asyncio.Event()
         self.members = Members(store, clock, service.presence)
         self.stopping = False
+        #: Whether the plan's own rule has ended it.
+        self.fulfilled = False
         self.failed: BaseException | None = None
         key, secret = Key(service.seed), Key(_secret_of(store))
         self.driver = Driver(plan, key, secret, initial)
@@ -178,10 +180,17 @@ class FederationLoop:
 
     @property
     def done(self) -> bool:
-        """Whether there will be no more rounds."""
-        return self.stopping or (
-            self.coordinator.phase in (Phase.DONE, Phase.FAILED) and not self._busy
-        )
+        """Whether there will be no more rounds, and none is being closed."""
+        if self.stopping:
+            return not self._stepping
+        return self.coordinator.phase in (Phase.DONE, Phase.FAILED) and not self._busy
+
+    @property
+    def outcome(self) -> Literal["done", "stopped", "given up"]:
+        """How it has ended."""
+        if self.coordinator.phase is Phase.FAILED:
+            return "given up"
+        return "stopped" if self.stopping and not self.fulfilled else "done"
 
     @property
     def _busy(self) -> bool:
@@ -262,6 +271,8 @@ class FederationLoop:
             accepted = ledger.was_answered(self.store, id, step)
             verdict = Verdict.DUPLICATE if accepted else Verdict.NOT_NEEDED
             return Answer(verdict, f"the update of {site} was decided upon before")
+        if self.stopping and self.coordinator.outcome is not None:
+            return Answer(Verdict.NOT_NEEDED, f"the federation was stopped before {site}'s update")
         now = self.clock()
         began = self.coordinator.round
         answer = self.coordinator.deliver(id, site, now, fault, step)
@@ -389,6 +400,9 @@ class FederationLoop:
             or self.members.wait(schedule, roster, first=wanted, patient_until=self._patient_until)
         )
         if self.waiting:
+            if attempt == (1, 0):
+                # Who has only just joined is still to check in.
+                self._patient_until = now + self.service.presence
             return
         invitations = self.coordinator.open(roster, now)
         lockstep = self.plan.schedule.lockstep
@@ -506,6 +520,8 @@ class FederationLoop:
 
     def _after_outcome(self) -> None:
         """Let the next question follow, the step, or another attempt."""
+        if self.stopping:
+            return  # sites are told of this version: what follows waits until it is served again
         if self.coordinator.phase is Phase.HEARD and not self._stepping:
             self._stepping = True
             self.open = {}
@@ -534,6 +550,10 @@ class FederationLoop:
             try:
                 if self.failed is None:  # a step must not follow a fold that was missed
                     await job()
+            except AtollError as error:
+                logger.error("%s", error)
+                self.failed = error
+                self.notify()
             except Exception as error:
                 logger.exception("the round's sum could not be made")
                 self.failed = error
@@ -652,9 +672,16 @@ class FederationLoop:
         """Stop where the plan says so."""
         first = self.history.records[:1]
         for record in first:
-            check_rules(self.plan.stop, {*record.metrics, *record.measurements})
+            names = {*record.metrics, *record.measurements}
+            check_rules(self.plan.stop, names)
+            best = self.plan.evaluation.best
+            if best is not None and best not in names:
+                raise ConfigurationError(
+                    f"Evaluation(best={best!r}) is in no round: {only(names)}; serve with --test"
+                )
         reason = stop_reason(self.plan.stop, self.history.records)
         if reason and not self.stopping:
+            self.fulfilled = True
             self.stop(f"the plan: {reason}")
 
     def _needed(self) -> set[str]:

@@ -134,7 +134,12 @@ class Members:
             have = len(self.names) - len(silent)
             if have < first:
                 who = f"; missing: {_shown(silent)}" if silent else ""
-                return Wait(f"the first round: {have} of {first} sites are there{who}")
+                may, until = self._invited()
+                if may:
+                    who += f"; {_shown(may)} can still join"
+                elif len(self.names) < first:
+                    who += "; nobody else is invited"
+                return Wait(f"the first round: {have} of {first} sites are there{who}", until)
         population, present = len(roster), len(roster.candidates())
         if population < schedule.least:
             return Wait(
@@ -158,14 +163,16 @@ class Members:
 
     def invited(self) -> Wait | None:
         """The wait for those who were invited and may still join."""
+        names, last = self._invited()
+        return Wait(f"the first round: {_shown(names)} can still join", last) if names else None
+
+    def _invited(self) -> tuple[list[str], float | None]:
+        """Who may still join, and until when one of them may."""
         may = [tokens.c.used.is_(None), tokens.c.expires > self._clock(), tokens.c.role == "site"]
         query = sa.select(tokens.c.name, tokens.c.expires).where(*may).order_by(tokens.c.name)
         rows = self._store.rows(query)
-        if not rows:
-            return None
-        names = [row["name"] for row in rows]
-        last = max(row["expires"] for row in rows)
-        return Wait(f"the first round: {_shown(names)} can still join", last)
+        last = max((row["expires"] for row in rows), default=None)
+        return [row["name"] for row in rows], last
 
     def write(self) -> None:
         """Write down what is new, all in one transaction."""

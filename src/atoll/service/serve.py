@@ -18,6 +18,7 @@ from atoll.data.federated import FederatedData, check_population
 from atoll.errors import AtollError, ConfigurationError, RunError, require
 from atoll.protocol.certificates import renew_server, server_context
 from atoll.rounds.coordinator import Phase
+from atoll.rounds.evaluate import check_evaluation
 from atoll.rounds.plan import Plan
 from atoll.service.http.app import App
 from atoll.service.loop import FederationLoop
@@ -55,21 +56,25 @@ def serve(
     *,
     initial: Vectors | None = None,
     stop: threading.Event | None = None,
-) -> None:
+) -> bool:
     """Serve until the rounds are done, until `atoll stop`, or until SIGTERM or Ctrl-C.
 
     `test` is what each new model is measured on: its test part, or all of it if it has none;
     `initial` is the whole model to start from; `stop`, set in another thread, ends it too.
+    Returns whether the federation is done, and not only to go on later.
     """
     require("uvicorn", "atoll[serve]", "a federation's server")
     renew_server(folder.path)
     if test is not None:
         test = check_population(test)
         test = test if len(test.test_part) else replace(test, test_part=test.all_train())
+        plan.learner.check(test)
+        check_evaluation(plan, test)
     process = _Process(plan, folder, service, listening, test, initial, stop)
     try:
         with asyncio.Runner(loop_factory=_loop()) as runner:
             runner.run(process.run())
+            return process.done
     except sa.exc.DBAPIError as error:
         reason = str(error.orig).strip().splitlines()[0]
         raise RunError(
@@ -109,6 +114,7 @@ class _Process:
         token = (folder.path / "metrics.token").read_text(encoding="utf-8")
         self.app = App(folder.authority, folder.project, token)
         self.leaving = asyncio.Event()
+        self.done = False
 
     async def run(self) -> None:
         import uvicorn
@@ -211,6 +217,7 @@ class _Process:
         try:
             await self._run_rounds(loop, listening)
         finally:
+            self.done = loop.done and loop.outcome == "done"
             try:
                 await loop.close()
                 self.store.resign()

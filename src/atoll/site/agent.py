@@ -72,6 +72,16 @@ class Undelivered(AtollError):
     """An update that does not get through; the server was told."""
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a site's work has ended: the federation's `outcome`, or "left" where the site was asked
+    to leave before; after how many rounds; and the file of the model, if there is one."""
+
+    outcome: str
+    round: int
+    model: Path | None = None
+
+
 @dataclass
 class Site:
     """One site at work in its folder.
@@ -162,12 +172,12 @@ class Site:
         )
         self.report(f"joined {enrolled.project} as {enrolled.site}")
 
-    def run(self) -> Path | None:
-        """Work until the federation is over (the model's file is returned) or until `stop`."""
-        self._ask_the_owner()
+    def run(self) -> Ended:
+        """Work until the federation is over or until `stop`; how it has ended."""
         beat = threading.Thread(target=self._heartbeat, daemon=True, name="atoll-heartbeat")
-        beat.start()
         try:
+            self._ask_the_owner()
+            beat.start()
             while not self.leaving.is_set():
                 try:
                     self._send_outbox()
@@ -199,7 +209,7 @@ class Site:
             if sys.platform != "win32":
                 self._held.close()
         self.report("stopped; start again to go on")
-        return None
+        return Ended("left", 0)
 
     def _next_order(self) -> messages.Order:
         """What to do next; `Stopped` as soon as the agent is asked to leave.
@@ -240,13 +250,13 @@ class Site:
                 f"{found[:1000]}. Bring the two files into one form"
             ) from refusal
 
-    def _farewell(self) -> None:
+    def _farewell(self, patience: float = 0.0) -> None:
         """Let the server know that nobody is to wait for this site: tried once, and briefly."""
         if self._said_goodbye:
             return
         # Another connection: a question may still be on its way on the first.
         link = self._link(self.link.url, self.folder / "ca.pem", self.link.key, self.link.site)
-        link.patience = 0.0
+        link.patience = patience
         with contextlib.suppress(AtollError, OSError):
             link.check_in(self._greeting(farewell=True), 0, timeout=FAREWELL)
         link.close()
@@ -381,7 +391,7 @@ class Site:
         if error is None:
             self._sleep(2.0**self._failures)
 
-    def _finish(self, order: messages.Order) -> Path | None:
+    def _finish(self, order: messages.Order) -> Ended:
         """Keep the federation's model, and say goodbye."""
         if order.round >= order.rounds:
             self._memory.counted(order)  # after a stop more may count than is known yet
@@ -389,11 +399,10 @@ class Site:
         if order.model is not None and order.round > 0:
             target = self.folder / "model.safetensors"
             self.link.fetch(order.model, order.size, target)
-        with contextlib.suppress(Refusal, Stopped, OSError):
-            self.link.check_in(self._greeting(farewell=True), 0)
+        self._farewell(patience=FAREWELL)
         self._said_goodbye = True
         self.report(f"{order.reason}: {order.round} of {order.rounds} rounds")
-        return target
+        return Ended(order.outcome or "done", order.round, target)
 
     def _greeting(self, *, busy: str | None = None, farewell: bool = False) -> messages.CheckIn:
         meaning = self.data.meaning
@@ -437,7 +446,7 @@ class Site:
         if self.terms is None:
             return
         told = False
-        for _ in self.terms.offer(self.folder):
+        for _ in self.terms.offer(self.folder, read_identity(self.folder)["project"]):
             if not told:
                 self.report(
                     f"waiting for approval: see and decide with: atoll approve {self.folder}"

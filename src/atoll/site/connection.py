@@ -53,7 +53,7 @@ ELSEWHERE = 4
 #: Names and addresses, IPv6 ones without their brackets.
 HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?|[0-9A-Fa-f:.%]*:[0-9A-Fa-f:.%]*")
 #: Refusals that time may cure.
-PASSING = frozenset({408, 423, 425, 429, 500, 502, 503, 504})
+PASSING = frozenset({408, 423, 425, 429, 500, 502, 503, 504, 507})
 
 
 class Refusal(AtollError):

@@ -34,18 +34,26 @@ class Terms:
         parts |= {name: value for name, value in more.items() if value}
         return Terms(sha256(file.read_bytes()).hexdigest(), plan_digest(plan), parts)
 
-    def offer(self, folder: Path) -> Iterator[None]:
+    def offer(self, folder: Path, project: str) -> Iterator[None]:
         """Put these terms to the owner of a folder; comes by until they are agreed to.
 
-        Raises `RunError` once they are refused.
+        They are those of one `project`, under the authority that the folder trusts. Raises
+        `RunError` once they are refused.
         """
-        plain = {"code": self.code, "plan": self.plan, **self.described}
+        authority = folder / "ca.pem"
+        trusted = sha256(authority.read_bytes()).hexdigest() if authority.exists() else "public"
+        whose = {"project": project, "authority": trusted}
+        plain = {**whose, "code": self.code, "plan": self.plan, **self.described}
         files.write_json(folder / "terms.json", plain)
-        agreed = folder / "approved.json"
-        while not (agreed.exists() and json.loads(agreed.read_text("utf-8")) == plain):
-            if (folder / "refused.json").exists():
+        # An answer to other terms is none to these.
+        while _answer(folder / "approved.json") != plain:
+            if _answer(folder / "refused.json") == plain:
                 raise RunError("the owner of this site has refused the federation's terms")
             yield
+
+
+def _answer(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def approve(folder: Path, *, refuse: bool = False) -> dict[str, Any]:

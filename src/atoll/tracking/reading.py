@@ -81,8 +81,9 @@ def read_engine(path: Path) -> str | None:
 
 
 def read_status(path: Path) -> str:
-    """How a run ended: finished, interrupted, failed, or running (as a killed one says too)."""
-    return _told(path, "status") or "unknown"
+    """How a run ended: finished, interrupted, failed; running; or cut off, if nobody runs it."""
+    told = _told(path, "status") or "unknown"
+    return "cut off" if told == "running" and not in_use(path) else told
 
 
 def _told(path: Path, name: str) -> str | None:
@@ -96,7 +97,7 @@ def _told(path: Path, name: str) -> str | None:
 def in_use(path: Path) -> bool:
     """Whether a process is at work on a run folder; on Windows, whether it says so."""
     if os.name == "nt":
-        return read_status(path) == "running"
+        return _told(path, "status") == "running"
     try:
         with (path / ".lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -23,6 +23,7 @@ from atoll.data.sources.arrow import (
     missing_error,
     pyarrow_module,
 )
+from atoll.data.tasks import tell_apart
 from atoll.errors import DataError, require
 
 #: A column of more different texts is a name or a sentence rather than a category.
@@ -125,6 +126,7 @@ def _filled(values: Array, means: Array, flagged: Array) -> Array:
 
 def _has_holes(values: Array, noun: str, missing: Missing, name: str) -> bool:
     """Whether values are missing, where they may be; DataError for what float32 cannot hold."""
+    tell_apart(values, f"{name}: the values of {noun}")
     limit = np.finfo(np.float32).max
     if values.dtype.kind != "f":
         return False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 
+import sqlalchemy as sa
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -121,6 +123,13 @@ class Endpoints:
                 if refusal.audited:
                     self._audit(request, refusal)
                 raise
+            except (OSError, sa.exc.DBAPIError) as error:
+                reason = unstored(error)
+                if reason is None:
+                    raise
+                status = 507
+                logger.error("%s of %s could not be kept: %s", request.method, path, reason)
+                raise Refused(507, f"the server cannot keep this now: {reason}") from None
             except AtollError as error:
                 status = 500
                 raise Refused(500, str(error)[:500]) from None
@@ -140,3 +149,10 @@ class Endpoints:
                     actor, "refused", what=refusal.audited, status=refusal.status_code,
                     reason=refusal.detail[:200],
                 )  # fmt: skip
+
+
+def unstored(error: OSError | sa.exc.DBAPIError) -> str | None:
+    """Why something could not be kept, if it is for want of space or of the database."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return str(error.orig).strip().splitlines()[0]

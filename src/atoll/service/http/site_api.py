@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from atoll.core.files import Hash, begin_writing, file_hash
 from atoll.protocol import messages
-from atoll.rounds.coordinator import Answer, Phase, Verdict
+from atoll.rounds.coordinator import Answer, Verdict
 from atoll.service.http.auth import Endpoints
 from atoll.service.http.bodies import (
     Refused,
@@ -55,6 +55,13 @@ STATUS = {
 
 
 logger = logging.getLogger("atoll.service")
+
+#: What sites are told in the end.
+WHY = {
+    "done": "all rounds are done",
+    "stopped": "the federation was stopped",
+    "given up": "the federation was given up: a round was abandoned too often",
+}
 
 
 class SiteApi:
@@ -156,7 +163,8 @@ class SiteApi:
                     model=version["model"],
                     size=loop.models.size(version["model"]),
                     memory=loop.memory_of(site),
-                    reason=_why(loop),
+                    reason=WHY[loop.outcome],
+                    outcome=loop.outcome,
                 )
             left = until - time.monotonic()
             if left <= 0 or self.endpoints.parked >= PARKED or self.endpoints.closing.is_set():
@@ -322,12 +330,3 @@ def _taken(file: BinaryIO, block: bytes, body: Hash) -> None:
 def verdict_of(answer: Answer) -> Response:
     message = messages.Verdict(str(answer.verdict), answer.reason[:1000])
     return answered(message, STATUS[answer.verdict])
-
-
-def _why(loop: FederationLoop) -> str:
-    """Why there is nothing more to do."""
-    if loop.stopping:
-        return "the federation was stopped"
-    if loop.coordinator.phase is Phase.FAILED:
-        return "the federation was given up: a round was abandoned too often"
-    return "all rounds are done"

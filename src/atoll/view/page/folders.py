@@ -12,7 +12,6 @@ from typing import Any
 
 from atoll.tracking.reading import (
     find_runs,
-    in_use,
     name_of,
     read_config,
     read_spread,
@@ -142,7 +141,7 @@ class FolderRun:
 def status_of(path: Path) -> str:
     """How a run stands; one that says it is running and is not was killed."""
     status = read_status(path)
-    return "stopped" if status == "running" and not in_use(path) else status
+    return "stopped" if status == "cut off" else status
 
 
 def epoch_of(path: Path) -> str:
