@@ -300,3 +300,49 @@ def test_who_sends_does_not_wait_and_all_is_answered_in_order(tmp_path, workers)
     run = run_app(read_app(app(tmp_path, train, main_.strip())).told({}, 2), workers=workers)
     assert run.history[0].accepted == 2
     assert said.read_text() == "x" * 5  # three by hand, of which one is never asked for
+
+
+def test_an_old_strategys_own_aggregates_are_the_figures(tmp_path):
+    """As Flower's History has them: what fit_metrics_aggregation_fn makes, not our means."""
+    import flwr
+    from flwr.server import ServerAppComponents, ServerConfig
+    from flwr.serverapp import ServerApp
+
+    from atoll.flower import App
+
+    class Numbered(flwr.client.NumPyClient):
+        def __init__(self, number):
+            self.number = number
+
+        def get_parameters(self, config):
+            return [np.zeros(2)]
+
+        def fit(self, parameters, config):
+            return parameters, 1, {"m": float(self.number)}
+
+        def evaluate(self, parameters, config):
+            return 0.5, 1, {"acc": float(self.number)}
+
+    def best(name):
+        return lambda told: {f"best_{name}": max(metrics[name] for _, metrics in told)}
+
+    def made(own):
+        strategy = flwr.server.strategy.FedAvg(
+            fit_metrics_aggregation_fn=best("m") if own else None,
+            evaluate_metrics_aggregation_fn=best("acc") if own else None,
+        )
+        config = ServerConfig(num_rounds=2)
+        server = ServerApp(
+            server_fn=lambda _: ServerAppComponents(strategy=strategy, config=config)
+        )
+        client = flwr.client.ClientApp(
+            client_fn=lambda context: Numbered(context.node_config["partition-id"]).to_client()
+        )
+        return run_app(App("old", server, client, {"num-server-rounds": 5}, 3))
+
+    run = made(own=True)
+    assert [record.measurements for record in run.history] == [{"best_m": 2.0}] * 2
+    assert [record.metrics for record in run.history] == [{"loss": 0.5, "best_acc": 2.0}] * 2
+    assert run.rounds == 2  # and not what a setting says that the app does not read
+    means = made(own=False)
+    assert means.history[0].measurements["m"] == 1.0 and means.history[0].metrics["acc"] == 1.0

@@ -273,7 +273,7 @@ def test_a_federation_outlives_what_happens_to_machines(soak):
         print(f"{time.monotonic() - began:6.1f} s, round {soak.closed()}: {fault.__name__}")
         fault(soak, rng)
         done.append(fault.__name__)
-        soak.goes_on(soak.closed() + rng.randint(1, 3))
+        soak.goes_on(soak.closed() + rng.randint(1, max(3, ROUNDS // 40)))
     ended(soak)
     print(f"{len(done)} faults, {soak.closed()} rounds, {time.monotonic() - began:.0f} s")
     print(json.dumps({name: done.count(name) for name in sorted(set(done))}))

@@ -133,9 +133,9 @@ def _found(reference: str, place: Path) -> Any:
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{place} needs {_lacking(error.name or '')}") from error
     except ImportError as error:
-        raise ConfigurationError(
-            f"{place} needs another version of what it imports: {error}"
-        ) from error
+        # A library of the system may lack too: that is no matter of versions.
+        lacking = "another version of" if "cannot import name" in str(error) else "something of"
+        raise ConfigurationError(f"{place} needs {lacking} what it imports: {error}") from error
     except AttributeError as error:
         raise ConfigurationError(f"{place} does not define {reference}: {error}") from error
 

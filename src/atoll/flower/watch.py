@@ -86,7 +86,7 @@ class Watch:
             self.run.refusals.append(f"{place}: {reply.error.reason}")
             return
         weight, figures = _figures(reply.content)
-        if kind == "train":
+        if kind in ("train", "query"):
             self._trained[client] = weight, figures
         elif kind == "evaluate":
             self._tested[client] = weight, figures
@@ -144,6 +144,8 @@ class Watch:
         self.close()
         if not self.run.model:
             self.finished(self._latest)
+        # An app may have made fewer rounds than its settings say, or more.
+        self.run.rounds = len(self.run.history)
         if self._begun:
             for observer in self._observers:
                 observer.end(self.run)
@@ -196,10 +198,17 @@ class Watch:
         def fitted(made: Any) -> None:
             if made is not None and made[0] is not None:
                 self._latest = ArrayRecord(parameters_to_ndarrays(made[0]))
+            if made is not None and made[1]:
+                self._made[0] = _numbers(made[1])
+
+        def judged(made: Any) -> None:
+            # Without figures of its own the means of what clients told say more than its loss.
+            if made is not None and made[0] is not None and made[1]:
+                self._made[1] = _numbers({"loss": made[0], **made[1]})
 
         heard = [
             (Strategy, "aggregate_train", trained), (Strategy, "aggregate_evaluate", tested),
-            (OldStrategy, "aggregate_fit", fitted),
+            (OldStrategy, "aggregate_fit", fitted), (OldStrategy, "aggregate_evaluate", judged),
         ]  # fmt: skip
         kept = []
         for root, name, told in heard:
@@ -370,7 +379,8 @@ def _numbers(record: Any) -> Figures:
     """The figures of a record; short lists, as of classes, one by one."""
     found: Figures = {}
     for name, value in record.items():
-        if isinstance(value, list) and len(value) <= LISTED:
+        # A protocol's own lists stand in the other kind of record.
+        if isinstance(value, list) and isinstance(record, MetricRecord) and len(value) <= LISTED:
             parts = {f"{name}[{place}]": each for place, each in enumerate(value)}
         else:
             parts = {str(name): value}
