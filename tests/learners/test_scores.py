@@ -230,3 +230,79 @@ def test_jax_tells_them_apart_too():
 
     with pytest.raises(DataError, match="ends in a softmax"):
         JaxLearner(pure(init, softmax)).check(clients())
+
+
+class BalancedFocal(nn.Module):
+    """On probabilities, cut off at 0 and 1, and uneven at a half."""
+
+    def forward(self, outputs, targets):
+        p, y = outputs.flatten().clamp(1e-6, 1 - 1e-6), targets.float()
+        share, weight = torch.where(y > 0, p, 1 - p), torch.where(y > 0, 0.25, 0.75)
+        return -(weight * (1 - share) ** 2 * share.log()).mean()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_uneven_loss_of_probabilities_is_scored_at_a_half(cut):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Linear(4, 1, bias=False)
+
+        def forward(self, x):
+            p = self.own(x).sigmoid()
+            return p.clamp(1e-6, 1 - 1e-6) if cut else p
+
+    learner = TorchLearner(Model(), loss=BalancedFocal(), lr=0.5, batch_size=8)
+    held = clients()
+    learner.check(held)
+    model = learner.init(Key(0))
+    model["params"] = np.array([4.0, 0, 0, 0], np.float32)
+    sums = learner.evaluate(model, held.test_part, held.task, held.classes)
+    x, y = held.test_part.all()
+    expected = accuracy_score(y, x[:, 0] > 0)
+    assert learner.figures(sums, held.task)["accuracy"] == pytest.approx(expected)
+    assert 0.5 < expected < 1
+
+
+def ten(seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(200) % 10
+    return data.from_arrays(rng.normal(size=(200, 6)).astype("f"), y).iid(clients=2)
+
+
+@pytest.mark.parametrize("heavy", [0, 5, 9])
+def test_a_weight_on_any_class_is_found(heavy):
+    weight = torch.ones(10)
+    weight[heavy] = 50
+    learner = TorchLearner(nn.Linear(6, 10), loss=nn.CrossEntropyLoss(weight=weight))
+    with pytest.raises(DataError, match="no mean over its examples"):
+        learner.check(ten())
+    TorchLearner(nn.Linear(6, 10), loss=nn.CrossEntropyLoss(weight=torch.full((10,), 3.0))).check(
+        ten()
+    )
+
+
+@pytest.mark.parametrize("left", [0, 1, 9])
+def test_a_class_that_a_loss_leaves_out_without_a_word_is_found(left):
+    def quiet(outputs, targets):
+        return F.cross_entropy(outputs, targets, ignore_index=left)
+
+    learner = TorchLearner(nn.Linear(6, 10), loss=quiet)
+    with pytest.raises(DataError, match=f"targets of class {left} out.*ignore_index={left}"):
+        learner.check(ten())
+    said = nn.CrossEntropyLoss(ignore_index=left)
+    TorchLearner(nn.Linear(6, 10), loss=said).check(ten())
+
+
+def test_buffers_that_cannot_travel_as_they_are_are_refused():
+    from atoll.errors import ConfigurationError
+
+    def module(**settings):
+        made = nn.Linear(6, 10)
+        made.register_buffer("since", torch.tensor(1700000000.25, dtype=torch.float64), **settings)
+        return made
+
+    with pytest.raises(ConfigurationError, match="buffer 'since' is torch.float64"):
+        TorchLearner(module()).layout  # noqa: B018
+    TorchLearner(module(persistent=False)).check(ten())
+    TorchLearner(module().float()).check(ten())

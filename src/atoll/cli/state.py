@@ -162,8 +162,17 @@ def _revoke(options: argparse.Namespace) -> int:
 
 def _stop(options: argparse.Namespace) -> int:
     with closing(access(Path(options.state), options.url)) as federation:
+        found = federation.status()
+        if found["phase"] in ("done", "failed"):
+            print(
+                f"there is nothing to stop: {found['round']} of {found['rounds']} rounds, and over"
+            )
+            return 0
         federation.stop()
-    print("stopping: sites are told when they next ask; `atoll serve` goes on from here")
+    if found["server"] == "running":
+        print("stopping: sites are told when they next ask; `atoll serve` goes on from here")
+    else:
+        print("no server runs, so no site is told; `atoll serve` goes on from here")
     return 0
 
 

@@ -15,6 +15,8 @@ from atoll.learners.scoring import CLOSE, LossOf, ignored, takes_probabilities, 
 
 #: So many examples show what a loss makes of several.
 TRIED = 4
+#: So many classes are tried one by one.
+CLASSES = 16
 
 
 def check_loss(loss: object, data: FederatedData) -> None:
@@ -61,12 +63,26 @@ def check_mean(
     if isinstance(loss, str) or getattr(loss, "of_batch", False):
         return
     rows = [slice(place, place + 1) for place in range(TRIED)]
-    outputs, targets = _varied(outputs), _mixed(targets, data, ignored(loss))
+    plain, outputs = targets, _varied(outputs)
+    targets = _mixed(targets, data, ignored(loss))
     each = [loss_of(outputs[row], targets[row]) for row in rows]
     weights = [weight(loss, targets[row]) for row in rows]
     whole = loss_of(outputs, targets)
     mean = sum(a * b for a, b in zip(each, weights, strict=True)) / max(sum(weights), 1)
-    if _near(whole, mean) or not np.isfinite([whole, mean]).all():
+    uneven = _uneven(loss_of, outputs, plain, data, ignored(loss))
+    if uneven is not None and uneven[2]:
+        raise DataError(
+            f"the loss leaves targets of class {uneven[0]} out, and does not say so: figures would "
+            f"count them. Use a loss with an attribute ignore_index={uneven[0]}, as "
+            "torch.nn.CrossEntropyLoss or a functools.partial has it"
+        )
+    if _near(whole, mean) and uneven is not None:
+        raise DataError(
+            f"the loss of a batch is no mean over its examples: class {uneven[0]} weighs more or "
+            f"less than class {uneven[1]} there. Weigh classes with cross_entropy(..., weight=w, "
+            "reduction='none').mean()"
+        )
+    if _near(whole, mean) or not np.isfinite(whole):
         return
     if _near(whole, sum(each)):
         reason = "is the sum over its examples: leave reduction='sum' out"
@@ -84,6 +100,35 @@ def check_mean(
             "atoll.learners.torch.OfBatch(loss)"
         )
     raise DataError(f"the loss of a batch {reason}")
+
+
+def _uneven(
+    loss_of: LossOf,
+    outputs: NDArray[Any],
+    targets: NDArray[Any],
+    data: FederatedData,
+    mark: int | None,
+) -> tuple[int, int, bool] | None:
+    """A class that a loss weighs unlike another, which, and whether it leaves it out altogether."""
+    if not data.classes or targets.dtype.kind not in "iu":
+        return None
+    spread = np.linspace(0, data.classes - 1, min(data.classes, CLASSES)).astype(int)
+    asked = [k for k in np.unique([*spread, *np.unique(targets)[:CLASSES]]).tolist() if k != mark]
+
+    def of(*classes: tuple[int, int]) -> float:
+        filled = [np.full_like(targets[:1], k) for _, k in classes]
+        return loss_of(outputs[[row for row, _ in classes]], np.concatenate(filled))
+
+    last = TRIED - 1
+    known = {k: of((last, k)) for k in asked}
+    beside = next((k for k in asked if np.isfinite(known[k]) and known[k] != 0), None)
+    for each in asked:
+        if beside is None or each == beside:
+            continue
+        alone, both = of((0, each)), of((0, each), (last, beside))
+        if not _near(both, (alone + known[beside]) / 2):
+            return each, beside, _near(both, known[beside])
+    return None
 
 
 def check_scale(

@@ -68,8 +68,9 @@ def scored(
 def takes_probabilities(loss_of: LossOf, outputs: NDArray[Any], targets: NDArray[Any]) -> bool:
     """Whether a loss of yes-or-no targets takes probabilities, and not logits.
 
-    It does if it has no value for other numbers, or if it is as great for yes as for no at a half
-    and not at zero. One row of outputs and targets shows the shapes.
+    It does if it has no value for other numbers, or one value for all of them, as where it is cut
+    off at 0 and 1; or if it is as great for yes as for no at a half and not at zero. One row of
+    outputs and targets shows the shapes.
     """
 
     def loss(output: float, target: int) -> float:
@@ -81,7 +82,13 @@ def takes_probabilities(loss_of: LossOf, outputs: NDArray[Any], targets: NDArray
     def even(output: float) -> bool:
         return bool(np.isclose(loss(output, 1), loss(output, 0), rtol=CLOSE, atol=CLOSE))
 
+    def same(one: float, other: float) -> bool:
+        pairs = [(loss(one, target), loss(other, target)) for target in (0, 1)]
+        return all(np.isclose(a, b, rtol=CLOSE, atol=CLOSE) for a, b in pairs)
+
     if not (np.isfinite(loss(-FAR, 1)) and np.isfinite(loss(FAR, 1))):
+        return True
+    if same(1.5, FAR) and same(-0.5, -FAR):
         return True
     return even(0.5) and not even(0.0)
 

@@ -286,6 +286,9 @@ class FederationLoop:
         if answer.accepted:
             self._work.put_nowait(partial(self._fold, id, upload["digest"]))
         elif answer.verdict in ledger.REFUSED:
+            logger.warning(
+                "the update of %s for round %d was refused: %s", site, began, answer.reason
+            )
             self.history.note(id, f"{site}: {answer.reason}")
         self._after_outcome()
         self._count_faults(answer)

@@ -211,8 +211,8 @@ class _Process:
     async def _led(self, loop: FederationLoop, listening: asyncio.Task[None]) -> None:
         self.app.loop = loop
         logger.info(
-            "leading %s at round %d of %d", self.folder.project, loop.coordinator.round,
-            self.plan.schedule.rounds,
+            "leading %s at round %d of %d", self.folder.project,
+            min(loop.coordinator.round, self.plan.schedule.rounds), self.plan.schedule.rounds,
         )  # fmt: skip
         try:
             await self._run_rounds(loop, listening)

@@ -43,6 +43,12 @@ class Resident:
         persistent = set(self.module.state_dict(keep_vars=True))
         buffers = dict(self.module.named_buffers())
         self.buffers = {name: b for name, b in buffers.items() if name in persistent}
+        for name, buffer in self.buffers.items():
+            if buffer.dtype == torch.float64:
+                raise ConfigurationError(
+                    f"buffer {name!r} is {buffer.dtype}, and would travel as float32: call "
+                    "module.float(), or register it with persistent=False to keep it at home"
+                )
         # What does not travel must still not leak from one client to the next.
         self._private = {
             name: b.detach().clone() for name, b in buffers.items() if name not in persistent
