@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from atoll import Federation, algorithms, data, schedules, stopping
 from atoll.core.updates import Update
@@ -21,7 +22,7 @@ from atoll.service.settings import Service
 from atoll.service.storage import rounds as ledger
 from atoll.service.storage.blobs import Folder
 from atoll.service.storage.database import Store
-from atoll.service.storage.tables import sites
+from atoll.service.storage.tables import rounds, sites
 
 
 class World:
@@ -388,5 +389,36 @@ def test_only_who_worked_for_the_aggregate_counts_and_keeps_what_it_learned(tmp_
             kept = {site: loop.memory_of(site) for site in "abc"}
             assert kept["a"] and kept["b"] and not kept["c"]
             assert world.moved(loop) == pytest.approx(2)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("damage", ["a few bytes", "its end"])
+def test_an_update_that_was_damaged_on_the_disk_is_in_no_sum(tmp_path, damage):
+    world = World(tmp_path, pause=0.0)
+
+    async def story():
+        async with world.loop() as loop:
+            loop.tick()
+            for site, value in (("a", 1), ("b", 2)):
+                upload = world.offer(loop, site, value)
+                assert (await loop.deliver(upload)).accepted
+            await settled(loop)
+            path = loop.models.blobs.local(upload["digest"], loop.models.scratch)
+        data = bytearray(path.read_bytes())
+        path.chmod(0o600)
+        if damage == "a few bytes":
+            data[-5] ^= 64
+        path.write_bytes(data if damage == "a few bytes" else data[: len(data) // 2])
+        async with world.loop() as loop:
+            reasons = [row["reason"] for row in loop.store.rows(sa.select(rounds))]
+            assert any("the answer of b was damaged where it was kept" in each for each in reasons)
+            world.now += 1
+            loop.tick()
+            await settled(loop)
+            for site, value in (("a", 1), ("b", 2), ("c", 6)):
+                assert (await loop.deliver(world.offer(loop, site, value))).accepted
+            await settled(loop)
+            assert world.moved(loop) == pytest.approx(3, abs=1e-5)
 
     asyncio.run(story())

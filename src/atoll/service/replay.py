@@ -53,6 +53,8 @@ async def _converse(loop: FederationLoop, round: int, attempt: int, step: int | 
         heard = [id for id in loop.rows if id in answers]
         for id in heard:
             await loop._fold(id, answers[id]["digest"])
+        if loop._spoilt:
+            raise CannotClose(loop._spoilt)
         if place == step:
             return
         senders = [(loop.rows[id]["site"], loop.rows[id]["turn"]) for id in heard]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from atoll.aggregation.conversation import Ask
 from atoll.aggregation.validate import validate
 from atoll.core import room, safetensors
+from atoll.core.files import file_digest
 from atoll.core.updates import Sender, Update
 from atoll.core.vectors import Tree, Vectors, flatten
 from atoll.errors import CannotClose, UpdateRefused
@@ -49,6 +50,8 @@ class ModelStore:
         # Digests of what this process knows to be there.
         self._put: set[str] = set()
         self._sizes: dict[str, int] = {}
+        #: Sizes of what came in whole, by digest, since this process has begun.
+        self._taken: dict[str, int] = {}
         self._resting: list[room.Mapping] = []
 
     def part(self, upload: str) -> Path:
@@ -67,6 +70,11 @@ class ModelStore:
     def fold(self, driver: Driver, digest: str, sender: Sender, told: Tree, staleness: int) -> None:
         """Take an accepted answer into what the open question gathers."""
         path = self.blobs.local(digest, self.scratch)
+        # What this process took in was hashed as it came; what lay on a disk since may be damaged.
+        if self._taken.get(digest) != path.stat().st_size and file_digest(path) != digest:
+            raise CannotClose(
+                f"the answer of {sender[0]} was damaged where it was kept (blob {digest[:16]})"
+            )
         with _passing(path) as data:
             update = self._read(data, driver.ask, told)
             try:
@@ -177,6 +185,7 @@ class ModelStore:
         """Remove what this process has put, but for these."""
         for digest in self._put - names:
             self.blobs.remove(digest)
+            self._taken.pop(digest, None)
         self._put &= names
 
     def size(self, digest: str) -> int:
@@ -189,7 +198,9 @@ class ModelStore:
 
     def take(self, path: Path, digest: str) -> None:
         """Keep an upload's bytes."""
+        size = path.stat().st_size
         self.blobs.take(path, digest)
+        self._taken[digest] = size
         self._put.add(digest)
 
     def tidy(self, names: set[str]) -> None:
