@@ -97,8 +97,8 @@ class FederationLoop:
         self.changed = asyncio.Event()
         self.members = Members(store, clock, service.presence)
         self.stopping = False
-        #: Whether the plan's own rule has ended it.
-        self.fulfilled = False
+        #: Whether the plan's own rule has ended it, or that nothing but refused updates came.
+        self.fulfilled = self.diverged = False
         self.failed: BaseException | None = None
         key, secret = Key(service.seed), Key(_secret_of(store))
         self.driver = Driver(plan, key, secret, initial)
@@ -188,7 +188,7 @@ class FederationLoop:
     @property
     def outcome(self) -> Literal["done", "stopped", "given up"]:
         """How it has ended."""
-        if self.coordinator.phase is Phase.FAILED:
+        if self.coordinator.phase is Phase.FAILED or self.diverged:
             return "given up"
         return "stopped" if self.stopping and not self.fulfilled else "done"
 
@@ -301,6 +301,7 @@ class FederationLoop:
         most = self.plan.schedule.most_faults
         if most is not None and self._faults > most:
             logger.error("%d updates in a row were refused: training diverges", self._faults)
+            self.diverged = True
             self.stop(f"the server, after {self._faults} refused updates in a row")
 
     def give_up(self, site: str, assignment: str, reason: str) -> bool:

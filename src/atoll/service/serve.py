@@ -238,6 +238,10 @@ class _Process:
                     break
             if await self._paused(TICK, listening):
                 break
+        if loop.diverged:
+            raise RunError(
+                "the federation was given up: nothing but refused updates came; the log says why"
+            )
         if loop.coordinator.phase is Phase.FAILED:
             raise RunError(
                 "the federation was given up: a round was abandoned too often; `atoll rounds` "

@@ -60,7 +60,7 @@ logger = logging.getLogger("atoll.service")
 WHY = {
     "done": "all rounds are done",
     "stopped": "the federation was stopped",
-    "given up": "the federation was given up: a round was abandoned too often",
+    "given up": "the federation was given up: too many rounds or updates failed",
 }
 
 
