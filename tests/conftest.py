@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# Started in the background, a shell has its jobs ignore Ctrl-C, and so would what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before numpy and torch start their thread pools: two cores, small matrices.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -241,8 +241,8 @@ def test_status_says_who_owes_an_answer_since_when_and_until_when(inner, capsys)
 
 def test_an_invitation_is_waited_for_until_it_ends(inner, capsys):
     served = inner(schedule="Synchronous(rounds=3)")
-    served.insider("alice")
     served.invite("bob")
+    served.insider("alice")
     end, found = time.monotonic() + 10, {}
     while "bob can still join" not in (found.get("waiting_for") or ""):
         assert main(["status", str(served.folder.path), "--json"]) == 0
