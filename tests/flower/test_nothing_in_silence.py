@@ -256,6 +256,16 @@ run_simulation(server_app=server, client_app=client, num_supernodes=2)
 """
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_script_that_ends_by_sys_exit_ends_as_it_says(tmp_path, monkeypatch, code):
+    place = app(tmp_path)
+    script = place / "begin.py"
+    script.write_text(f"{SCRIPT.format(module=place.name)}\nsys.exit({code})\n")
+    monkeypatch.chdir(place)
+    assert main(["flower", "begin.py", "--runs", str(tmp_path / "runs")]) == code
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
 def test_a_script_is_run_by_its_modules_name(tmp_path, capsys, monkeypatch):
     place = app(tmp_path)
     package = place / f"package_{place.name}"

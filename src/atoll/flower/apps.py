@@ -214,6 +214,9 @@ def simulations_of(
             runpy.run_path(str(script), run_name="__main__")
         else:
             _run_module(script)
+    except SystemExit as error:
+        if error.code:  # to end by sys.exit(0) is to end well
+            raise
     finally:
         simulation.run_simulation, simulation.start_simulation, sys.argv = kept
         sys.path.pop(0)

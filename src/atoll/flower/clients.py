@@ -138,8 +138,7 @@ def _place_of(error: BaseException) -> str:
 def _context(client: int, app: App) -> Context:
     place: Settings = {"partition-id": client, "num-partitions": app.clients}
     for name, value in app.node_config.items():
-        own = value.replace(NUMBER, str(client)) if isinstance(value, str) else value
-        place[name] = own
+        place[name] = value.replace(NUMBER, str(client)) if isinstance(value, str) else value
     return Context(1, client + 1, place, RecordDict(), dict(app.config))
 
 

@@ -17,6 +17,8 @@ from atoll.service.storage.database import Store
 from atoll.service.storage.tables import sites, tokens
 
 logger = logging.getLogger("atoll.service")
+#: So many of those who are waited for are named.
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,10 @@ class Members:
     def _invited(self) -> tuple[list[str], float | None]:
         """Who may still join, and until when one of them may."""
         may = [tokens.c.used.is_(None), tokens.c.expires > self._clock(), tokens.c.role == "site"]
-        query = sa.select(tokens.c.name, tokens.c.expires).where(*may).order_by(tokens.c.name)
-        rows = self._store.rows(query)
-        last = max((row["expires"] for row in rows), default=None)
-        return [row["name"] for row in rows], last
+        some = sa.select(tokens.c.name).where(*may).order_by(tokens.c.name).limit(SHOWN + 1)
+        last = sa.select(sa.func.max(tokens.c.expires).label("last")).where(*may)
+        names = [row["name"] for row in self._store.rows(some)]
+        return names, self._store.rows(last)[0]["last"]
 
     def write(self) -> None:
         """Write down what is new, all in one transaction."""
@@ -198,7 +200,7 @@ class Members:
 
 
 def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _resources(said: Sequence[Mapping[str, str]]) -> Resources:

@@ -24,7 +24,7 @@ from atoll.service.http.app import App
 from atoll.service.loop import FederationLoop
 from atoll.service.settings import Service
 from atoll.service.storage.blobs import blobs_at
-from atoll.service.storage.database import NotLeading, Store
+from atoll.service.storage.database import NotLeading, Store, said_by
 from atoll.service.storage.folder import StateFolder
 
 logger = logging.getLogger("atoll.service")
@@ -76,10 +76,9 @@ def serve(
             runner.run(process.run())
             return process.done
     except sa.exc.DBAPIError as error:
-        reason = str(error.orig).strip().splitlines()[0]
         raise RunError(
-            f"the database could not be used: {reason}. What was decided before is kept; free some "
-            "space or bring the database back, then serve again"
+            f"the database could not be used: {said_by(error)}. What was decided before is kept; "
+            "free some space or bring the database back, then serve again"
         ) from error
 
 

@@ -445,8 +445,8 @@ class Site:
         """Wait until the owner has agreed to these terms."""
         if self.terms is None:
             return
-        told = False
-        for _ in self.terms.offer(self.folder, read_identity(self.folder)["project"]):
+        told, project = False, read_identity(self.folder).get("project", "")
+        for _ in self.terms.offer(self.folder, project):
             if not told:
                 self.report(
                     f"waiting for approval: see and decide with: atoll approve {self.folder}"

@@ -30,7 +30,7 @@ from atoll.service.http.bodies import (
 from atoll.service.http.measures import Measures
 from atoll.service.http.pace import Pace
 from atoll.service.loop import FederationLoop
-from atoll.service.storage.database import NotLeading
+from atoll.service.storage.database import NotLeading, said_by
 
 logger = logging.getLogger("atoll.service")
 
@@ -155,4 +155,4 @@ def unstored(error: OSError | sa.exc.DBAPIError) -> str | None:
     """Why something could not be kept, if it is for want of space or of the database."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-    return str(error.orig).strip().splitlines()[0]
+    return said_by(error)

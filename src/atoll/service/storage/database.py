@@ -54,8 +54,7 @@ class Store:
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CHAIN)))
                 tables.migrate(connection)
         except sa.exc.OperationalError as error:
-            reason = str(error.orig).strip().splitlines()[0]
-            raise ConfigurationError(f"the database cannot be opened: {reason}") from None
+            raise ConfigurationError(f"the database cannot be opened: {said_by(error)}") from None
         self._reader = self._engine.connect().execution_options(reading=True)
 
     def close(self) -> None:
@@ -281,6 +280,11 @@ def _machine() -> str:
         return f"/{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
+
+
+def said_by(error: sa.exc.DBAPIError) -> str:
+    """What the database itself says of an error, in one line."""
+    return str(error.orig).strip().splitlines()[0]
 
 
 def _dead(holder: str) -> bool:
