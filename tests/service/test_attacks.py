@@ -1216,7 +1216,7 @@ def test_a_flood_of_refusals_is_counted_and_only_sampled_in_the_log(inner, pair)
 # Fuzzing.
 
 
-def fuzz(inner, seconds, examples, mode):
+def fuzz(inner, examples, mode):
     """Requests of the served description's making, sealed, some of them about real things."""
     served = json.loads(inner.ask("GET", "/v1/openapi.json").data)
     # Schemathesis makes an invalid schema of a tuple's prefixItems.
@@ -1227,7 +1227,7 @@ def fuzz(inner, seconds, examples, mode):
         inner.insider(f"fuzz-{role}-{mode.value}", role).open() for role in ("analyst", "admin")
     ] + [inner.insider(f"fuzz-{n}-{mode.value}").open() for n in range(2)]
     checks = [not_a_server_error, status_code_conformance, response_schema_conformance]
-    ends, seen, faults = [], set(), {}
+    seen, faults = set(), {}
 
     @given(
         who=st.sampled_from(insiders),
@@ -1241,10 +1241,6 @@ def fuzz(inner, seconds, examples, mode):
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     def run(who, real, sealed, case):
-        # From the first request on: to make the strategy takes seconds on a busy machine.
-        ends.append(time.monotonic() + seconds)
-        if time.monotonic() > ends[0]:
-            return
         if real:
             meaningful(inner, who, case)
         more = {"auth": SealAuth(lambda: who)} if sealed else {}
@@ -1286,7 +1282,7 @@ def meaningful(inner, who, case):
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=str)
 def test_requests_of_the_descriptions_making_a_few(tmp_path, arena, mode):
     with closing(Inner(tmp_path, arena.plan)) as inner:
-        seen = fuzz(inner, 4, 60, mode)
+        seen = fuzz(inner, 60, mode)
     assert len({path for _, path, _ in seen}) > 5
 
 
@@ -1294,7 +1290,7 @@ def test_requests_of_the_descriptions_making_a_few(tmp_path, arena, mode):
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=str)
 def test_requests_of_the_descriptions_making(tmp_path, arena, mode):
     with closing(Inner(tmp_path, arena.plan)) as inner:
-        seen = fuzz(inner, 30, 1200, mode)
+        seen = fuzz(inner, 600, mode)
     assert len({path for _, path, _ in seen}) >= 12
 
 

@@ -26,6 +26,8 @@ from atoll.service.http.watching import ServedSource
 from atoll.view.page.app import Page
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+#: What an update that is not taken brings: what became of it, or why nothing did.
+REFUSED = (messages.Verdict, messages.Problem)
 
 
 class App(Endpoints):
@@ -66,13 +68,13 @@ class App(Endpoints):
                   "A model by its SHA-256, whole or one range of bytes",
                   {200: None, 206: None, 304: None}, 404, 416),
             route("POST", "/v1/uploads", working.offer, "Offer an update",
-                  {200: messages.Verdict, 201: None}, 410, body=messages.Offer),
+                  {200: messages.Verdict, 201: None, 410: REFUSED}, body=messages.Offer),
             route("HEAD", "/v1/uploads/{upload}", working.offset, "How much has come",
                   {200: None}, 410),
             route("PATCH", "/v1/uploads/{upload}", working.append,
                   "Append bytes; the last ones bring the verdict",
-                  {200: messages.Verdict, 204: None}, 410, 422, 423, body=bytes,
-                  parameters=[OFFSET]),
+                  {200: messages.Verdict, 204: None, 404: messages.Verdict, 410: REFUSED,
+                   422: REFUSED}, 423, body=bytes, parameters=[OFFSET]),
             route("POST", "/v1/assignments/{assignment}/fail", working.fail,
                   "Say that an update will not come", {204: None}, 404, 410,
                   body=messages.Failure),

@@ -11,8 +11,9 @@ from starlette.routing import BaseRoute, Route
 
 from atoll.protocol import messages
 
-#: What a status brings: a message, or something else (bytes, text, nothing).
-Answers = Mapping[int, type[messages.Message] | None]
+#: What a status brings: a message, one of several, or something else (bytes, text, nothing).
+Content = type[messages.Message] | tuple[type[messages.Message], ...] | None
+Answers = Mapping[int, Content]
 Parameter = dict[str, Any]
 
 TEXT = {"type": "string"}
@@ -47,7 +48,7 @@ class Described(Route):
     """A route with what it is for, what it takes and what it answers.
 
     Args:
-        answers: of requests that are granted.
+        answers: what a status brings, where that is not the reason of a refusal.
         refusals: statuses, besides those that any request of its kind may meet.
         body: the message it brings, or `bytes`.
         sealed: whether it is made in a session.
@@ -66,7 +67,7 @@ class Described(Route):
 
     def operation(self) -> dict[str, Any]:
         """Its part of the description."""
-        refusals = {*self.refusals, 503}
+        refusals = {*self.refusals, 503, 507}
         if self.sealed:
             refusals |= {401, 403, 409}
         if self.method not in ("GET", "HEAD"):
@@ -75,7 +76,7 @@ class Described(Route):
             refusals.add(400)
         # A HEAD is answered without a body.
         problem = None if self.method == "HEAD" else messages.Problem
-        answers = {**dict.fromkeys(sorted(refusals), problem), **self.answers}
+        answers: dict[int, Content] = {**dict.fromkeys(refusals, problem), **self.answers}
         found: dict[str, Any] = {
             "summary": self.summary,
             "parameters": [
@@ -119,11 +120,13 @@ def description(routes: Iterable[BaseRoute]) -> dict[str, Any]:
     }
 
 
-def _answer(message: type[messages.Message] | None) -> dict[str, Any]:
-    if message is None:
+def _answer(content: Content) -> dict[str, Any]:
+    if content is None:
         return {"description": "as said"}
-    return {"description": message.__name__, "content": _json(message)}
+    some = content if isinstance(content, tuple) else (content,)
+    return {"description": " or ".join(one.__name__ for one in some), "content": _json(*some)}
 
 
-def _json(message: type[Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{message.__name__}"}}}
+def _json(*some: type[Any]) -> dict[str, Any]:
+    schemas = [{"$ref": f"#/components/schemas/{one.__name__}"} for one in some]
+    return {"application/json": {"schema": schemas[0] if len(some) == 1 else {"anyOf": schemas}}}
