@@ -64,6 +64,7 @@ LOCAL = Stacked(block=3, workers=1, threads=1)
 REMOTE = RayCluster(method=Stacked(block=3), actors=2)
 
 
+@pytest.mark.slow
 def test_two_actors_make_the_bytes_of_one_process(cluster, clients):
     runs = [federation().simulate(clients, seed=3, engine=engine) for engine in (LOCAL, REMOTE)]
     assert runs[0].model["params"].tobytes() == runs[1].model["params"].tobytes()

@@ -35,6 +35,7 @@ def simulated(place, seed=0):
     ],
     ids=["fedavg", "scaffold"],
 )
+@pytest.mark.slow
 def test_eight_sites_and_twenty_rounds_over_tls(place, algorithm, pipeline):
     place.write(algorithm, "Synchronous(rounds=20)", pipeline)
     tokens = {str(n): place.invite(str(n)) for n in range(8)}

@@ -289,6 +289,7 @@ def test_a_reader_that_goes_away_ends_no_agent(place):
     assert (place.root / "0" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_question_mark_in_the_folders_name_moves_no_database(place):
     for name in ("trial?1", "trial?2", "trial#3%41"):
         place.cli("init", name, "--project", "P", "--host", "127.0.0.1")

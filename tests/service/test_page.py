@@ -101,6 +101,7 @@ def test_only_tickets_let_in_and_only_once(place):
     assert "ann: opened the page" in shown and "refused" in shown
 
 
+@pytest.mark.slow
 def test_whoever_is_revoked_hears_no_more(place):
     place.write(schedule="Synchronous(rounds=400)")
     place.serve("--sites", "1", "--linger", "5")

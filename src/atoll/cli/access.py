@@ -57,6 +57,8 @@ class Access(ABC):
         """All attempts at rounds after `since`, oldest first."""
         while page := self.page_of_rounds(since):
             yield from page
+            if page[-1]["state"] != "closed":
+                return  # it may have closed since it was read, with others after it
             since = page[-1]["round"]
 
 

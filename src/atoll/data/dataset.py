@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from atoll.core.numbers import at_least_zero, whole
 from atoll.core.random import Key
 from atoll.data import partition, shift
+from atoll.data.encoding.encoding import Encoding
 from atoll.data.examples import Examples, Inputs, Rows, Shape, length, picked, shape_of, shape_text
 from atoll.data.federated import FederatedData, assemble
 from atoll.data.tasks import Task, named_input, task_of
@@ -39,6 +40,8 @@ class Dataset:
     describe: str = ""
     #: What each input is, where the source says so.
     columns: tuple[str, ...] = ()
+    #: How a table became these arrays, if it did.
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         with said_of(self.name):
@@ -72,6 +75,10 @@ class Dataset:
     def shape(self) -> Shape:
         """Shape of one input, or of each by name."""
         return shape_of(self.x)
+
+    def encoded(self, encoding: Encoding) -> Dataset:
+        """The same set, known to have been encoded so."""
+        return replace(self, columns=encoding.names, encoding=encoding)
 
     def take(self, rows: Rows) -> Dataset:
         """The same set with only these rows of its training part."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from atoll.core.numbers import below_one, whole
 from atoll.core.random import Key
+from atoll.data.encoding.encoding import Encoding
 from atoll.data.examples import (
     Examples,
     Inputs,
@@ -54,6 +55,8 @@ class FederatedData:
     test_part: Examples
     #: What each input is, where the source says so.
     columns: tuple[str, ...] = ()
+    #: How tables became these arrays, if they did.
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", task_of(self.task))
@@ -74,9 +77,10 @@ class FederatedData:
 
     @property
     def meaning(self) -> Meaning:
-        """What inputs and classes stand for, where the source says so."""
+        """What inputs, classes and label stand for, where the source says so."""
         named = tuple(self.x) if isinstance(self.x, dict) and not self.columns else self.columns
-        return Meaning(named, self.class_names)
+        target = self.encoding.target if self.encoding else ""
+        return Meaning(named, self.class_names, target)
 
     @property
     def shape(self) -> Shape:
@@ -108,18 +112,11 @@ class FederatedData:
 
     def subset(self, clients: Sequence[int]) -> FederatedData:
         """The same data with only these clients; the global test part stays."""
-        return FederatedData(
-            self.name,
-            self.task,
-            self.classes,
-            self.class_names,
-            tuple(self.names[client] for client in clients),
-            self.x,
-            self.y,
-            tuple(self.train_rows[client] for client in clients),
-            tuple(self.test_rows[client] for client in clients),
-            self.test_part,
-            self.columns,
+        return replace(
+            self,
+            names=tuple(self.names[client] for client in clients),
+            train_rows=tuple(self.train_rows[client] for client in clients),
+            test_rows=tuple(self.test_rows[client] for client in clients),
         )
 
     def sizes(self) -> NDArray[np.int64]:
@@ -262,6 +259,7 @@ def assemble(
         tuple(test_rows),
         dataset.test or Examples(columns, dataset.y, np.concatenate(test_rows)),
         dataset.columns,
+        dataset.encoding,
     )
 
 

@@ -1,4 +1,4 @@
-"""Meaning: what a data set's inputs and labels stand for, by name, compared between sites."""
+"""Meaning: what a data set's inputs and label stand for, by name, compared between sites."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Meaning:
-    """What each input is, in order, and each class; empty where the source does not say.
+    """What each input is, in order, each class, and the label; empty where nobody says.
 
     Models of two sites whose meanings differ cannot be averaged: the same weight would be of one
     thing here and of another there.
@@ -20,15 +20,16 @@ class Meaning:
 
     inputs: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    target: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.inputs or self.classes)
+        return bool(self.inputs or self.classes or self.target)
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of all names and their order."""
         state = sha256()
-        for names in (self.inputs, self.classes):
+        for names in (self.inputs, self.classes, (self.target,) if self.target else ()):
             state.update(f"{len(names)}\n".encode())
             for name in names:
                 state.update(f"{len(name)} {name}\n".encode())
@@ -42,6 +43,8 @@ class Meaning:
                 ("inputs", self.inputs, other.inputs), ("classes", self.classes, other.classes),
             )
         ]  # fmt: skip
+        if self.target != other.target:
+            found.append(f"the label is {self.target!r} at {here} and {other.target!r} at {there}")
         return "; ".join(filter(None, found))
 
 

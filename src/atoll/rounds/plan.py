@@ -11,8 +11,10 @@ from atoll.aggregation.schema import WEIGHT_LEAST, WEIGHT_LIMIT, Schema
 from atoll.aggregation.stage import Pipeline, Stage
 from atoll.algorithms.algorithm import Algorithm
 from atoll.core.vectors import Split
+from atoll.data.encoding.encoding import Encoding
 from atoll.data.examples import Examples
-from atoll.errors import ConfigurationError, LayoutError
+from atoll.data.federated import FederatedData
+from atoll.errors import ConfigurationError, DataError, LayoutError
 from atoll.learners.base import Learner
 from atoll.rounds.download import Download
 from atoll.rounds.schedules import Schedule
@@ -62,6 +64,7 @@ class Plan:
         public: examples that everyone may see, for algorithms that learn from them.
         download: stages that the model goes through on its way to clients, e.g. `Quantize(8)`.
         stop: rules that end a run before its last round, e.g. (stopping.Patience(10),).
+        encoding: what columns and labels of tables mean, at every client; None leaves it to them.
     """
 
     learner: Learner
@@ -73,6 +76,7 @@ class Plan:
     public: Examples | None = None
     download: Stage | Pipeline | None = None
     stop: tuple[StopRule, ...] = ()
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -83,6 +87,7 @@ class Plan:
             ("evaluation", Evaluation),
             ("public", Examples | None),
             ("download", Stage | Pipeline | None),
+            ("encoding", Encoding | None),
         ):
             if not isinstance(getattr(self, name), kind):
                 given = getattr(self, name)
@@ -105,6 +110,19 @@ class Plan:
         self.algorithm.check(self.learner)
         self._check_reducer()
         _ = self.downward
+
+    def check_data(self, data: FederatedData) -> None:
+        """Refuse data that are not encoded as was agreed, or that the learner cannot take."""
+        agreed, own = self.encoding, data.encoding
+        if agreed is not None and own is None:
+            raise DataError(
+                f"{data.name} is not encoded as the federation's encoding says: read it with "
+                "data.from_table(..., encoding=federation.encoding)"
+            )
+        if agreed is not None and own is not None and own.digest != agreed.digest:
+            how = own.difference(agreed, data.name, "the federation")
+            raise DataError(f"{data.name} is encoded in another way than was agreed: {how}")
+        self.learner.check(data)
 
     def _check_reducer(self) -> None:
         reducer = self.stages.reducer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from atoll.data.meaning import Meaning
 from atoll.protocol.messages import CheckIn
 from atoll.service.storage.database import Change, Store
@@ -15,7 +13,7 @@ SETTING = "meaning"
 def settle(change: Change, meaning: Meaning, whose: str) -> None:
     """Let this be what the federation's data mean, unless that is known."""
     if meaning and change.setting(SETTING) is None:
-        _settle(change, whose, meaning.digest, meaning.inputs, meaning.classes)
+        _settle(change, whose, meaning.digest, meaning)
 
 
 def forget(change: Change, site: str) -> None:
@@ -33,16 +31,16 @@ def disagreement(store: Store, site: str, message: CheckIn) -> str:
     if message.meaning is None:
         return ""
     known = store.setting(SETTING)
+    told = Meaning(tuple(message.inputs), tuple(message.classes), message.target)
     if known is None:
         with store.change() as change:
-            _settle(change, site, message.meaning, message.inputs, message.classes)
+            _settle(change, site, message.meaning, told)
             change.audit(site, "meaning", digest=message.meaning)
         return ""
     if known["digest"] == message.meaning:
         return ""
-    mine = Meaning(tuple(message.inputs), tuple(message.classes))
-    theirs = Meaning(tuple(known["inputs"]), tuple(known["classes"]))
-    how = mine.difference(theirs, site, known["site"]) if mine and theirs else ""
+    agreed = Meaning(tuple(known["inputs"]), tuple(known["classes"]), known["target"])
+    how = told.difference(agreed, site, known["site"]) if told and agreed else ""
     return (
         f"{site}'s data mean something else than those of {known['site']}: "
         f"{how or 'the names of their inputs or classes differ'}. Bring columns, categories and "
@@ -50,8 +48,9 @@ def disagreement(store: Store, site: str, message: CheckIn) -> str:
     )
 
 
-def _settle(
-    change: Change, whose: str, digest: str, inputs: Sequence[str], classes: Sequence[str]
-) -> None:
-    told = {"digest": digest, "site": whose, "inputs": [*inputs], "classes": [*classes]}
+def _settle(change: Change, whose: str, digest: str, meaning: Meaning) -> None:
+    told = {
+        "digest": digest, "site": whose, "inputs": [*meaning.inputs],
+        "classes": [*meaning.classes], "target": meaning.target,
+    }  # fmt: skip
     change.set(SETTING, told)

@@ -68,7 +68,7 @@ def serve(
     if test is not None:
         test = check_population(test)
         test = test if len(test.test_part) else replace(test, test_part=test.all_train())
-        plan.learner.check(test)
+        plan.check_data(test)
         check_evaluation(plan, test)
     process = _Process(plan, folder, service, listening, test, initial, stop)
     try:

@@ -45,7 +45,7 @@ class Explanation:
 
 def explain(plan: Plan, data: FederatedData, engine: Engine, seed: int) -> Explanation:
     """How this engine would run this plan over these data."""
-    plan.learner.check(data)
+    plan.check_data(data)
     with engine.open(plan, data, Key(seed)) as backend:
         found, notes = backend.engine, tuple(backend.notes)
     rows = stacking(plan.learner).explain(data.train(0))

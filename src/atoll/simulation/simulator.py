@@ -129,7 +129,7 @@ class Simulator:
                 f"engines, not {engine!r}"
             )
         run.seed = whole("the seed", run.seed)
-        plan.learner.check(data)
+        plan.check_data(data)
         check_evaluation(plan, data)
         plan.schedule.needed(len(data))
         self.plan, self.data, self.run = plan, data, run

@@ -112,7 +112,7 @@ class Site:
         self._memory = Memory(self.folder, self.plan)
         self.folder.chmod(0o700)
         self._lock()
-        self.plan.learner.check(self.data)
+        self.plan.check_data(self.data)
         self._failures, self._agent = 0, secrets.token_hex(16)
         self._over = threading.Event()
         self._said_goodbye = False
@@ -417,6 +417,7 @@ class Site:
             meaning=meaning.digest if meaning else None,
             inputs=_told(meaning.inputs) if self.declare else [],
             classes=_told(meaning.classes) if self.declare else [],
+            target="".join(_told((meaning.target,))) if self.declare else "",
         )
 
     def _summary(self) -> dict[str, str]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.data.arrow import Missing, Table, check_columns
 from atoll.data.dataset import Dataset
 from atoll.data.sources.arrays import channels_first, from_arrays
-from atoll.data.sources.arrow import Missing, Table, check_columns
 from atoll.data.sources.table import client_keys, from_table, label_values
 from atoll.data.tasks import Task, may_be_labels
 from atoll.errors import DataError, require

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from atoll.data.arrow import read_table
 from atoll.data.dataset import Dataset
+from atoll.data.encoding.encoding import inputs_of, names_of
+from atoll.data.encoding.kinds import fitted
 from atoll.data.sources.arrays import from_arrays
-from atoll.data.sources.arrow import read_table
-from atoll.data.sources.encoding import encode_columns
 from atoll.data.tasks import Task, may_be_labels
 from atoll.errors import DataError
 
@@ -77,15 +78,13 @@ def _is_mixed_frame(data: Any) -> bool:
 
 def _encoded(data: Any, test: Any, name: str) -> tuple[Any, Any, tuple[str, ...]]:
     table = read_table(data, name)
+    columns = fitted(table, table.column_names, "refuse", name)
+    inputs = inputs_of(columns, table, name)
     if test is None:
-        (inputs,), columns = encode_columns(table, table.column_names, name=name)
-        return inputs, None, columns
+        return inputs, None, names_of(columns)
     part = f"{name}, test part"
     held_out, target = _part(test, part) if isinstance(test, Mapping) else test
-    (inputs, held_out), columns = encode_columns(
-        table, table.column_names, test=read_table(held_out, part), name=name
-    )
-    return inputs, (held_out, target), columns
+    return inputs, (inputs_of(columns, read_table(held_out, part), part), target), names_of(columns)
 
 
 def _class_names(

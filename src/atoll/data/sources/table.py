@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 
-from atoll.data.dataset import Dataset
-from atoll.data.sources.arrays import from_arrays
-from atoll.data.sources.arrow import (
+from atoll.data.arrow import (
     DROP,
     Array,
     Column,
@@ -29,7 +28,12 @@ from atoll.data.sources.arrow import (
     read_table,
     stored_type,
 )
-from atoll.data.sources.encoding import encode_columns
+from atoll.data.dataset import Dataset
+from atoll.data.encoding.columns import Amounts, Classes
+from atoll.data.encoding.encoding import Encoding, inputs_of
+from atoll.data.encoding.kinds import chosen, fitted
+from atoll.data.encoding.values import plain
+from atoll.data.sources.arrays import from_arrays
 from atoll.data.tasks import Task
 from atoll.errors import DataError
 
@@ -37,9 +41,11 @@ from atoll.errors import DataError
 def from_table(
     source: Any,
     *,
-    label: str,
+    label: str = "",
     features: Sequence[str] | None = None,
     client: str | Sequence[str] | None = None,
+    encoding: Encoding | str | PathLike[str] | None = None,
+    units: Mapping[str, str] | None = None,
     task: Task | str | None = None,
     classes: int | None = None,
     test: Any = None,
@@ -51,14 +57,21 @@ def from_table(
 
     `source` is a data frame of pandas or polars, a pyarrow table, a DuckDB relation, a Hugging
     Face dataset, anything else with `__arrow_c_stream__`, or the path of a .csv or .parquet
-    file. Without `features`, every column but `label` and `client` is one, in the table's order.
+    file.
 
-    A column of numbers becomes one input; a column of lists of equal length becomes as many; a
-    text, categorical or boolean column becomes one input per category that the table holds, the
-    categories sorted. Missing values (null or NaN) are refused, or with `missing="indicator"`
-    numbers are filled with the mean of their column in `source`, categories with zeros, and the
-    column is followed by inputs that are 1 where a value was missing. A text or categorical
-    label gives sorted `class_names`; whole labels mean classification, fractional regression.
+    With an `encoding` (or the path of one, see `data.agree`) columns, categories and classes are
+    found by their names, whatever their order and number in this table, and what does not fit is
+    refused; `units` {"chol": "mmol/l"} say what this table's columns are counted in. It decides
+    all that `label`, `features`, `missing`, `classes` and `class_names` say otherwise.
+
+    Without one, the table is encoded by itself. Without `features`, every column but `label` and
+    `client` is one, in the table's order. A column of numbers becomes one input; a column of lists
+    of equal length becomes as many; a text, categorical or boolean column becomes one input per
+    category that the table holds, the categories sorted. Missing values (null, NaN or empty text)
+    are refused, or with `missing="indicator"` numbers are filled with the mean of their column in
+    `source`, categories with zeros, and the column is followed by inputs that are 1 where a value
+    was missing. A text or categorical label gives sorted `class_names`; whole labels mean
+    classification, fractional regression.
 
     `client` names the columns that become natural keys. `test` is another source with the same
     columns, encoded as `source` is; a category that only it holds becomes zeros.
@@ -69,55 +82,83 @@ def from_table(
     table = read_table(source, name)
     held_out = None if test is None else read_table(test, f"{name}, test part")
     clients = (client,) if isinstance(client, str) else tuple(client or ())
-    features = _features(table, label, clients, features, name)
-    inputs, names = encode_columns(table, features, test=held_out, missing=missing, name=name)
-    width = inputs[0].shape[1]
-    y, sorted_names = label_values(table, label, name)
-    test_y = None if held_out is None else label_values(held_out, label, f"{name}, test part")[0]
-    return from_arrays(
-        inputs[0],
-        y,
+    if encoding is not None:
+        said = {"label": label, "features": features, "classes": classes,
+                "class_names": class_names, "missing": missing != "refuse"}  # fmt: skip
+        beside = [noun for noun, given in said.items() if given]
+        if beside:
+            raise DataError(f"{name}: an encoding is given, which says what {beside[0]} would say")
+        own = encoding if isinstance(encoding, Encoding) else Encoding.load(Path(encoding))
+        keys = client_keys(table, clients, name)
+        return _encoded(table, held_out, own, keys, task, name, units)
+    if not label:
+        raise DataError(f"{name}: say which column is the label, label='...'")
+    if units:
+        raise DataError(f"{name}: units are compared with an encoding's, and none is given")
+    if missing not in get_args(Missing):
+        raise DataError(f"{name}: missing must be 'refuse' or 'indicator', not {missing!r}")
+    features = chosen(table, label, features, clients, name)
+    inputs = fitted(table, features, missing, name)
+    target, sorted_names = label_values(table, label, name)
+    held = None
+    if held_out is not None:
+        part = f"{name}, test part"
+        test_target, _ = label_values(held_out, label, part)
+        held = inputs_of(inputs, held_out, part), test_target
+    x = inputs_of(inputs, table, name)
+    dataset = from_arrays(
+        x,
+        target,
         task=task,
         classes=classes,
         keys=client_keys(table, clients, name),
-        test=None if test_y is None else (inputs[1], test_y),
+        test=held,
         name=name,
         class_names=tuple(class_names) or sorted_names,
-        describe=f"{len(features)} columns of {name} as {width} inputs, label {label!r}",
-        columns=names,
-    )
+        describe=f"{len(features)} columns of {name} as {x.shape[1]} inputs, label {label!r}",
+    )  # fmt: skip
+    return dataset.encoded(Encoding(inputs, _label(dataset, target), label))
 
 
-def _features(
+def _encoded(
     table: Table,
-    label: str,
-    clients: Sequence[str],
-    features: Sequence[str] | None,
+    test: Table | None,
+    encoding: Encoding,
+    keys: Mapping[str, Array],
+    task: Task | str | None,
     name: str,
-) -> tuple[str, ...]:
-    columns = table.column_names
-    check_columns((label, *clients), columns, name)
-    if features is None:
-        others = {label, *clients, *_index_columns(table)}
-        features = tuple(column for column in columns if column not in others)
-        if "" in features:
-            raise DataError(
-                f"{name}: a column has no name, as when pandas writes its row numbers to CSV; "
-                "write with index=False, or say which columns to use with features=..."
-            )
-    features = (features,) if isinstance(features, str) else tuple(features)
-    check_columns(features, columns, name)
-    if label in features:
-        raise DataError(f"{name}: the label {label!r} is among the features; take it out")
-    if not features:
-        raise DataError(f"{name}: there is no column but the label and the clients to learn from")
-    return features
+    units: Mapping[str, str] | None,
+) -> Dataset:
+    """A table, and its test part, as an encoding says."""
+    parts = [(table, name)] + ([(test, f"{name}, test part")] if test is not None else [])
+    (x, y), *held_out = [
+        (encoding.inputs(each, part, units), encoding.targets(each, part, units))
+        for each, part in parts
+    ]
+    classes = len(encoding.classes) or None
+    dataset = from_arrays(
+        x,
+        y,
+        task=task or ("classification" if classes else "regression"),
+        classes=classes,
+        keys=keys,
+        test=held_out[0] if held_out else None,
+        name=name,
+        class_names=encoding.classes,
+        describe=f"{name} as {x.shape[1]} inputs, label {encoding.target!r}",
+    )
+    return dataset.encoded(encoding)
 
 
-def _index_columns(table: Table) -> list[str]:
-    """Columns that hold the index of a pandas frame: usable by name, but no features."""
-    metadata = json.loads((table.schema.metadata or {}).get(b"pandas", b"{}"))
-    return [index for index in metadata.get("index_columns", ()) if isinstance(index, str)]
+def _label(dataset: Dataset, target: Array) -> Classes | Amounts:
+    """What the label has become, for another table."""
+    if not dataset.task.labelled or not dataset.classes:
+        return Amounts(width=target.shape[1] if target.ndim > 1 else 1)
+    numbers = tuple(str(number) for number in range(dataset.classes))
+    texts = ("false", "true") if target.dtype.kind == "b" else numbers
+    names = tuple(map(plain, dataset.class_names)) or texts
+    same = dict(zip(texts, names, strict=True)) if target.dtype.kind != "O" else {}
+    return Classes(values=names, same={one: name for one, name in same.items() if one != name})
 
 
 def label_values(table: Table, label: str, name: str) -> tuple[Array, tuple[str, ...]]:

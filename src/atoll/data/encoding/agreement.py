@@ -1,0 +1,351 @@
+"""Agreement: one encoding from what several sites tell of their tables, or all that hinders it."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from atoll.data.encoding.columns import Amounts, Categories, Classes, Numbers
+from atoll.data.encoding.encoding import Encoding
+from atoll.data.encoding.summary import ColumnSummary, Summary, pooled
+from atoll.data.encoding.values import in_order, plain, shown
+from atoll.errors import DataError
+
+Missing = Literal["refuse", "indicator"]
+Unknown = Literal["refuse", "zeros"]
+#: Means that are so many deviations apart, and of so many times the size, are of another unit.
+APART, TIMES = 3.0, 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """What people have decided where sites differ."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    units: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    alike: frozenset[str] = frozenset()
+    leave_out: frozenset[str] = frozenset()
+
+
+def agree(
+    summaries: Iterable[Summary],
+    *,
+    columns: Mapping[str, str] | None = None,
+    values: Mapping[str, Mapping[str, str]] | None = None,
+    units: Mapping[str, Mapping[str, float]] | None = None,
+    alike: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    missing: Missing = "refuse",
+    unknown: Unknown = "refuse",
+    scale: bool = False,
+    task: str | None = None,
+) -> Encoding:
+    """One encoding for several sites' tables, in the order of the first one's columns.
+
+    Where sites differ in a way that may have two meanings, nothing is guessed: all of it is said
+    in one DataError, with what to write to decide it.
+
+    Args:
+        summaries: what each site tells (see `summarize`).
+        columns: other names of columns, and the columns that they are: {"Chol": "chol"}.
+        values: other spellings, by column: {"sex": {"F": "female", "1": "male"}}.
+        units: by column, other units and what their values are multiplied by to be in the agreed
+            one: {"chol": {"mmol/l": 38.67}}.
+        alike: columns whose different values or sizes are right as they are.
+        leave_out: columns that become no input.
+        missing: "refuse", or "indicator": numbers are filled with the mean of all sites, categories
+            with zeros, and columns that lack values anywhere are followed by an input that is 1
+            where there was none.
+        unknown: what becomes of categories that no site has told: "refuse", or "zeros".
+        scale: whether numbers are brought to mean 0 and deviation 1 over all sites.
+        task: "regression" for a label of few whole numbers that are amounts and not classes.
+    """
+    told = list(summaries)
+    decided = Decisions(
+        columns={**(columns or {})},
+        values={column: _spelled(same) for column, same in (values or {}).items()},
+        units={**(units or {})},
+        alike=frozenset(alike),
+        leave_out=frozenset(leave_out),
+    )
+    for noun, given, known in (
+        ("missing", missing, ("refuse", "indicator")), ("unknown", unknown, ("refuse", "zeros")),
+    ):  # fmt: skip
+        if given not in known:
+            raise DataError(f"{noun} must be {' or '.join(map(repr, known))}, not {given!r}")
+    if not told:
+        raise DataError("there is no summary to agree on")
+    sites = [summary.site for summary in told]
+    if len(set(sites)) < len(sites):
+        raise DataError(f"two summaries are of {max(sites, key=sites.count)!r}; name their sites")
+    found = _Columns(told, decided)
+    inputs: dict[str, Numbers | Categories] = {}
+    for column in found.inputs:
+        own = found.of(column)
+        if own is not None and own.categories:
+            inputs[column] = own.as_categories(missing, unknown)
+        elif own is not None:
+            inputs[column] = own.as_numbers(missing, scale)
+    label = found.of(found.target)
+    found.raise_faults()
+    assert label is not None
+    return Encoding(inputs, label.as_label(task), found.target)
+
+
+def _spelled(same: Mapping[str, str]) -> dict[str, str]:
+    return {plain(spelling): plain(value) for spelling, value in same.items()}
+
+
+class _Columns:
+    """Which site tells what of which column, and what they do not agree on."""
+
+    def __init__(self, told: Sequence[Summary], decided: Decisions) -> None:
+        self.told, self.decided = told, decided
+        self.faults: list[str] = []
+        self.target = self._name(told[0].target)
+        self._tables = [self._renamed(summary) for summary in told]
+        others = [s for s in told if self._name(s.target) != self.target]
+        for summary in others:
+            self.faults.append(
+                f"the label is {self.target!r} at {told[0].site} and {summary.target!r} at "
+                f"{summary.site}: if they are the same, columns={{{summary.target!r}: "
+                f"{self.target!r}}}"
+            )
+        self.inputs = self._inputs()
+        known = {self.target, *(name for table in self._tables for name in table)}
+        for noun, given in (
+            ("values", decided.values), ("units", decided.units), ("alike", decided.alike),
+            ("leave_out", {self._name(n): 0 for n in decided.leave_out}),
+            ("columns", set(decided.columns.values())),
+        ):  # fmt: skip
+            odd = sorted(set(given) - known)
+            if odd:
+                self.faults.append(f"{noun} names {shown(odd)}, which no site has")
+
+    def _name(self, column: str) -> str:
+        return self.decided.columns.get(column, column)
+
+    def _renamed(self, summary: Summary) -> dict[str, ColumnSummary]:
+        found: dict[str, ColumnSummary] = {}
+        for column, told in summary.columns.items():
+            name = self._name(column)
+            if name in found or name == self.target:
+                self.faults.append(f"{summary.site} has two columns that are {name!r}")
+            found[name] = told
+        return found
+
+    def _inputs(self) -> list[str]:
+        """Columns that all have, in the first one's order; others are a fault."""
+        left = {self._name(name) for name in self.decided.leave_out} | self.decided.leave_out
+        everything = list(dict.fromkeys(name for table in self._tables for name in table))
+        shared = [name for name in everything if name not in left]
+        common = [name for name in shared if all(name in table for table in self._tables)]
+        for name in shared:
+            if name in common:
+                continue
+            have = [
+                s.site for s, table in zip(self.told, self._tables, strict=True) if name in table
+            ]
+            others = [n for n in shared if n != name and n not in common and not any(
+                n in table and name in table for table in self._tables)]  # fmt: skip
+            near = get_close_matches(name.casefold(), {n.casefold(): n for n in others}, 1, 0.5)
+            close = next((n for n in others if near and n.casefold() == near[0]), "another")
+            self.faults.append(
+                f"only {_sites(have)} has a column {name!r}: if it is {close!r} elsewhere, columns="
+                f"{{{name!r}: {close!r}}}; if it is to be no input, leave_out=[{name!r}]"
+            )
+        if not common:
+            self.faults.append("there is no column that all sites have")
+        return common
+
+    def of(self, column: str) -> _Column | None:
+        """A column of all sites, unless they do not agree on it."""
+        label = column == self.target
+        sites = {
+            summary.site: summary.label if label else table[column]
+            for summary, table in zip(self.told, self._tables, strict=True)
+        }
+        names = (
+            [s.target for s in self.told] if label else [n for s in self.told for n in s.columns]
+        )
+        called = [n for n in dict.fromkeys(names) if n != column and self._name(n) == column]
+        found = _Column(column, sites, tuple(called), self.decided, label)
+        faults = found.faults()
+        self.faults += faults
+        return None if faults else found
+
+    def raise_faults(self) -> None:
+        if self.faults:
+            lines = "".join(f"\n  - {fault}" for fault in dict.fromkeys(self.faults))
+            raise DataError(f"the sites' tables do not agree yet:{lines}")
+
+
+class _Column:
+    """What the sites tell of one column."""
+
+    def __init__(
+        self, name: str, sites: Mapping[str, ColumnSummary], called: tuple[str, ...],
+        decided: Decisions, label: bool,
+    ) -> None:  # fmt: skip
+        self.name, self.sites, self.called, self.label = name, sites, called, label
+        self.noun = f"{'label' if label else 'column'} {name!r}"
+        self.same = dict(decided.values.get(name, {}))
+        self.factors = {unit: float(by) for unit, by in decided.units.get(name, {}).items()}
+        self.alike = name in decided.alike
+        kinds = {told.kind for told in sites.values()}
+        self.categories = "categories" in kinds or bool(self.same)
+        codes = [code for told in sites.values() for code in told.no_value]
+        self.no_value = tuple(dict.fromkeys(codes))
+
+    def faults(self) -> list[str]:
+        return list(self._faults_of_categories() if self.categories else self._faults_of_numbers())
+
+    def _faults_of_categories(self) -> Iterable[str]:
+        for site, told in self.sites.items():
+            if told.kind == "numbers" and not (told.values or told.rare):
+                words = [s for s, t in self.sites.items() if t.kind == "categories"]
+                yield (
+                    f"{self.noun} is numbers at {site} and categories at {_sites(words)}: bring it "
+                    f"into one form, or leave_out=[{self.name!r}]"
+                )
+                return
+        if any(told.unit for told in self.sites.values()):
+            yield f"{self.noun} has a unit at one site, and categories at another"
+        vocabularies = {site: self._vocabulary(told) for site, told in self.sites.items()}
+        empty = [site for site, values in vocabularies.items() if not values]
+        if empty:
+            yield (
+                f"{self.noun} has no value at {_sites(empty)} that is held by enough rows to be "
+                f"told: summarize with a smaller least there, or leave_out=[{self.name!r}]"
+            )
+            return
+        if self.alike:
+            return
+        everything = in_order({value for values in vocabularies.values() for value in values})
+        for one, other in combinations(everything, 2):
+            if _letters(one) == _letters(other):
+                yield (
+                    f"{self.noun} holds {one!r} and {other!r}: if they are the same, values="
+                    f"{{{self.name!r}: {{{other!r}: {one!r}}}}}; if not, alike=[{self.name!r}]"
+                )
+        first, *others = vocabularies
+        for site in others:
+            if not set(vocabularies[site]) & set(vocabularies[first]):
+                yield (
+                    f"{self.noun} holds {shown(vocabularies[first])} at {first} and "
+                    f"{shown(vocabularies[site])} at {site}, none the same: say which are, values="
+                    f"{{{self.name!r}: {{{vocabularies[site][0]!r}: {vocabularies[first][0]!r}, "
+                    f"...}}}}; or alike=[{self.name!r}] if they are all different"
+                )
+
+    def _vocabulary(self, told: ColumnSummary) -> tuple[str, ...]:
+        return in_order({self.same.get(value, value) for value in told.values})
+
+    def _faults_of_numbers(self) -> Iterable[str]:
+        widths = {told.width for told in self.sites.values()}
+        if len(widths) > 1:
+            yield f"{self.noun} has {' and '.join(map(str, sorted(widths)))} numbers per row"
+            return
+        units = {told.unit for told in self.sites.values()} - set(self.factors)
+        if len(units) > 1 or (self.factors and units == {""}):
+            said = ", ".join(f"{told.unit or 'nothing'} at {s}" for s, told in self.sites.items())
+            yield (
+                f"{self.noun} is said to be in other units ({said}): units={{{self.name!r}: "
+                "{other unit: factor to the agreed one}}, and a unit at every site"
+            )
+            return
+        if self.alike:
+            return
+        for (one, mine), (other, theirs) in combinations(self._scaled().items(), 2):
+            for place in range(mine.width):
+                a, b = mine.mean[place], theirs.mean[place]
+                spread = max(mine.deviation[place], theirs.deviation[place])
+                small, large = sorted((abs(a), abs(b)))
+                if abs(a - b) > APART * spread and large > TIMES * small:
+                    yield (
+                        f"{self.noun} is of another size at {one} (mean {a:.4g}, deviation "
+                        f"{mine.deviation[place]:.3g}) than at {other} ({b:.4g}, "
+                        f"{theirs.deviation[place]:.3g}): say the units, or alike=[{self.name!r}] "
+                        "if it is right"
+                    )
+                    return
+
+    def _scaled(self) -> dict[str, ColumnSummary]:
+        """What each site tells, in the agreed unit."""
+        found = {}
+        for site, told in self.sites.items():
+            by = self.factors.get(told.unit, 1.0)
+            found[site] = replace(
+                told,
+                mean=tuple(each * by for each in told.mean),
+                deviation=tuple(each * by for each in told.deviation),
+            )
+        return found
+
+    @property
+    def unit(self) -> str:
+        return next((t.unit for t in self.sites.values() if t.unit not in self.factors), "")
+
+    def as_numbers(self, missing: Missing, scale: bool) -> Numbers:
+        told = [*self.sites.values()]
+        mean, deviation = pooled(told, [self.factors.get(each.unit, 1.0) for each in told])
+        lacking = np.sum([each.missing for each in told], axis=0) > 0
+        flagged = tuple(np.flatnonzero(lacking).tolist())
+        filled = missing == "indicator"
+        spread = np.where(deviation > 0, deviation, 1.0)
+        return Numbers(
+            called=self.called,
+            no_value=self.no_value,
+            width=told[0].width,
+            unit=self.unit,
+            units=self.factors,
+            centre=tuple(mean.tolist()) if scale else (),
+            spread=tuple(spread.tolist()) if scale else (),
+            fill=tuple(mean.tolist()) if filled else (),
+            flagged=flagged if filled else (),
+        )
+
+    def _values(self) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The agreed texts in order, and the other spellings of them."""
+        held = {value for told in self.sites.values() for value in told.values}
+        values = in_order({self.same.get(value, value) for value in held} | set(self.same.values()))
+        return values, {
+            spelling: value for spelling, value in self.same.items() if spelling != value
+        }
+
+    def as_categories(self, missing: Missing, unknown: Unknown) -> Categories:
+        values, same = self._values()
+        lacking = any(any(told.missing) for told in self.sites.values())
+        gaps = ("indicator" if lacking else "zeros") if missing == "indicator" else "refuse"
+        return Categories(
+            called=self.called, no_value=self.no_value, values=values, same=same, unknown=unknown,
+            missing=gaps,
+        )  # fmt: skip
+
+    def as_label(self, task: str | None) -> Classes | Amounts:
+        told = [*self.sites.values()]
+        few = all(each.values or each.rare for each in told)
+        if self.categories or (few and task in (None, "classification")):
+            values, same = self._values()
+            return Classes(called=self.called, no_value=self.no_value, values=values, same=same)
+        return Amounts(
+            called=self.called, no_value=self.no_value, width=told[0].width, unit=self.unit,
+            units=self.factors,
+        )  # fmt: skip
+
+
+def _letters(text: str) -> str:
+    """What of a text tells it apart from another: letters and digits, whatever their case."""
+    bare = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(c for c in bare if c.isalnum()) or text
+
+
+def _sites(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,252 @@
+"""Kinds of columns: what each becomes as inputs of a model, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.data.arrow import Array, missing_error
+from atoll.data.encoding.values import coded, numbers, shown
+from atoll.errors import DataError
+
+FILL_FIRST = "fill or drop them first, or say missing='indicator'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a table.
+
+    Args:
+        called: what else it is called.
+        no_value: texts or numbers that mean that there is no value.
+    """
+
+    kind: ClassVar[str]
+
+    called: tuple[str, ...] = ()
+    no_value: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers(Column):
+    """A column of numbers, or of lists of so many, each of which is an input.
+
+    Args:
+        width: numbers per row.
+        unit: what they are counted in, where that is said.
+        units: other units, and by what their values are multiplied to be in this one.
+        centre, spread: [width], inputs are (value - centre) / spread; empty leaves them alone.
+        fill: [width], what stands where there is no value; empty refuses gaps.
+        flagged: places followed, after all, by an input that is 1 where there was no value.
+    """
+
+    kind = "numbers"
+
+    width: int = 1
+    unit: str = ""
+    units: Mapping[str, float] = field(default_factory=dict)
+    centre: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
+    fill: tuple[float, ...] = ()
+    flagged: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("centre", "spread", "fill"):
+            told = getattr(self, name)
+            if told and (len(told) != self.width or not np.isfinite(told).all()):
+                raise DataError(f"{name} must be {self.width} finite numbers, not {told}")
+        if len(self.centre) != len(self.spread) or not all(each > 0 for each in self.spread):
+            raise DataError("centre and spread go together, and a spread is above 0")
+        if not all(0 <= place < self.width for place in self.flagged):
+            raise DataError(f"flagged are places from 0 to {self.width - 1}, not {self.flagged}")
+        if self.flagged and not self.fill:
+            raise DataError("what is flagged where there is no value has a fill")
+        if not all(np.isfinite(factor) and factor > 0 for factor in self.units.values()):
+            raise DataError(f"units are numbers above 0 to multiply by, not {dict(self.units)}")
+        if self.units and not (self.unit and all(self.units)):
+            raise DataError("where there are other units, each has a name, this column's own too")
+
+    def names(self, column: str) -> list[str]:
+        """What each input is."""
+        places = [column] if self.width == 1 else [f"{column}[{i}]" for i in range(self.width)]
+        return places + [f"{places[place]} missing" for place in self.flagged]
+
+    def block(self, values: Any, noun: str, name: str, unit: str = "") -> Array:
+        """Inputs [N, width + flagged] of a table's column."""
+        found = numbers(values, noun, name, self.no_value)
+        if found.shape[1] != self.width:
+            raise DataError(
+                f"{name}: {noun} has {found.shape[1]} numbers per row, but {self.width} in the "
+                "encoding"
+            )
+        factor = self._factor(unit, noun, name)
+        found = self._scaled(found if factor == 1 else found * factor)
+        lacking = np.isnan(found) if found.dtype.kind == "f" else np.zeros(found.shape, np.bool_)
+        if not lacking.any():
+            return np.hstack([found, lacking[:, list(self.flagged)]]) if self.flagged else found
+        if not self.fill:
+            raise missing_error(noun, int(lacking.sum()), found.size, name, FILL_FIRST)
+        fill = np.asarray(self._scaled(np.array(self.fill)), np.float32)
+        filled = np.where(lacking, fill, found.astype(np.float32, copy=False))
+        return np.hstack([filled, lacking[:, list(self.flagged)]])
+
+    def _scaled(self, values: Array) -> Array:
+        if not self.centre:
+            return values
+        scaled: Array = (values - np.array(self.centre)) / np.array(self.spread)
+        return scaled
+
+    def _factor(self, unit: str, noun: str, name: str) -> float:
+        if not unit and self.units:
+            raise DataError(
+                f"{name}: {noun} may be in {' or '.join(map(repr, [self.unit, *self.units]))}: say "
+                f"which, with units={{...}} or as in {f'age [{self.unit}]'!r}"
+            )
+        if not unit or unit == self.unit:
+            return 1.0
+        if unit not in self.units:
+            told = f"in {self.unit!r}" if self.unit else "without a unit"
+            raise DataError(
+                f"{name}: {noun} is in {unit!r}, but {told} in the encoding, which knows no "
+                "factor; convert it first"
+            )
+        return self.units[unit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Categories(Column):
+    """A column of categories, each of which is an input that is 1 where it holds.
+
+    Args:
+        values: the categories, as texts.
+        same: other spellings, and the categories that they are.
+        unknown: what becomes of other values: "refuse", or "zeros" in all inputs.
+        missing: what becomes of rows without a value: "refuse", "zeros", or "indicator", which
+            adds an input that is 1 there.
+    """
+
+    kind = "categories"
+
+    values: tuple[str, ...]
+    same: Mapping[str, str] = field(default_factory=dict)
+    unknown: str = "refuse"
+    missing: str = "refuse"
+
+    def __post_init__(self) -> None:
+        _check_values(self.values, self.same)
+        if self.unknown not in ("refuse", "zeros"):
+            raise DataError(f"unknown is 'refuse' or 'zeros', not {self.unknown!r}")
+        if self.missing not in ("refuse", "zeros", "indicator"):
+            raise DataError(f"missing is 'refuse', 'zeros' or 'indicator', not {self.missing!r}")
+
+    @property
+    def width(self) -> int:
+        return len(self.values)
+
+    def names(self, column: str) -> list[str]:
+        """What each input is."""
+        told = [f"{column}={text}" for text in self.values]
+        return told + [f"{column} missing"] * (self.missing == "indicator")
+
+    def block(self, values: Any, noun: str, name: str, unit: str = "") -> NDArray[np.bool_]:
+        """Inputs [N, categories, and one more if gaps are flagged] of a table's column."""
+        if unit:
+            raise DataError(f"{name}: {noun} has unit {unit!r}, but is categories in the encoding")
+        codes, missing = _places(self, values, noun, name, strict=self.unknown == "refuse")
+        if missing.any() and self.missing == "refuse":
+            raise missing_error(noun, int(missing.sum()), len(codes), name, FILL_FIRST)
+        flagged = self.missing == "indicator"
+        block = np.zeros((len(codes), len(self.values) + flagged), np.bool_)
+        rows = np.flatnonzero(codes >= 0)
+        block[rows, codes[rows]] = True
+        if flagged:
+            block[:, -1] = missing
+        return block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes(Column):
+    """A label that is one of some classes.
+
+    Args:
+        values: the classes, as texts, in the order of their numbers.
+        same: other spellings, and the classes that they are.
+    """
+
+    kind = "classes"
+
+    values: tuple[str, ...]
+    same: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_values(self.values, self.same)
+
+    def targets(self, values: Any, noun: str, name: str, unit: str = "") -> NDArray[np.int64]:
+        """Labels [N] of a table's column."""
+        if unit:
+            raise DataError(f"{name}: {noun} has unit {unit!r}, but is classes in the encoding")
+        codes, missing = _places(self, values, noun, name, strict=True)
+        if missing.any():
+            advice = "drop these rows first"
+            raise missing_error(noun, int(missing.sum()), len(codes), name, advice)
+        return codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amounts(Column):
+    """A label that is an amount, or a list of so many.
+
+    Args:
+        width: amounts per row.
+        unit: what they are counted in, where that is said.
+        units: other units, and by what their values are multiplied to be in this one.
+    """
+
+    kind = "amounts"
+
+    width: int = 1
+    unit: str = ""
+    units: Mapping[str, float] = field(default_factory=dict)
+
+    def targets(self, values: Any, noun: str, name: str, unit: str = "") -> Array:
+        """Amounts [N] or [N, width] of a table's column."""
+        own = Numbers(width=self.width, unit=self.unit, units=self.units, no_value=self.no_value)
+        found = own.block(values, noun, name, unit)
+        return found[:, 0] if self.width == 1 else found
+
+
+def _check_values(values: Sequence[str], same: Mapping[str, str]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise DataError("values are different texts, with at least one of them")
+    for spelling, value in same.items():
+        if value not in values or spelling in values:
+            raise DataError(
+                f"{spelling!r} cannot be another spelling of {value!r}; the values are "
+                f"{shown(values)}"
+            )
+
+
+def _places(
+    column: Categories | Classes, values: Any, noun: str, name: str, *, strict: bool
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where each row's value [N] stands among the column's, -1 for none, and which have none."""
+    found = coded(values, noun, name, column.no_value)
+    place = {text: number for number, text in enumerate(column.values)}
+    place |= {text: place[value] for text, value in column.same.items()}
+    odd = [text for text in found.texts if text not in place]
+    if odd and strict:
+        held = found.counts()
+        near = get_close_matches(odd[0].lower(), {v.lower(): v for v in column.values}, 1)
+        close = next((v for v in column.values if near and v.lower() == near[0]), "")
+        raise DataError(
+            f"{name}: {noun} holds {shown(odd)} ({held[odd[0]]} times {odd[0]!r}, first at row "
+            f"{found.first(odd[0])}), which the encoding does not know; it knows "
+            f"{shown(column.values)}" + (f": is it {close!r}?" if close else "")
+        )
+    moved = np.array([*(place.get(text, -1) for text in found.texts), -1], np.int64)
+    return moved[found.codes], found.codes < 0
