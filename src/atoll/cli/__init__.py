@@ -131,8 +131,103 @@ def parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="list data sets, or show what one holds")
     data.add_argument("name", nargs="?", help="a data set to load and describe")
     data.set_defaults(module="data")
+    _tables(commands)
     add_serving(commands)
     return top
+
+
+def _tables(commands: Any) -> None:
+    told = commands.add_parser("summarize", help="tell what a table's columns are")
+    told.add_argument("table", metavar="TABLE", help="a .csv or .parquet file")
+    told.add_argument("--label", required=True, metavar="COLUMN", help="the column to predict")
+    told.add_argument("--features", nargs="+", metavar="COLUMN", help="default: all others")
+    told.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="COLUMN", help="told nothing of"
+    )
+    told.add_argument(
+        "--unit",
+        action="append",
+        default=[],
+        metavar="COLUMN=UNIT",
+        help="what a column is counted in; 'weight [kg]' as its name says it too",
+    )
+    told.add_argument(
+        "--no-value",
+        action="append",
+        default=[],
+        metavar="[COLUMN=]TEXT",
+        help="a text or number that means that there is no value",
+    )
+    told.add_argument(
+        "--least",
+        type=positive,
+        default=5,
+        metavar="ROWS",
+        help="values that fewer rows hold are not named; default: 5",
+    )
+    told.add_argument("--site", metavar="NAME", help="whose table it is; default: the file's name")
+    told.add_argument("--output", metavar="FILE", help="default: NAME.summary.json")
+    told.set_defaults(module="encoding")
+
+    agree = commands.add_parser("agree", help="make one encoding of several sites' summaries")
+    agree.add_argument("summary", nargs="+", metavar="SUMMARY", help="what `summarize` wrote")
+    agree.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="OTHER=NAME",
+        help="another name of a column",
+    )
+    agree.add_argument(
+        "--value",
+        action="append",
+        default=[],
+        metavar="COLUMN:OTHER=VALUE",
+        help="another spelling of a category or class",
+    )
+    agree.add_argument(
+        "--unit",
+        action="append",
+        default=[],
+        metavar="COLUMN:UNIT=FACTOR",
+        help="another unit, and what its values are multiplied by",
+    )
+    agree.add_argument(
+        "--alike",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="columns whose different values or sizes are right",
+    )
+    agree.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="COLUMN", help="columns that become no input"
+    )
+    agree.add_argument(
+        "--missing",
+        choices=("refuse", "indicator"),
+        default="refuse",
+        help="rows without a value: refused (default), or filled, flagged",
+    )
+    agree.add_argument(
+        "--unknown",
+        choices=("refuse", "zeros"),
+        default="refuse",
+        help="categories that no site tells: refused (default), or zeros",
+    )
+    agree.add_argument(
+        "--scale",
+        action="store_true",
+        help="bring numbers to mean 0 and deviation 1 over all sites",
+    )
+    agree.add_argument(
+        "--task",
+        choices=("classification", "regression"),
+        help="default: classes where the label has few different values",
+    )
+    agree.add_argument(
+        "--output", default="encoding.json", metavar="FILE", help="default: encoding.json"
+    )
+    agree.set_defaults(module="encoding")
 
 
 def _flower(commands: Any) -> None:

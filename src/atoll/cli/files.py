@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 
 from atoll.data.dataset import Dataset
+from atoll.data.encoding.encoding import Encoding
 from atoll.data.federated import FederatedData, assemble
+from atoll.data.sources.table import from_table
 from atoll.errors import AtollError, CheckpointError, ConfigurationError
 from atoll.federation import Federation
 from atoll.simulation.devices import Devices
 from atoll.tracking.reading import run_at
 
+#: Files that are tables.
+TABLES = frozenset({".csv", ".parquet"})
 SITE = "data = atoll.data.from_arrays(x, y, classes=10)"
 EXAMPLE = "federation = Federation(...) and clients = data.load(...).dirichlet(...)"
 
@@ -45,15 +49,18 @@ def read_plan(name: str) -> Federation:
     return _federation(_run(name), name)
 
 
-def read_data(name: str) -> FederatedData:
-    """One client's data from a Python file that defines `data`.
+def read_data(name: str, encoding: Encoding | None = None) -> FederatedData:
+    """One client's data from a Python file that defines `data`, or a table as it is.
 
-    That is a Dataset, a population of one, or a population of which `client` names one.
+    `data` is a Dataset, a population of one, or a population of which `client` names one. A .csv or
+    .parquet file is read as the federation's `encoding` says.
     """
+    if Path(name).suffix.lower() in TABLES:
+        return _one_client(_table(name, encoding))
     found = _run(name)
     data = _called(found, "data", name, SITE)
     if isinstance(data, Dataset):
-        return assemble(data, ["site"], [np.arange(len(data))], 0.0, 0)
+        return _one_client(data)
     if not isinstance(data, FederatedData):
         raise ConfigurationError(
             f"`data` in {name} is a {type(data).__name__}; it must be a Dataset, e.g. {SITE}"
@@ -66,6 +73,20 @@ def read_data(name: str) -> FederatedData:
             f"{data.names[0]!r}"
         )
     return data
+
+
+def _table(name: str, encoding: Encoding | None) -> Dataset:
+    if encoding is None:
+        raise ConfigurationError(
+            f"{name} is a table, and the federation has no encoding that says what its columns "
+            "are: give Federation(encoding=...), see `atoll agree`, or a Python file that defines "
+            "`data`"
+        )
+    return from_table(name, encoding=encoding)
+
+
+def _one_client(data: Dataset) -> FederatedData:
+    return assemble(data, ["site"], [np.arange(len(data))], 0.0, 0)
 
 
 def _run(name: str) -> dict[str, Any]:

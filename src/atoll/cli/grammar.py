@@ -88,7 +88,11 @@ def _server(commands: Any) -> None:
         "--linger", type=_seconds, default=600.0, metavar="SECONDS",
         help="how long to answer after the end, for sites to fetch the model; default: 600",
     )  # fmt: skip
-    serve.add_argument("--test", metavar="FILE", help="a file whose `data` each model is tested on")
+    serve.add_argument(
+        "--test",
+        metavar="FILE",
+        help="a file whose `data`, or a table on which, each model is tested",
+    )
     serve.add_argument("--log", choices=("text", "json"), default="text")
     serve.set_defaults(module="serve")
 
@@ -102,7 +106,13 @@ def _site(commands: Any) -> None:
     join = commands.add_parser("join", help="run a site's agent, beside its data")
     join.add_argument("url", help="https://HOST:PORT of the server")
     join.add_argument("file", help="the site's own copy of the federation's file")
-    join.add_argument("--data", required=True, metavar="FILE", help="a file that defines `data`")
+    join.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="a file that defines `data`, "
+        "or a .csv or .parquet that the federation's encoding describes",
+    )
     join.add_argument("--token", help="the one-time token, or - for standard input; the variable "
                       "ATOLL_TOKEN is safer, needed only once")  # fmt: skip
     join.add_argument("--token-file", metavar="FILE", help="a file that holds the token")

@@ -28,6 +28,6 @@ def run(options: argparse.Namespace) -> int:
     listening = Listening(
         host=options.host, port=options.port, blobs=options.blobs, linger=options.linger
     )
-    test = None if options.test is None else read_data(options.test)
+    test = None if options.test is None else read_data(options.test, federation.encoding)
     done = serve(federation, folder, service, listening, test)
     return 0 if done else 130

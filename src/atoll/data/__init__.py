@@ -2,6 +2,7 @@
 
 from atoll.data.catalogue import load, names
 from atoll.data.dataset import Dataset
+from atoll.data.encoding import Encoding, Summary, agree, summarize
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
 from atoll.data.gathered import from_clients
@@ -23,9 +24,12 @@ __all__ = [
     "REGRESSION",
     "TOKENS",
     "Dataset",
+    "Encoding",
     "Examples",
     "FederatedData",
+    "Summary",
     "Task",
+    "agree",
     "from_arrays",
     "from_clients",
     "from_columns",
@@ -37,5 +41,6 @@ __all__ = [
     "generated",
     "load",
     "names",
+    "summarize",
     "synthetic",
 ]

@@ -22,6 +22,7 @@ ArrowType = Any
 Missing = Literal["refuse", "indicator"]
 #: The first pyarrow that casts the text columns of polars.
 INSTALL = "pyarrow>=18"
+NO_TEXT = "is no UTF-8 text; save it as UTF-8, whatever wrote the file"
 DROP = "drop these rows first"
 
 
@@ -83,7 +84,13 @@ def _read_file(path: Path, name: str) -> Table:
     if not path.is_file():
         raise DataError(f"{name}: there is no file {str(path)!r}")
     try:
-        return reader(path)
+        table = reader(path)
+        odd = [c for c in table.column_names if pyarrow_module().types.is_binary(table[c].type)]
+        if odd and reader is _read_csv:
+            raise DataError(f"{name}: column {odd[0]!r} {NO_TEXT}")
+        return table
+    except UnicodeDecodeError:
+        raise DataError(f"{name}: a column's name {NO_TEXT}") from None
     except (pyarrow_module().ArrowException, OSError) as error:
         raise DataError(f"{name}: {path.name!r} cannot be read: {error}") from error
 

@@ -88,7 +88,8 @@ class CheckIn(Message, frozen=True):
 
     `busy` names the assignment it is at work on, and asks for nothing but whether it still counts.
     `plan` and `layout` are the digests of its own copy of the federation, `meaning` that of the
-    names of its inputs, classes and label, which it may also tell. `agent` is drawn when an agent starts.
+    names of its inputs, classes and label, which it may also tell. `agent` is drawn when an
+    agent starts.
     """
 
     plan: Hex32

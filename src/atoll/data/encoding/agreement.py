@@ -147,8 +147,9 @@ class _Columns:
         everything = list(dict.fromkeys(name for table in self._tables for name in table))
         shared = [name for name in everything if name not in left]
         common = [name for name in shared if all(name in table for table in self._tables)]
+        paired: set[str] = set()
         for name in shared:
-            if name in common:
+            if name in common or name in paired:
                 continue
             have = [
                 s.site for s, table in zip(self.told, self._tables, strict=True) if name in table
@@ -157,9 +158,17 @@ class _Columns:
                 n in table and name in table for table in self._tables)]  # fmt: skip
             near = get_close_matches(name.casefold(), {n.casefold(): n for n in others}, 1, 0.5)
             close = next((n for n in others if near and n.casefold() == near[0]), "another")
+            has = "has" if len(have) == 1 else "have"
+            if close == "another":
+                self.faults.append(
+                    f"only {_sites(have)} {has} a column {name!r}: if it is called otherwise "
+                    f"elsewhere, columns={{that: {name!r}}}; if not, leave_out=[{name!r}]"
+                )
+                continue
+            paired.add(close)
             self.faults.append(
-                f"only {_sites(have)} has a column {name!r}: if it is {close!r} elsewhere, columns="
-                f"{{{name!r}: {close!r}}}; if it is to be no input, leave_out=[{name!r}]"
+                f"only {_sites(have)} {has} a column {name!r}: if that is {close!r} elsewhere, "
+                f"columns={{{close!r}: {name!r}}}; if not, leave_out=[{name!r}, {close!r}]"
             )
         if not common:
             self.faults.append("there is no column that all sites have")

@@ -100,7 +100,7 @@ class Encoding:
                 found.append(f"only {here if others is None else there} has {key}")
             elif own != others:
                 parts = [
-                    f"{part} is {own.get(part)!r} at {here} and {others.get(part)!r} at {there}"
+                    f"{part} is {_said(own, part)} at {here} and {_said(others, part)} at {there}"
                     for part in dict.fromkeys([*own, *others])
                     if own.get(part) != others.get(part)
                 ]
@@ -202,6 +202,10 @@ def _found(
     return own, units.get(column, units.get(own, unit))
 
 
+def _said(plain: Mapping[str, Any], part: str) -> str:
+    return repr(plain[part]) if part in plain else "not said"
+
+
 def _json(column: Column) -> dict[str, Any]:
     return {"kind": column.kind, **told(column)}
 
@@ -209,10 +213,11 @@ def _json(column: Column) -> dict[str, Any]:
 def _column(plain: Any, name: str, kinds: Sequence[type[Column]]) -> Column:
     """A column of one of these kinds from its JSON."""
     by_name = {kind.kind: kind for kind in kinds}
-    if not isinstance(plain, dict) or plain.get("kind") not in by_name:
+    kind = plain.get("kind") if isinstance(plain, dict) else None
+    if not isinstance(kind, str) or kind not in by_name:
         raise DataError(f"{name!r} needs a kind: {' or '.join(map(repr, by_name))}")
     rest = {key: value for key, value in plain.items() if key != "kind"}
-    return read(by_name[plain["kind"]], rest, repr(name))
+    return read(by_name[kind], rest, repr(name))
 
 
 def _candidates(names: Sequence[str], column: str, kind: Column) -> list[str]:

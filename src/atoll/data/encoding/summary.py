@@ -243,8 +243,8 @@ def _of_numbers(
     return ColumnSummary(
         kind="numbers", counts=tuple(there.sum(axis=0).tolist()), width=values.shape[1], unit=unit,
         missing=tuple((~there).sum(axis=0).tolist()), mean=tuple(mean.tolist()),
-        deviation=tuple(np.atleast_1d(np.sqrt(square)).tolist()), whole=all_whole, values=few, rare=rare,
-        no_value=codes,
+        deviation=tuple(np.atleast_1d(np.sqrt(square)).tolist()), whole=all_whole, values=few,
+        rare=rare, no_value=codes,
     )  # fmt: skip
 
 
