@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,14 @@ import numpy as np
 from atoll.backends.backend import Engine
 from atoll.backends.parsing import engine_of
 from atoll.core.files import write_json
+from atoll.core.model_file import ModelFile, load_model
 from atoll.core.vectors import Vectors
+from atoll.data.encoding.encoding import Encoding
 from atoll.data.federated import FederatedData, check_population
 from atoll.errors import CheckpointError, ConfigurationError, require
 from atoll.learners.base import Learner
-from atoll.rounds.describe import describe, short
+from atoll.learners.prediction import Predictions, predict
+from atoll.rounds.describe import about_model, describe, short
 from atoll.rounds.plan import Plan
 from atoll.simulation.asynchronous import AsynchronousSimulator
 from atoll.simulation.attackers import Attackers
@@ -27,7 +30,7 @@ from atoll.simulation.explain import Explanation, explain
 from atoll.simulation.simulator import Simulator
 from atoll.tracking.folder import RunFolder
 from atoll.tracking.observer import Observer
-from atoll.tracking.reading import read_engine, read_run
+from atoll.tracking.reading import read_engine, read_run, run_at
 from atoll.tracking.record import Record, Run
 from atoll.view import html as display
 
@@ -93,7 +96,8 @@ class Federation(Plan):
         """
         data = check_population(clients)
         run = Run(self.describe(), _fingerprint(data, folder), seed, self.schedule.rounds)
-        run.learner = self.learner
+        run.learner, run.layout = self.learner, self.split.shared
+        run.about = about_model(self, data)
         keeper = (
             RunFolder(folder, best=self.evaluation.best)
             if isinstance(folder, str | Path)
@@ -201,6 +205,26 @@ class Federation(Plan):
         site.join(url, Token.read(token) if token else None)
         return site.run()
 
+    def predict(self, model: Any, x: Any) -> Predictions:
+        """What a model of this federation says of inputs; see `learners.Predictions`.
+
+        Args:
+            model: a run, or the path of a saved model or of a run's folder.
+            x: inputs [N, ...] or a dict of them; or, where the model knows an encoding, a table
+                that `data.from_table` reads, with or without its label.
+
+        Raises ConfigurationError for another federation's model.
+        """
+        kept = saved_model(model)
+        encoding = kept.about.get("encoding")
+        if encoding is not None and not isinstance(x, np.ndarray | Mapping):
+            x = Encoding.read(encoding, "the model's encoding").apply(x)
+        return predict(
+            self.learner, self.learner.vectors_of(kept.arrays), x,
+            str(kept.about.get("task") or "regression"), kept.about.get("classes"),
+            tuple(kept.about.get("class_names") or ()),
+        )  # fmt: skip
+
     def explain(self, clients: FederatedData, *, engine: Engine | str | None = None) -> Explanation:
         """How `simulate` would run this over these clients; print it.
 
@@ -244,6 +268,15 @@ class Federation(Plan):
         """The resolved configuration, ready for JSON."""
         plain: dict[str, object] = {"kind": "atoll.Federation"}
         return plain | {field.name: describe(getattr(self, field.name)) for field in fields(self)}
+
+
+def saved_model(source: Any) -> ModelFile:
+    """A model with what it is about: of a run, of its folder, or in a file."""
+    if isinstance(source, Run):
+        return source.saved()
+    path = Path(source)
+    folder = run_at(path)
+    return load_model(path if folder is None else folder / "model.safetensors")
 
 
 def invite(state: str | Path, name: str, *, host: str = "127.0.0.1", hours: float = 72.0) -> str:

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from atoll.cli.files import read_federation
-from atoll.core import safetensors
+from atoll.core.model_file import load_model
 
 pytest.importorskip("sklearn")
 
 
 def model_of(path):
-    vectors, _ = safetensors.decode(path.read_bytes())
-    return vectors["params"]
+    return load_model(path).vectors["params"]
 
 
 def simulated(place, seed=0):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from atoll.cli.files import read_federation
-from atoll.core import room, safetensors
+from atoll.core import room
+from atoll.core.model_file import load_model
 
 pytest.importorskip("sklearn")
 pytestmark = [
@@ -108,7 +109,6 @@ def test_served_large_and_killed_between_it_is_the_simulation(place, algorithm):
     served(place, 2, rounds=3, algorithm=algorithm, killed=True)
     federation, clients, _ = read_federation(str(place.root / "federation.py"))
     run = federation.simulate(clients, seed=3, engine="sequential(workers=1)")
-    data = (place.root / "0" / "model.safetensors").read_bytes()
-    model = safetensors.decode(data)[0]
+    model = load_model(place.root / "0" / "model.safetensors").vectors
     np.testing.assert_array_equal(model["params"], run.model["params"])
     assert list((place.root / "state" / "incoming").iterdir()) == []

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, Place, free_port
 
-from atoll.core import safetensors
+from atoll.core.model_file import load_model
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
@@ -320,9 +320,7 @@ def ended(soak) -> None:
         assert (state == "accepted") == (in_ is not None), (id, state, in_)
         assert state in ("accepted", "spared"), (id, state)
     models = {
-        safetensors.decode((soak.root / name / "model.safetensors").read_bytes())[0][
-            "params"
-        ].tobytes()
+        load_model(soak.root / name / "model.safetensors").vectors["params"].tobytes()
         for name in NAMES
     }
     assert len(models) == 1

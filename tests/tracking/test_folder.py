@@ -184,7 +184,9 @@ def test_what_a_folder_holds(blobs, federation, tmp_path):
     assert again.per_client == run.per_client
     np.testing.assert_array_equal(again.model["params"], run.model["params"])
     theirs = safetensors.numpy.load_file(tmp_path / "r" / "model.safetensors")
-    np.testing.assert_array_equal(theirs["params"], run.model["params"])
+    layout = federation.learner.layout
+    assert theirs.keys() == {entry.name for entry in layout.entries}
+    np.testing.assert_array_equal(layout.pack(theirs)["params"], run.model["params"])
     names = sorted(path.name for path in (tmp_path / "r" / "checkpoints").iterdir())
     assert names == ["00000004.safetensors", "00000006.safetensors"]
     ledger = [

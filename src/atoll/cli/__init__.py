@@ -104,6 +104,19 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--engine", help="as for simulate")
     explain.set_defaults(module="explain")
 
+    _reading(commands)
+    _models(commands)
+    _flower(commands)
+
+    data = commands.add_parser("data", help="list data sets, or show what one holds")
+    data.add_argument("name", nargs="?", help="a data set to load and describe")
+    data.set_defaults(module="data")
+    _tables(commands)
+    add_serving(commands)
+    return top
+
+
+def _reading(commands: Any) -> None:
     runs = commands.add_parser("runs", help="list runs")
     runs.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders are")
     runs.set_defaults(module="runs")
@@ -126,14 +139,25 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run's folder")
     report.set_defaults(module="report")
 
-    _flower(commands)
 
-    data = commands.add_parser("data", help="list data sets, or show what one holds")
-    data.add_argument("name", nargs="?", help="a data set to load and describe")
-    data.set_defaults(module="data")
-    _tables(commands)
-    add_serving(commands)
-    return top
+def _models(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a run's model as a file of its framework's")
+    export.add_argument("model", metavar="RUN", help="a run or state folder, or a saved model")
+    export.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders are")
+    export.add_argument("--best", action="store_true", help="the best model; default: the last")
+    export.add_argument("--federation", metavar="FILE", help="its file, which .onnx needs")
+    export.add_argument(
+        "--output", required=True, metavar="FILE", help=".safetensors, .npz, .pt or .onnx"
+    )
+    export.set_defaults(module="export")
+
+    predict = commands.add_parser("predict", help="what a model says of a table's rows")
+    predict.add_argument("model", metavar="MODEL", help="a saved model, or a run or state folder")
+    predict.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders are")
+    predict.add_argument("--federation", required=True, metavar="FILE", help="the file it is of")
+    predict.add_argument("--data", required=True, metavar="TABLE", help="a .csv or .parquet file")
+    predict.add_argument("--output", metavar="FILE", help="a .csv file; default: print some rows")
+    predict.set_defaults(module="predict")
 
 
 def _tables(commands: Any) -> None:

@@ -16,6 +16,7 @@ from atoll.data import partition, shift
 from atoll.data.encoding.encoding import Encoding
 from atoll.data.examples import Examples, Inputs, Rows, Shape, length, picked, shape_of, shape_text
 from atoll.data.federated import FederatedData, assemble
+from atoll.data.meaning import Meaning
 from atoll.data.tasks import Task, named_input, task_of
 from atoll.errors import DataError
 
@@ -70,6 +71,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def meaning(self) -> Meaning:
+        """What inputs, classes and label stand for, where the source says so."""
+        named = tuple(self.x) if isinstance(self.x, dict) and not self.columns else self.columns
+        return Meaning(named, self.class_names, self.encoding.target if self.encoding else "")
 
     @property
     def shape(self) -> Shape:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from atoll.aggregation.stage import Pipeline
 from atoll.algorithms.algorithm import Algorithm
+from atoll.data.federated import FederatedData
 from atoll.learners.base import Learner
 from atoll.rounds.code import class_digest, function_digest, is_own
 from atoll.rounds.plan import Plan
@@ -213,13 +214,28 @@ def said(found: Mapping[str, tuple[Any, Any]], here: str, there: str, most: int 
 
 def agreed(plan: Plan) -> dict[str, Any]:
     """What clients must agree on, described; the schedule is the server's own affair."""
-    names = ("learner", "algorithm", "pipeline", "private", "download", "public")
+    names = ("learner", "algorithm", "pipeline", "private", "download", "public", "encoding")
     return {name: describe(getattr(plan, name)) for name in names}
 
 
 def plan_digest(plan: Plan) -> str:
     """SHA-256 (hex) of what clients must agree on; the schedule is the server's own affair."""
     return digest(agreed(plan))
+
+
+def about_model(plan: Plan, data: FederatedData | None = None) -> dict[str, Any]:
+    """What a model of this plan tells of itself, for whoever uses it elsewhere."""
+    about: dict[str, Any] = {"plan": plan_digest(plan)}
+    encoding = plan.encoding or (data.encoding if data is not None else None)
+    if encoding is not None:
+        about["encoding"] = encoding.json()
+    if data is not None:
+        about |= {"task": data.task.name, "classes": data.classes}
+        about["class_names"] = list(data.class_names)
+    elif encoding is not None and encoding.classes:
+        names = list(encoding.classes)
+        about |= {"task": "classification", "classes": len(names), "class_names": names}
+    return about
 
 
 def _function(function: FunctionType) -> str:

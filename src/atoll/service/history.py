@@ -19,13 +19,13 @@ from atoll.core import files
 from atoll.core.vectors import Vectors
 from atoll.errors import CheckpointError
 from atoll.learners.metrics import directions
-from atoll.rounds.describe import describe, digest
+from atoll.rounds.describe import about_model, describe, digest
 from atoll.rounds.plan import Plan
 from atoll.rounds.stopping import stop_reason
 from atoll.service.storage.database import Row, Store
 from atoll.service.storage.tables import answers, assignments, rounds
 from atoll.tracking.best import Best
-from atoll.tracking.folder import environment, save_best, write_status
+from atoll.tracking.folder import environment, save_of_round, write_status
 from atoll.tracking.reading import hold
 from atoll.tracking.record import BEST, Closed, Participant, Record
 from atoll.tracking.tail import LINES
@@ -152,12 +152,14 @@ class History:
             return
         self._append({"refusals.jsonl": self._untold()})
         run = self._config()["identity"]
-        if "model" in models:
-            files.save(
-                self._folder / "model.safetensors", "model", {"identity": run}, models["model"]
-            )
-        if "best" in models and self.best.record is not None:
-            save_best(self._folder, run, self.best.record, models["best"])
+        about = {"identity": run, **about_model(self._plan)}
+        for name, file, record in (
+            ("model", "model.safetensors", self.records[-1] if self.records else None),
+            ("best", BEST, self.best.record),
+        ):
+            if name in models and record is not None:
+                layout = self._plan.split.shared
+                save_of_round(self._folder / file, record, models[name], layout, about)
         stopped = stop_reason(self._plan.stop, self.records)
         done = stopped or len(self._closed) >= self._plan.schedule.rounds
         self._status("failed" if failed else "finished" if done else "interrupted", stopped)

@@ -35,6 +35,7 @@ from typing import Any
 from atoll import __version__
 from atoll.core import files, room, safetensors
 from atoll.core.files import file_digest
+from atoll.core.model_file import save_model
 from atoll.core.random import Key
 from atoll.core.updates import Update
 from atoll.core.vectors import Tree, Vectors, nest
@@ -43,7 +44,7 @@ from atoll.errors import AtollError, CheckpointError, RunError
 from atoll.learners.base import Assignment
 from atoll.protocol import messages
 from atoll.protocol.identity import IdentityError, Token, make_key, read_identity, token_digest
-from atoll.rounds.describe import agreed, differences, plan_digest, said
+from atoll.rounds.describe import about_model, agreed, differences, plan_digest, said
 from atoll.rounds.messages import pack
 from atoll.rounds.plan import Plan
 from atoll.rounds.task import (
@@ -398,7 +399,12 @@ class Site:
         target = None
         if order.model is not None and order.round > 0:
             target = self.folder / "model.safetensors"
-            self.link.fetch(order.model, order.size, target)
+            fetched = self.folder / "model.part"
+            self.link.fetch(order.model, order.size, fetched)
+            about = about_model(self.plan, self.data)
+            about |= {"round": order.round, "model": order.model}
+            save_model(target, _mapped(fetched), self.plan.split.shared, about)
+            fetched.unlink()
         self._farewell(patience=FAREWELL)
         self._said_goodbye = True
         self.report(f"{order.reason}: {order.round} of {order.rounds} rounds")

@@ -25,7 +25,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,7 +33,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from atoll.core import files
-from atoll.core.vectors import Vectors
+from atoll.core.model_file import save_model
+from atoll.core.vectors import Layout, Vectors
 from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
 from atoll.learners.metrics import directions
 from atoll.rounds.client_states import ClientStates
@@ -72,10 +73,12 @@ def _differences(config: dict[str, Any], run: Run) -> str:
     return said(differences(plain, theirs), "now", "there")
 
 
-def save_best(folder: Path, run: str, record: Record, model: Vectors) -> None:
-    """Write the best model of a run of this identity, with its round and figures."""
-    about = {"identity": run, "round": record.round, "metrics": dict(record.metrics)}
-    files.save(folder / BEST, "model", about, model)
+def save_of_round(
+    path: Path, record: Record, model: Vectors, layout: Layout | None, about: Mapping[str, Any]
+) -> None:
+    """Write the model that a round has made, with the round's figures."""
+    figures = {"round": record.round, "metrics": dict(record.metrics)}
+    save_model(path, model, layout, {**about, **figures})
 
 
 def write_status(folder: Path, status: str, stopped: str = "") -> None:
@@ -164,10 +167,14 @@ class RunFolder(Observer):
             files.write_json(self.path / "spread.json", run.per_client)
             self._spread = run.per_client
         if run.model and self._best.note(record):
-            save_best(self.path, identity(run), record, run.model)
+            self._save(BEST, record, run)
         last = record.round == run.rounds or run.stopped
         if self.every and (record.round % self.every == 0 or last):
             self._checkpoint(run, end.snapshot)
+
+    def _save(self, name: str, record: Record, run: Run) -> None:
+        about = {"identity": identity(run), **run.about}
+        save_of_round(self.path / name, record, run.model, run.layout, about)
 
     def _refusals(self, run: Run, round: int) -> None:
         for reason in run.refusals[self._refused :]:
@@ -183,10 +190,8 @@ class RunFolder(Observer):
         write_status(self.path, "interrupted")
 
     def end(self, run: Run) -> None:
-        if run.model:
-            files.save(
-                self.path / "model.safetensors", "model", {"identity": identity(run)}, run.model
-            )
+        if run.model and run.history:
+            self._save("model.safetensors", run.history[-1], run)
         if self.figures:
             self._draw(run)
         write_status(self.path, "finished", run.stopped)

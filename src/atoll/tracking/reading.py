@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from atoll.core import files
+from atoll.core.model_file import load_model
 from atoll.errors import CheckpointError
 from atoll.tracking.record import Closed, Run
 from atoll.tracking.tail import RunTail
@@ -25,7 +25,8 @@ def read_run(path: str | Path) -> Run:
     run = Run(config["plan"], config["data"], config["seed"], config["rounds"], folder=folder)
     read_rounds(run, folder)
     if (folder / "model.safetensors").exists():
-        run.model = files.load(folder / "model.safetensors", "model")[1]
+        kept = load_model(folder / "model.safetensors")
+        run.model, run.layout, run.about = kept.vectors, kept.layout, dict(kept.about)
     run.per_client = read_spread(folder)
     run.stopped = _told(folder, "stopped") or ""
     return run

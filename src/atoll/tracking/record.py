@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atoll.core import files
-from atoll.core.vectors import Vectors
+from atoll.core.model_file import ModelFile, load_model
+from atoll.core.vectors import Layout, Vectors
 from atoll.errors import CheckpointError, ConfigurationError
 from atoll.learners.base import Learner
 from atoll.learners.metrics import directions, main_metric, more_is_better
+from atoll.learners.saving import write_model
 from atoll.view import html as display
 
 #: The best model's file in a run folder.
@@ -138,6 +139,10 @@ class Run:
     stopped: str = ""
     #: Whose model it is, where that is known: a run read from a folder does not.
     learner: Learner | None = None
+    #: The names and shapes of the model's arrays.
+    layout: Layout | None = None
+    #: What a saved model tells of itself, beside its round and metrics.
+    about: dict[str, Any] = field(default_factory=dict)
 
     def best(self) -> tuple[int, Vectors]:
         """The round of the best model, by `Evaluation(best=...)`, and that model.
@@ -150,8 +155,8 @@ class Run:
         if not path.exists():
             why = "no round has been evaluated" if not self.metrics else f"{path} is not there"
             raise CheckpointError(f"there is no best model: {why}")
-        about, model = files.load(path, "model")
-        return int(about["round"]), model
+        best = load_model(path)
+        return int(best.about["round"]), best.vectors
 
     def load_into(self, target: Any, *, best: bool = False) -> Any:
         """Write the final or the best model into a framework's own object, and return that.
@@ -166,6 +171,28 @@ class Run:
         if not self.model:
             raise ConfigurationError("this run has no one model: its clients have their own")
         return self.learner.load_into(self.best()[1] if best else self.model, target)
+
+    def save(self, path: str | Path, *, best: bool = False) -> Path:
+        """Write the final or the best model as .safetensors, .npz, .pt or .onnx.
+
+        Names are the framework's own, so that its own call loads it; see docs/models.md.
+        """
+        shape = self.data.get("input_shape")
+        inputs = tuple(shape) if isinstance(shape, list) else None
+        return write_model(Path(path), self.saved(best=best), self.learner, inputs)
+
+    def saved(self, *, best: bool = False) -> ModelFile:
+        """The final or the best model, by the names of its arrays, with what it is about."""
+        if best:
+            self.best()  # says what is lacking, if it is
+            assert self.folder is not None
+            return load_model(self.folder / BEST)
+        if not self.model:
+            raise ConfigurationError("this run has no one model: its clients have their own")
+        rounds = self.history[-1].round if self.history else 0
+        about = {**self.about, "round": rounds, "metrics": dict(self.metrics)}
+        arrays = self.layout.unpack(self.model) if self.layout else self.model
+        return ModelFile(arrays, self.layout, about)
 
     @property
     def served(self) -> bool:

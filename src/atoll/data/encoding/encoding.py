@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.core.files import write_json
-from atoll.data.arrow import Array, Table, check_columns
+from atoll.data.arrow import Array, Table, check_columns, default_name, read_table
 from atoll.data.encoding.columns import Amounts, Categories, Classes, Column, Numbers
 from atoll.data.encoding.schema import read, read_json, told
 from atoll.errors import DataError
@@ -80,6 +80,11 @@ class Encoding:
         Raises DataError for what does not fit.
         """
         return inputs_of(self.columns, table, name, units)
+
+    def apply(self, source: Any, *, units: Mapping[str, str] | None = None) -> NDArray[np.float32]:
+        """Inputs [N, F] of whatever `data.from_table` reads, which need not have the label."""
+        name = default_name(source)
+        return self.inputs(read_table(source, name), name, units)
 
     def targets(self, table: Table, name: str, units: Mapping[str, str] | None = None) -> Array:
         """Labels [N], or amounts [N] or [N, width], of a table."""

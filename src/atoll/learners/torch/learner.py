@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -543,6 +544,13 @@ class TorchLearner(GradientLearner):
             for name, array in self.layout.unpack(copied(self.layout, model)).items():
                 tensors[name].copy_(torch.from_numpy(array))
         return target
+
+    def export_onnx(self, model: Vectors, path: Path, shape: tuple[int, ...]) -> None:
+        """Write a model with its program; see `atoll.learners.torch.onnx`."""
+        from atoll.learners.torch.onnx import export_onnx
+
+        arrays = self.layout.unpack(copied(self.layout, model))
+        export_onnx(self.module, arrays, path, shape)
 
     def asarray(self, vector: NDArray[Any]) -> Array:
         return torch.from_numpy(vector).to(self.device)

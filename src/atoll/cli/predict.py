@@ -1,0 +1,99 @@
+"""`atoll predict MODEL --federation FILE.py --data TABLE`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from atoll.cli.files import find_run, read_plan
+from atoll.cli.tables import console, figure, print_table
+from atoll.core.model_file import ModelFile, load_model
+from atoll.data.arrow import read_table
+from atoll.data.encoding.encoding import Encoding
+from atoll.data.examples import Examples
+from atoll.data.tasks import task_of
+from atoll.errors import ConfigurationError
+from atoll.federation import Federation
+from atoll.learners.prediction import Predictions, predict
+
+#: Rows that are printed where no file is to be written.
+SHOWN = 10
+
+
+def run(options: argparse.Namespace) -> int:
+    """Encode a table as the model's sites did theirs, and say what the model says of its rows."""
+    federation, kept = read_plan(options.federation), _model(options)
+    if "encoding" not in kept.about:
+        raise ConfigurationError(
+            f"{options.model} does not know how its inputs were encoded, so a table cannot be "
+            "read for it; see Federation.predict for arrays"
+        )
+    encoding = Encoding.read(kept.about["encoding"], f"the encoding in {options.model}")
+    name = Path(options.data).stem
+    table = read_table(Path(options.data), name)
+    x = encoding.inputs(table, name)
+    task, classes = task_of(str(kept.about.get("task", "regression"))), kept.about.get("classes")
+    model = federation.learner.vectors_of(kept.arrays)
+    names = tuple(kept.about.get("class_names") or ())
+    found = predict(federation.learner, model, x, task, classes, names)
+    rows = _rows(found)
+    if options.output:
+        with Path(options.output).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        print(f"written: {options.output} ({len(found)} rows)")
+    else:
+        _show(rows, len(found))
+    if encoding.holds_label(table):
+        y = np.asarray(encoding.targets(table, name))
+        _score(federation, Examples(x, y), model, str(task.name), classes)
+    return 0
+
+
+def _model(options: argparse.Namespace) -> ModelFile:
+    path = Path(options.model)
+    if path.is_file():
+        return load_model(path)
+    return load_model(find_run(options.model, options.runs) / "model.safetensors")
+
+
+def _rows(found: Predictions) -> Iterator[list[str]]:
+    """Headings and, for each row of the table, what the model says of it."""
+    if found.probabilities is None or found.values.ndim > 1:
+        width = 1 if found.values.ndim == 1 else found.values.shape[1]
+        yield [
+            "row",
+            *(["prediction"] if width == 1 else [f"prediction {i}" for i in range(width)]),
+        ]
+        for row, value in enumerate(found.values.reshape(len(found), width).tolist()):
+            yield [str(row), *(repr(each) for each in value)]
+        return
+    classes = found.names or tuple(map(str, range(found.probabilities.shape[1])))
+    yield ["row", "prediction", *(f"probability of {name}" for name in classes)]
+    for row, (label, shares) in enumerate(
+        zip(found.labels, found.probabilities.tolist(), strict=True)
+    ):
+        yield [str(row), label, *(f"{share:.6g}" for share in shares)]
+
+
+def _show(rows: Iterator[list[str]], count: int) -> None:
+    head = next(rows)
+    print_table(head, [row for row, _ in zip(rows, range(SHOWN), strict=False)])
+    if count > SHOWN:
+        console().print(f"and {count - SHOWN} more rows; --output FILE.csv writes them all")
+
+
+def _score(
+    federation: Federation, examples: Examples, model: dict[str, np.ndarray], task: str,
+    classes: int | None,
+) -> None:  # fmt: skip
+    """The table has the label too: say how good the predictions are."""
+    kind = task_of(task)
+    sums = federation.learner.evaluate(model, examples, kind, classes)
+    figures = federation.learner.figures(sums, kind)
+    print_table(
+        ("", ""), [(name.replace("_", " "), figure(value)) for name, value in figures.items()]
+    )
