@@ -47,7 +47,7 @@ def test_one_full_client_is_plain_scikit_learn(digits):
     local = learner.train(learner.init(Key(0)), digits.all_train(), Assignment(1, Key(0)))
     plain = LogisticRegression(max_iter=200).fit(x, y)
     coefficients = learner.layout.unpack({"params": local.params})
-    np.testing.assert_allclose(coefficients["coef"], plain.coef_, atol=2e-2)
+    np.testing.assert_allclose(coefficients["coef_"], plain.coef_, atol=2e-2)
     evaluated = learner.evaluate({"params": local.params}, digits.test_part, "classification", 10)
     expected = plain.score(*digits.test_part.all())
     assert float(evaluated["correct"] / evaluated["count"]) == pytest.approx(expected, abs=0.01)
@@ -97,7 +97,7 @@ def test_the_first_turn_of_a_perceptron_is_plain_scikit_learn(digits, solver):
     plain.partial_fit(x[:1], y[:1], classes=np.arange(10))
     for number, (coef, intercept) in enumerate(zip(plain.coefs_, plain.intercepts_, strict=True)):
         arrays = learner.layout.unpack(model)
-        coef[...], intercept[...] = arrays[f"{number}.coef"], arrays[f"{number}.intercept"]
+        coef[...], intercept[...] = arrays[f"coefs_.{number}"], arrays[f"intercepts_.{number}"]
     del plain._optimizer
     plain._random_state = np.random.RandomState(Key(1).fold("batches").integer() % 2**32)
     plain.partial_fit(x[order], y[order])
@@ -109,7 +109,7 @@ def test_the_first_turn_of_a_perceptron_is_plain_scikit_learn(digits, solver):
 
 def test_scalar_intercepts_travel_too():
     lasso = SklearnLearner(Lasso(alpha=0.001), features=3, epochs=1)
-    assert lasso.layout["intercept"].shape == (1,)
+    assert lasso.layout["intercept_"].shape == (1,)
 
 
 def test_estimators_that_cannot_go_on_are_refused():

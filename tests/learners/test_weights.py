@@ -428,5 +428,5 @@ def test_estimators_that_do_not_fit_are_named():
     with pytest.raises(ConfigurationError, match="is not fitted and no SGDClassifier"):
         learner.load_into(model, linear.LogisticRegression())
     x, y = columns()
-    with pytest.raises(ConfigurationError, match=r"coef is \[3, 4\] and not \[3, 5\]"):
+    with pytest.raises(ConfigurationError, match=r"coef_ is \[3, 4\] and not \[3, 5\]"):
         learner.vectors_of(linear.SGDClassifier().fit(x[:, :4], y))

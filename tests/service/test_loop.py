@@ -21,7 +21,7 @@ from atoll.service.loop import FederationLoop
 from atoll.service.settings import Service
 from atoll.service.storage import rounds as ledger
 from atoll.service.storage.blobs import Folder
-from atoll.service.storage.database import Store
+from atoll.service.storage.database import NotLeading, Store
 from atoll.service.storage.tables import rounds, sites
 
 
@@ -211,6 +211,22 @@ def test_a_late_upload_leaves_the_new_assignment_alone(tmp_path):
             await settled(loop)
             assert world.moved(loop) == pytest.approx(4, abs=1e-5)
             assert not list((tmp_path / "incoming").glob("*.part"))
+
+    asyncio.run(story())
+
+
+def test_an_update_that_ends_while_the_server_leaves_is_to_come_again(tmp_path):
+    world = World(tmp_path, "ab", cohort=2)
+
+    async def story():
+        async with world.loop() as loop:
+            loop.tick()
+            last = world.offer(loop, "a", 5)
+        with pytest.raises(NotLeading, match="leaving"):
+            await loop.deliver(last)
+        async with world.loop() as loop:
+            again = world.offer(loop, "a", 5)
+            assert (await loop.deliver(again)).accepted
 
     asyncio.run(story())
 

@@ -120,7 +120,8 @@ class Soak(Place):
         end = time.monotonic() + 120
         while self.closed() < min(closed, ROUNDS):
             self.revive()
-            assert time.monotonic() < end, self.log("server")[-3000:]
+            told = {name: self.log(name)[-1500:] for name in ("server", "nginx", *NAMES[:2])}
+            assert time.monotonic() < end, told
             time.sleep(0.2)
 
     def closed(self) -> int:

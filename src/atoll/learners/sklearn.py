@@ -285,17 +285,17 @@ def _coefficients(estimator: Any) -> dict[str, NDArray[Any]]:
     if hasattr(estimator, "coefs_"):
         pairs = zip(estimator.coefs_, estimator.intercepts_, strict=True)
         return {
-            f"{number}.{kind}": array
+            f"{kind}.{number}": array
             for number, pair in enumerate(pairs)
-            for kind, array in zip(("coef", "intercept"), pair, strict=True)
+            for kind, array in zip(("coefs_", "intercepts_"), pair, strict=True)
         }
     if not hasattr(estimator, "coef_"):
         raise ConfigurationError(
             f"{type(estimator).__name__} keeps no coef_ or coefs_, so nothing of it can travel"
         )
     return {
-        "coef": np.asarray(estimator.coef_),
-        "intercept": np.atleast_1d(np.asarray(estimator.intercept_)),
+        "coef_": np.asarray(estimator.coef_),
+        "intercept_": np.atleast_1d(np.asarray(estimator.intercept_)),
     }
 
 
@@ -304,13 +304,13 @@ def _set_coefficients(estimator: Any, arrays: Mapping[str, NDArray[Any]]) -> Non
         for number, (coef, intercept) in enumerate(
             zip(estimator.coefs_, estimator.intercepts_, strict=True)
         ):
-            coef[...] = arrays[f"{number}.coef"]
-            intercept[...] = arrays[f"{number}.intercept"]
+            coef[...] = arrays[f"coefs_.{number}"]
+            intercept[...] = arrays[f"intercepts_.{number}"]
         return
-    for name in ("coef", "intercept"):
-        present = np.asarray(getattr(estimator, f"{name}_"))
+    for name in ("coef_", "intercept_"):
+        present = np.asarray(getattr(estimator, name))
         value = arrays[name].astype(present.dtype).reshape(present.shape)
-        setattr(estimator, f"{name}_", value if present.ndim else value.item())
+        setattr(estimator, name, value if present.ndim else value.item())
 
 
 def _scores(estimator: Any, x: NDArray[Any]) -> NDArray[np.float64]:

@@ -47,7 +47,7 @@ from atoll.service.replay import replay
 from atoll.service.settings import Service
 from atoll.service.storage import rounds as ledger
 from atoll.service.storage.blobs import Blobs
-from atoll.service.storage.database import Change, Row, Store
+from atoll.service.storage.database import Change, NotLeading, Row, Store
 from atoll.service.storage.models import ModelStore
 from atoll.service.storage.tables import uploads, versions
 
@@ -110,6 +110,7 @@ class FederationLoop:
         self.rows: dict[str, Row] = {}
         self._test = test
         self._thread = ThreadPoolExecutor(1, "atoll-sums")
+        self._left = False
         self._work: asyncio.Queue[Callable[[], Any]]
         self._worker: asyncio.Task[None] | None = None
         self._stepping = self._folding = False
@@ -173,6 +174,7 @@ class FederationLoop:
         if self._worker is not None:
             await self._work.join()
             self._worker.cancel()
+        self._left = True
         self._thread.shutdown()
         self.members.write()
         failed = self.coordinator.phase is Phase.FAILED
@@ -763,6 +765,9 @@ class FederationLoop:
                 meanings.settle(change, self._test.meaning, "the server's test data")
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
+        if self._left:
+            raise NotLeading("this server is leaving; ask again when it is back")
+
         def housed() -> T:
             with room_in(self.models.scratch):
                 return job()
