@@ -96,6 +96,12 @@ class Soak(Place):
                 ["nginx", "-p", str(self.root), "-c", str(self.root / "nginx.conf")], stderr=log
             )
 
+    def end_nginx(self) -> None:
+        """End it with its worker, which would outlive a master that is killed and hold the port."""
+        nginx = self.processes.pop("nginx")
+        nginx.terminate()
+        assert nginx.wait(30) == 0, self.log("nginx")[-2000:]
+
     def expect(self, log: str, pattern: str, words: str) -> None:
         """From here on this log must come to say so."""
         self.owed.append((log, len(self.log(log)), pattern, words))
@@ -224,8 +230,7 @@ def revoke_and_invite_again(soak, rng):
 
 def restart_nginx(soak, rng):
     soak.expect(rng.choice(soak.at_work()), "trying again", "nginx was away")
-    soak.kill("nginx")
-    del soak.processes["nginx"]
+    soak.end_nginx()
     time.sleep(rng.uniform(1, 3))
     soak.nginx()
 
@@ -249,6 +254,8 @@ def soak(tmp_path):
     try:
         yield made
     finally:
+        if "nginx" in made.processes:
+            made.end_nginx()
         made.close()
         subprocess.run(["umount", "-l", str(made.state)], check=False)
 

@@ -105,7 +105,7 @@ class Numbers(Column):
         if not unit and self.units:
             raise DataError(
                 f"{name}: {noun} may be in {' or '.join(map(repr, [self.unit, *self.units]))}: say "
-                f"which, with units={{...}} or as in {f'age [{self.unit}]'!r}"
+                f"which, with units={{...}} or in the column's name, as in '... [{self.unit}]'"
             )
         if not unit or unit == self.unit:
             return 1.0
