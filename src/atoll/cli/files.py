@@ -49,18 +49,19 @@ def read_plan(name: str) -> Federation:
     return _federation(_run(name), name)
 
 
-def read_data(name: str, encoding: Encoding | None = None) -> FederatedData:
+def read_data(name: str, encoding: Encoding | None = None, held_out: float = 0.0) -> FederatedData:
     """One client's data from a Python file that defines `data`, or a table as it is.
 
     `data` is a Dataset, a population of one, or a population of which `client` names one. A .csv or
-    .parquet file is read as the federation's `encoding` says.
+    .parquet file is read as the federation's `encoding` says. Of a Dataset or a table the fraction
+    `held_out` is for testing.
     """
     if Path(name).suffix.lower() in TABLES:
-        return _one_client(_table(name, encoding))
+        return _one_client(_table(name, encoding), held_out)
     found = _run(name)
     data = _called(found, "data", name, SITE)
     if isinstance(data, Dataset):
-        return _one_client(data)
+        return _one_client(data, held_out)
     if not isinstance(data, FederatedData):
         raise ConfigurationError(
             f"`data` in {name} is a {type(data).__name__}; it must be a Dataset, e.g. {SITE}"
@@ -85,8 +86,8 @@ def _table(name: str, encoding: Encoding | None) -> Dataset:
     return from_table(name, encoding=encoding)
 
 
-def _one_client(data: Dataset) -> FederatedData:
-    return assemble(data, ["site"], [np.arange(len(data))], 0.0, 0)
+def _one_client(data: Dataset, held_out: float) -> FederatedData:
+    return assemble(data, ["site"], [np.arange(len(data))], held_out, 0)
 
 
 def _run(name: str) -> dict[str, Any]:

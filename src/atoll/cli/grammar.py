@@ -29,6 +29,7 @@ port = _number(int, 0, 65535, "a port, from 0 to 65535")
 _round = _number(int, 0, 10**9 - 1, "the number of a round")
 _seconds = _number(float, 0, LONGEST, f"from 0 to {LONGEST:.0f} seconds")
 _lease = _number(float, 1, LONGEST, f"from 1 to {LONGEST:.0f} seconds")
+fraction = _number(float, 0, math.nextafter(1, 0), "at least 0 and below 1")
 _hours = _number(float, math.ulp(0.0), LONGEST / 3600, "more than 0, and ten years at most")
 
 
@@ -106,6 +107,14 @@ def _site(commands: Any) -> None:
     join = commands.add_parser("join", help="run a site's agent, beside its data")
     join.add_argument("url", help="https://HOST:PORT of the server")
     join.add_argument("file", help="the site's own copy of the federation's file")
+    join.add_argument(
+        "--held-out",
+        type=fraction,
+        default=0.2,
+        metavar="FRACTION",
+        help="of a table's or Dataset's rows, to say how good models are here and not to train on; "
+        "default: 0.2",
+    )
     join.add_argument(
         "--data",
         required=True,

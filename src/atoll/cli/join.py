@@ -25,7 +25,7 @@ ENDS = {"done": 0, "given up": 1, "stopped": 130, "left": 130}
 def run(options: argparse.Namespace) -> int:
     """Join, and work until the federation is over."""
     federation = read_plan(options.file)
-    data = read_data(options.data, federation.encoding)
+    data = read_data(options.data, federation.encoding, options.held_out)
     if options.threads:
         stacking(federation.learner).use_threads(options.threads)
     log_to(options.log)

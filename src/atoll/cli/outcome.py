@@ -28,10 +28,29 @@ def print_run(run: Run) -> None:
     if missing:
         rows.append(("invited but not averaged", str(missing)))
     print_table(("", ""), rows, str(run.data.get("name", "")))
+    if run.served:
+        _print_sites(run)
     for reason in run.refusals[:5]:
         console().print(f"  {reason}", style="dim")
     if len(run.refusals) > 5:
         console().print(f"  and {len(run.refusals) - 5} more refusals", style="dim")
+
+
+def _print_sites(run: Run) -> None:
+    """How good the last model that sites measured is at each of them."""
+    names = [name for name in run.per_client if not name.endswith("_count")]
+    sites = dict.fromkeys(site for values in run.per_client.values() for site in values)
+    if not sites:
+        return
+    rows = [
+        (
+            site,
+            *(figure(run.per_client[n][site]) if site in run.per_client[n] else "" for n in names),
+        )
+        for site in sites
+    ]
+    heads = (name.replace("_", " ") for name in names)
+    print_table(("on rows of its own", *heads), rows)
 
 
 def print_comparison(run: Run, baselines: Baselines) -> None:

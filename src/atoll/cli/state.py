@@ -14,6 +14,7 @@ from typing import Any
 from atoll.cli.access import PATIENCE, access, note
 from atoll.cli.tables import figure, print_table
 from atoll.core.files import write_atomically, write_json
+from atoll.learners.metrics import main_metric
 from atoll.protocol.certificates import make_server
 from atoll.protocol.identity import Token, make_key
 from atoll.service.storage.audit import lines, verify
@@ -130,6 +131,17 @@ def _round(row: Mapping[str, Any]) -> Sequence[str]:
     )  # fmt: skip
 
 
+def _measured(said: Mapping[str, Any] | None) -> str:
+    """What a site said last of how good a model is there."""
+    if not said:
+        return ""
+    figures = said["figures"]
+    main = main_metric(figures) if figures else ""
+    names = dict.fromkeys(filter(None, (main, "loss" if "loss" in figures else "")))
+    shown = ", ".join(f"{name} {figure(figures[name])}" for name in names)
+    return f"round {said['round']}, {said['examples']} rows: {shown or 'no figure'}"
+
+
 def _sites(options: argparse.Namespace) -> int:
     with closing(access(Path(options.state), options.url)) as federation:
         found = federation.sites()
@@ -138,7 +150,7 @@ def _sites(options: argparse.Namespace) -> int:
             print(json.dumps(row))
         return 0
     print_table(
-        ("site", "role", "status", "examples", "last seen"),
+        ("site", "role", "status", "examples", "last seen", "on rows of its own"),
         [
             (
                 row["name"],
@@ -146,6 +158,7 @@ def _sites(options: argparse.Namespace) -> int:
                 row["status"],
                 "" if row["examples"] is None else str(row["examples"]),
                 "" if row["seen"] is None else _ago(row["seen"]),
+                _measured(row["measured"]),
             )
             for row in found
         ],

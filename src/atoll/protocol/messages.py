@@ -87,9 +87,9 @@ class CheckIn(Message, frozen=True):
     """A site is there, and what it wants to say of itself.
 
     `busy` names the assignment it is at work on, and asks for nothing but whether it still counts.
-    `plan` and `layout` are the digests of its own copy of the federation, `meaning` that of the
-    names of its inputs, classes and label, which it may also tell. `agent` is drawn when an
-    agent starts.
+    It holds `held_out` examples out, to measure models on. `plan` and `layout` are the digests of
+    its own copy of the federation, `meaning` that of the names of its inputs, classes and label,
+    which it may also tell. `agent` is drawn when an agent starts.
     """
 
     plan: Hex32
@@ -99,6 +99,7 @@ class CheckIn(Message, frozen=True):
     farewell: bool = False
     about: Annotated[dict[Label, Value], Meta(max_length=16)] = {}
     agent: Hex16 | None = None
+    held_out: Count = 0
     meaning: Hex32 | None = None
     inputs: Annotated[list[Value], Meta(max_length=256)] = []
     classes: Annotated[list[Value], Meta(max_length=256)] = []
@@ -112,10 +113,11 @@ class Order(Message, frozen=True):
     numbers' seed, and `memory`, the assignment whose memory counts (None: it begins anew). It is
     the question number `exchange` of the round, called `question`, and whose `owner` is; only with
     `works` is there local work to do. `told` and `mail` are blobs that belong to it. For "stop":
-    the final model, if there is one, and how the federation has ended.
+    the final model, if there is one, and how the federation has ended. For "measure": the model of
+    a round, of which it is to say how good it is on rows that it holds out.
     """
 
-    kind: Literal["train", "wait", "go on", "drop", "stop"]
+    kind: Literal["train", "measure", "wait", "go on", "drop", "stop"]
     assignment: AssignmentId | None = None
     round: Count = 0
     rounds: Count = 0
@@ -136,6 +138,14 @@ class Order(Message, frozen=True):
     wait: tuple[float, float] = (0.0, 0.0)
     reason: Text = ""
     outcome: Literal["", "done", "stopped", "given up"] = ""
+
+
+class Measured(Message, frozen=True):
+    """How good the model of a round is on the `examples` that a site holds out, by metric."""
+
+    round: Count
+    examples: Count
+    figures: Annotated[dict[Label, float], Meta(max_length=64)]
 
 
 class Offer(Message, frozen=True):

@@ -41,6 +41,7 @@ from atoll.rounds.task import Received, first_state
 from atoll.service import meanings, operations
 from atoll.service.deciding import Deciding
 from atoll.service.history import History
+from atoll.service.measuring import Measuring
 from atoll.service.members import Members, Wait
 from atoll.service.questions import Question, put_question
 from atoll.service.replay import replay
@@ -103,6 +104,7 @@ class FederationLoop:
         key, secret = Key(service.seed), Key(_secret_of(store))
         self.driver = Driver(plan, key, secret, initial)
         self.history = History(plan, service.seed, store, history)
+        self.measuring = Measuring(plan, store, history)
         self.version: Row = {}
         self.open: dict[str, Row] = {}
         #: What the open question tells those who are asked; None under an asynchronous schedule.
@@ -157,6 +159,7 @@ class FederationLoop:
         self._remembers = bool(first_state(self.plan, received, self.server.blank))
         self.members.refresh()
         self.history.begin(self.version["version"])
+        self.measuring.write()
         self._work = asyncio.Queue()
         await self._refold()
         self._worker = asyncio.create_task(self._work_off(), name="atoll-sums")

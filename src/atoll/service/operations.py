@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from atoll.errors import ConfigurationError
 from atoll.rounds.coordinator import Phase
 from atoll.service import meanings
+from atoll.service.measuring import latest
 from atoll.service.storage import tables, visits
 from atoll.service.storage.database import Change, Store
 from atoll.service.storage.folder import is_name
@@ -99,13 +100,20 @@ def rounds(store: Store, since: int = 0) -> list[dict[str, Any]]:
 
 
 def sites(store: Store) -> list[dict[str, Any]]:
-    """Who has joined, was revoked or is invited, by name; who was invited anew is invited."""
+    """Who has joined, was revoked or is invited, by name; who was invited anew is invited.
+
+    With what each has said last of how good a model is on rows of its own.
+    """
     known = {row["name"]: {name: row[name] for name in SHOWN} for row in store.sites()}
     good = tables.tokens.c.used.is_(None) & (tables.tokens.c.expires > time.time())
     for token in store.rows(sa.select(tables.tokens).where(good)):
         name, role = token["name"], token["role"]
         if name not in known or known[name]["status"] != "active":
             known[name] = {**dict.fromkeys(SHOWN), "name": name, "role": role, "status": "invited"}
+    told = {row["site"]: row for row in latest(store)}
+    for name, row in known.items():
+        said = told.get(name)
+        row["measured"] = said and {key: said[key] for key in ("round", "examples", "figures")}
     # Python's order, which no database's collation changes.
     return [known[name] for name in sorted(known)]
 

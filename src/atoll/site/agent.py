@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -45,6 +46,7 @@ from atoll.learners.base import Assignment
 from atoll.protocol import messages
 from atoll.protocol.identity import IdentityError, Token, make_key, read_identity, token_digest
 from atoll.rounds.describe import about_model, agreed, differences, plan_digest, said
+from atoll.rounds.evaluate import own_model
 from atoll.rounds.messages import pack
 from atoll.rounds.plan import Plan
 from atoll.rounds.task import (
@@ -117,6 +119,7 @@ class Site:
         self._failures, self._agent = 0, secrets.token_hex(16)
         self._over = threading.Event()
         self._said_goodbye = False
+        self._measures = True
         self._busy: str | None = None
         self._beat = SHORTEST_BEAT
         self._dropped = threading.Event()
@@ -196,6 +199,8 @@ class Site:
                     except Exception as error:
                         # Whatever the model's code raises, the server is to know.
                         self._cannot(order, error)
+                elif order.kind == "measure":
+                    self._measure(order)
                 elif order.kind == "stop":
                     return self._finish(order)
                 else:
@@ -301,6 +306,39 @@ class Site:
         what = "trained" if order.works else f"answered {order.question!r}"
         self.report(f"round {order.round} of {order.rounds}: {what} in {took:.1f} s{shown}")
         self._send_outbox()
+
+    def _measure(self, order: messages.Order) -> None:
+        """Say how good the model that this site itself would use is on what it holds out."""
+        examples, data = self.data.test(0), self.data
+        figures: dict[str, float] = {}
+        try:
+            received = Received.of(self.plan, self._received(order)[0])
+            row = (0, self.link.site, order.round, order.round, 1.0, 1.0, 0)
+            key = Key(order.seed).fold("own", order.round)
+            task = ClientTask.read(row, key, self._memory.judged(order, received))
+            model = own_model(self.plan, received, task, data.train(0))
+            learner = self.plan.learner
+            sums = learner.evaluate(model, examples, data.task, data.classes)
+            figures = learner.figures(sums, data.task)
+        except Refusal as refusal:
+            if refusal.status not in (404, 410):
+                raise
+            return  # the model has gone, and another one will come
+        except (Stopped, IdentityError):
+            raise
+        except Exception as error:
+            # It is said by having no figure; the round goes on without.
+            logger.error("round %d cannot be measured here: %s", order.round, error)
+        told = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
+        try:
+            self.link.measured(messages.Measured(order.round, len(examples), told))
+        except Refusal as refusal:
+            if refusal.status != 410:
+                self._measures = False  # or it would be asked again at once, and for ever
+            self.report(f"round {order.round}: what was measured was not taken: {refusal}")
+            return
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
+        self.report(f"round {order.round} on {len(examples)} rows that are held out: {shown}")
 
     def _answer(
         self, order: messages.Order, received: Received, task: ClientTask
@@ -416,6 +454,7 @@ class Site:
             plan=self._plan_digest,
             layout=self.plan.learner.layout.digest,
             examples=self.data.size(0) if self.declare else 0,
+            held_out=len(self.data.test(0)) if self.declare and self._measures else 0,
             busy=busy,
             farewell=farewell,
             about={**self.resources, **(self._summary() if self.declare else {})},

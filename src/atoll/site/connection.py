@@ -208,6 +208,11 @@ class Connection:
         verdict: messages.Verdict = self._persist(attempt)
         return verdict
 
+    def measured(self, message: messages.Measured) -> None:
+        """Say how good a model is here."""
+        body = messages.write(message)
+        self._persist(lambda: self._sealed("POST", "/v1/measured", body))
+
     def fail(self, assignment: str, reason: str) -> None:
         """Say that an update will not come."""
         body = messages.write(messages.Failure(reason[:1000]))

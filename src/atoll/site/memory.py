@@ -44,6 +44,13 @@ class Memory:
         kept = files.load(there[-1], "kept")[1] if there else {}
         return {**state, "kept": kept} if kept else state
 
+    def judged(self, order: Order, received: Received) -> Tree:
+        """What this site's own model is made with: the memory that counts, and nothing goes."""
+        path = None if order.memory is None else self._of(order.memory)
+        if path is not None and path.exists():
+            return nest(files.load(path, "memory")[1])
+        return first_state(self._plan, received, self._blank(order.seed))
+
     def keep(self, order: Order, before: Tree, after: Tree) -> None:
         """Write down what was answered to this order: for good, and under "kept" for the round."""
         assert order.assignment is not None

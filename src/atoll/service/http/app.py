@@ -78,6 +78,9 @@ class App(Endpoints):
             route("POST", "/v1/assignments/{assignment}/fail", working.fail,
                   "Say that an update will not come", {204: None}, 404, 410,
                   body=messages.Failure),
+            route("POST", "/v1/measured", working.measured,
+                  "Say how good a model is on rows that the site holds out", {204: None}, 410,
+                  body=messages.Measured),
         ]  # fmt: skip
         operators: list[BaseRoute] = [
             route("GET", "/v1/status", looking.status, "How the federation stands (analyst)",

@@ -128,6 +128,15 @@ audit = sa.Table(
     sa.Column("detail", sa.Text, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
 )
+#: What sites say of a model, on rows of their own that it was not trained on.
+measured = sa.Table(
+    "measured",
+    metadata,
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("site", sa.Text, primary_key=True),
+    sa.Column("examples", sa.BigInteger, nullable=False),
+    sa.Column("figures", sa.Text, nullable=False),
+)
 #: Which server process leads, until when.
 lease = sa.Table(
     "lease",
@@ -173,8 +182,13 @@ def _fourth(connection: sa.Connection) -> None:
             )
 
 
+def _fifth(connection: sa.Connection) -> None:
+    """What sites say of models."""
+    measured.create(connection, checkfirst=True)
+
+
 #: What turns format n into format n + 1; a change of tables adds one and never edits another.
-MIGRATIONS: Sequence[Callable[[sa.Connection], None]] = (_first, _second, _third, _fourth)
+MIGRATIONS: Sequence[Callable[[sa.Connection], None]] = (_first, _second, _third, _fourth, _fifth)
 
 
 def migrate(connection: sa.Connection) -> None:
