@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,40 @@ async def pieces(
     loop: FederationLoop, site: str, digest: str, start: int, stop: int
 ) -> AsyncIterator[bytes]:
     """A blob's bytes from `start` to `stop`; a site that receives them is there."""
-    with contextlib.closing(loop.models.blobs.read(digest, start, stop)) as source:
-        while piece := await asyncio.to_thread(next, source, b""):
+    async with contextlib.aclosing(
+        read_in_threads(loop.models.blobs.read(digest, start, stop))
+    ) as read:
+        async for piece in read:
             if site in loop.members.seen:
                 loop.members.saw(site)
             yield piece
+
+
+async def read_in_threads(source: Generator[bytes]) -> AsyncGenerator[bytes]:
+    """What a generator gives, each piece made in a thread; it is closed in the end.
+
+    Whoever receives it may go away while a thread is at work, which is then let finish: a generator
+    that runs cannot be closed.
+    """
+    step: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, source, b""))
+            piece = await asyncio.shield(step)
+            if not piece:
+                return
+            yield piece
+    finally:
+        if step is None or step.done():
+            source.close()
+        else:
+            step.add_done_callback(partial(_close, source))
+
+
+def _close(source: Generator[bytes], step: asyncio.Future[bytes]) -> None:
+    if not step.cancelled():
+        step.exception()  # seen; nobody is there any more to hear of it
+    source.close()
 
 
 def versions_named(digest: str) -> sa.Select[Any]:
