@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from types import ModuleType
 
 
@@ -57,11 +59,41 @@ def require(module: str, install: str, purpose: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(package):
             raise MissingPackage(
                 f"{purpose} needs the package {package!r}, which is not installed; "
-                f"run: pip install '{install}'"
+                f"run: {pip_line(install)}"
             ) from None
         raise MissingPackage(
             f"{purpose} needs {module!r}, which does not import: {error}"
         ) from error
+
+
+def pip_line(install: str) -> str:
+    """The command that brings a package, or one of atoll's extras: by what that is made of.
+
+    atoll's name on the public index is not ours yet: a line with it would fetch a stranger's
+    package.
+    """
+    wanted = _of_extras(install) if install.startswith("atoll[") else [install]
+    return "pip install " + " ".join(f"'{each}'" for each in wanted)
+
+
+def _of_extras(install: str) -> list[str]:
+    """What "atoll[a,b]" asks for, by this installation's own metadata."""
+    names = install.removeprefix("atoll[").rstrip("]").split(",")
+    found: dict[str, None] = {}
+    try:
+        lines = metadata.requires("atoll") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    for line in lines:
+        what, _, marker = line.partition(";")
+        if not any(re.search(rf"extra == ['\"]{name}['\"]", marker) for name in names):
+            continue
+        other = re.sub(r"(?:and )?extra == ['\"][^'\"]*['\"](?: and)?", "", marker).strip(" ()")
+        inner = _of_extras(what.strip()) if what.startswith("atoll[") else [what.strip()]
+        found |= dict.fromkeys(
+            f"{each}; {other}".replace("'", '"') if other else each for each in inner
+        )
+    return list(found) or [install]
 
 
 @contextmanager

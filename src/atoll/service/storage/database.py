@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from atoll.errors import AtollError, ConfigurationError
+from atoll.errors import AtollError, ConfigurationError, pip_line
 from atoll.service.storage import tables
 from atoll.service.storage.audit import append
 
@@ -251,7 +251,7 @@ def engine_for(url: str) -> sa.Engine:
         ) from None
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"PostgreSQL needs the package {error.name!r}; run: pip install 'atoll[postgres]'"
+            f"PostgreSQL needs the package {error.name!r}; run: {pip_line('atoll[postgres]')}"
         ) from None
     if parsed.get_backend_name() == "sqlite":
         _prepare_sqlite(engine)
