@@ -11,7 +11,12 @@ from types import ModuleType
 
 
 class AtollError(Exception):
-    """Base of all of atoll's own errors; its text is a sentence for people."""
+    """Base of all of atoll's own errors; its text is a sentence for people.
+
+    `code` is what a command ends with that it ends (see docs/promises.md).
+    """
+
+    code = 1
 
 
 class ConfigurationError(AtollError):
@@ -36,6 +41,18 @@ class CheckpointError(AtollError):
 
 class RunError(AtollError):
     """A run that cannot go on."""
+
+
+class GivenUp(RunError):
+    """A federation that has come to its end without being done; to begin again changes nothing."""
+
+    code = 3
+
+
+class NotAdmitted(RunError):
+    """A site that may not take part as it is: somebody has to change something first."""
+
+    code = 4
 
 
 class CannotClose(RunError):

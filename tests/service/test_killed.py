@@ -115,7 +115,7 @@ def test_given_up_it_says_why_and_goes_on_with_more_attempts(place):
     place.serve("--linger", "20")
     for name, token in tokens.items():
         place.join(name, token)
-    assert place.wait("server") == 1
+    assert place.wait("server") == 3
     assert "given up" in place.log("server")
     assert "Traceback" not in place.log("server")
     why = "could not be closed: the door is shut"
@@ -125,11 +125,11 @@ def test_given_up_it_says_why_and_goes_on_with_more_attempts(place):
     assert sum("round abandoned" in line and why in line for line in log.splitlines()) == 2
     assert why in (place.state / "run" / "refusals.jsonl").read_text()
     for name in NAMES:
-        assert place.wait(name) == 1
+        assert place.wait(name) == 3
         assert "given up" in place.log(name)
     # In vain once more, and then the door is open.
     place.serve("--linger", "2")
-    assert place.wait("server") == 1
+    assert place.wait("server") == 3
     (place.root / "open").touch()
     place.serve("--linger", "20", "--set", "schedule.attempts=5")
     for name in NAMES:

@@ -115,14 +115,14 @@ def test_commands_end_when_the_server_is_down(place, command, monkeypatch, capsy
     folder.mkdir()
     about = {"url": "https://127.0.0.1:9", "site": "ann", "project": "p"}
     (folder / "site.json").write_text(json.dumps(about))
-    assert main([command, str(folder)]) == 1
+    assert main([command, str(folder)]) == 5
     assert "was not reached" in capsys.readouterr().err
 
 
 def test_enrolment_ends_when_the_server_is_down(place, capsys):
     token = place.invite("ann", "--role", "analyst")
     folder = str(place.root / "ann")
-    assert main(["enrol", "https://127.0.0.1:9", "--token", token, "--folder", folder]) == 1
+    assert main(["enrol", "https://127.0.0.1:9", "--token", token, "--folder", folder]) == 5
     assert "was not reached" in capsys.readouterr().err
 
 
@@ -186,7 +186,7 @@ def test_an_identity_learns_where_the_server_is_now(place, monkeypatch, capsys):
     place.cli("enrol", place.url, "--token", token, "--folder", "ann")
     about = json.loads((folder / "site.json").read_text())
     (folder / "site.json").write_text(json.dumps({**about, "url": "https://127.0.0.1:9"}))
-    assert main(["status", str(folder)]) == 1
+    assert main(["status", str(folder)]) == 5
     assert main(["status", str(folder), "--url", place.url + "/"]) == 0
     assert main(["status", str(folder)]) == 0
     assert json.loads((folder / "site.json").read_text())["url"] == place.url

@@ -68,7 +68,7 @@ def test_the_owner_may_refuse(place):
     place.join("0", place.invite("0"), "--ask")
     place.until(lambda: "waiting for approval" in place.log("0"), what="the question")
     place.cli("approve", "0", "--refuse")
-    assert place.wait("0") == 1
+    assert place.wait("0") == 4
     assert "refused the federation's terms" in place.log("0")
 
 
@@ -77,7 +77,7 @@ def test_another_plan_is_refused_and_what_differs_is_said(place):
     place.until(lambda: "leading" in place.log("server"), what="the server's start")
     place.write(algorithm="FedProx(mu=0.5)")
     place.join("0", place.invite("0"))
-    assert place.wait("0") == 1
+    assert place.wait("0") == 4
     text = place.log("0")
     assert "copy of the federation is another than the server's: algorithm.local.kind is" in text
     assert "algorithm.local.mu is 0.5 here" in text
@@ -127,7 +127,7 @@ def test_a_revoked_site_is_out_at_its_next_request(place):
     joined(place, "0", "1")
     place.until(lambda: len(rounds_of(place)) > 2, what="the second round")
     assert "revoked" in place.cli("revoke", "state", "1")
-    assert place.wait("1") == 1
+    assert place.wait("1") == 4
     assert "1 was revoked" in place.log("1")
     before = len(rounds_of(place))
     place.until(lambda: len(rounds_of(place)) > before + 2, what="going on without it")
@@ -155,7 +155,7 @@ def test_an_analyst_reads_and_an_admin_acts(place):
         assert "this is for the role admin, and ann is analyst" in refused
     assert ("1", "site", "active") in {row[:3] for row in table(place, "sites", "ann")}
     place.cli("revoke", "bob", "1")
-    assert place.wait("1") == 1
+    assert place.wait("1") == 4
     assert "1 was revoked" in place.log("1")
     for reader in ("ann", "state"):
         found = {row[:3] for row in table(place, "sites", reader)}
@@ -325,7 +325,7 @@ def test_an_invitation_can_be_withdrawn(place):
     assert "invited" in place.cli("sites", "state")
     place.cli("revoke", "state", "0")
     place.join("0", token)
-    assert place.wait("0") == 1
+    assert place.wait("0") == 4
     assert "there is no such token" in place.log("0")
 
 

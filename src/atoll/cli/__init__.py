@@ -1,7 +1,8 @@
 """The command line: simulate, look at runs, serve a federation, join one, look after it.
 
 Commands are imported when they are called, so that `atoll --help` is instant. Exit codes: 0 done,
-1 a problem that is said in a sentence, 2 a command line that makes no sense, 130 stopped by Ctrl-C.
+1 a problem that is said in a sentence, 2 a command line that makes no sense, 3 a federation that
+was given up, 4 a site that is not let in, 5 a server that was not reached, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(command.run(options))
     except AtollError as error:
         print(f"atoll: {error}", file=sys.stderr)
-        return 1
+        return error.code
     except KeyboardInterrupt:
         print("atoll: stopped", file=sys.stderr)
         return 130

@@ -19,7 +19,7 @@ from atoll.site.connection import Stopped
 from atoll.site.terms import Terms
 
 #: What an agent's end is to whoever started it (see docs/promises.md).
-ENDS = {"done": 0, "given up": 1, "stopped": 130, "left": 130}
+ENDS = {"done": 0, "given up": 3, "stopped": 130, "left": 130}
 
 
 def run(options: argparse.Namespace) -> int:

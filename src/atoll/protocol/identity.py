@@ -37,6 +37,8 @@ ENROL, OPEN = b"atoll enrol ", b"atoll session "
 class IdentityError(AtollError):
     """Someone is not who they say, or may not do what they ask."""
 
+    code = 4
+
 
 def read_identity(folder: Path) -> dict[str, str]:
     """What an identity's folder says in `site.json`: server, name and project.

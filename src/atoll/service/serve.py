@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from atoll.core.vectors import Vectors
 from atoll.data.federated import FederatedData, check_population
-from atoll.errors import AtollError, ConfigurationError, RunError, require
+from atoll.errors import AtollError, ConfigurationError, GivenUp, RunError, require
 from atoll.protocol.certificates import renew_server, server_context
 from atoll.rounds.coordinator import Phase
 from atoll.rounds.evaluate import check_evaluation
@@ -238,11 +238,11 @@ class _Process:
             if await self._paused(TICK, listening):
                 break
         if loop.diverged:
-            raise RunError(
+            raise GivenUp(
                 "the federation was given up: nothing but refused updates came; the log says why"
             )
         if loop.coordinator.phase is Phase.FAILED:
-            raise RunError(
+            raise GivenUp(
                 "the federation was given up: a round was abandoned too often; `atoll rounds` "
                 "says why. To try again: atoll serve ... --set schedule.attempts=MORE"
             )

@@ -41,7 +41,7 @@ from atoll.core.random import Key
 from atoll.core.updates import Update
 from atoll.core.vectors import Tree, Vectors, nest
 from atoll.data.federated import FederatedData
-from atoll.errors import AtollError, CheckpointError, RunError
+from atoll.errors import AtollError, CheckpointError, NotAdmitted, RunError
 from atoll.learners.base import Assignment
 from atoll.protocol import messages
 from atoll.protocol.identity import IdentityError, Token, make_key, read_identity, token_digest
@@ -251,7 +251,7 @@ class Site:
         except (ValueError, RecursionError):
             return
         if found:
-            raise RunError(
+            raise NotAdmitted(
                 "this site's copy of the federation is another than the server's: "
                 f"{found[:1000]}. Bring the two files into one form"
             ) from refusal

@@ -73,11 +73,15 @@ class Refusal(AtollError):
         self.status, self.detail, self.ours = status, dict(detail or {}), ours
         short = {name: value for name, value in self.detail.items() if len(value) < 200}
         about = ", ".join(f"{name}: {value}" for name, value in short.items())
+        # Of a gateway's refusals some pass; the server means what it says.
+        self.code = 4 if ours and status in (401, 403, 409) else 1
         super().__init__(f"{reason} ({about})" if about else reason)
 
 
 class Unreachable(AtollError):
     """The server was not reached within the time that there was."""
+
+    code = 5
 
 
 class Stopped(AtollError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.core import files
-from atoll.errors import ConfigurationError, RunError
+from atoll.errors import ConfigurationError, NotAdmitted
 from atoll.rounds.describe import describe, plan_digest
 from atoll.rounds.plan import Plan
 
@@ -48,7 +48,7 @@ class Terms:
         # An answer to other terms is none to these.
         while _answer(folder / "approved.json") != plain:
             if _answer(folder / "refused.json") == plain:
-                raise RunError("the owner of this site has refused the federation's terms")
+                raise NotAdmitted("the owner of this site has refused the federation's terms")
             yield
 
 
