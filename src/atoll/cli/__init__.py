@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 #: Commands that do something: cut off, they have not done it.
-WORKING = frozenset({"demo", "flower", "join", "serve", "simulate"})
+WORKING = frozenset({"demo", "flower", "join", "serve", "simulate", "sweep"})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,6 +99,28 @@ def parser() -> argparse.ArgumentParser:
     )
     _page(simulate)
     simulate.set_defaults(module="simulate")
+
+    sweep = commands.add_parser("sweep", help="simulate each combination of settings, and compare")
+    sweep.add_argument("file", help="a file that defines `federation`, `clients`, maybe `choices`")
+    sweep.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="e.g. --grid learner.lr=0.01,0.1 --grid algorithm=fedavg,scaffold, the latter by the "
+        "names in the file's choices = {'algorithm': {'fedavg': FedAvg(), ...}}",
+    )
+    sweep.add_argument("--seeds", type=positive, default=1, help="runs of each; default: 1")
+    sweep.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                       help="as for simulate, in all of them")  # fmt: skip
+    sweep.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders go")
+    sweep.add_argument("--name", help="folder of the sweep's runs (the file's name and -sweep)")
+    sweep.add_argument("--engine", help="as for simulate")
+    sweep.add_argument("--metric", help="what to compare; default: accuracy, or the loss")
+    sweep.add_argument("--csv", metavar="FILE", help="write the table as .csv")
+    sweep.add_argument("--latex", metavar="FILE", help="write the table as LaTeX, for booktabs")
+    sweep.add_argument("--plot", metavar="FILE", help="draw into this file, e.g. .png, .svg, .pdf")
+    sweep.set_defaults(module="sweep")
 
     explain = commands.add_parser("explain", help="say how a federation would be run, and why")
     explain.add_argument("file", help="a file that defines `federation` and `clients`")

@@ -44,6 +44,17 @@ def read_federation(name: str) -> tuple[Federation, FederatedData, Devices | Non
     return federation, clients, devices
 
 
+def read_choices(name: str) -> dict[str, dict[str, Any]]:
+    """`choices` of a Python file: for fields of the federation, what they may be, by name."""
+    found = _run(name).get("choices", {})
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        raise ConfigurationError(
+            f"`choices` in {name} must be like "
+            '{"algorithm": {"fedavg": FedAvg(), "scaffold": Scaffold()}}'
+        )
+    return found
+
+
 def read_plan(name: str) -> Federation:
     """`federation` of a Python file, which may have `clients` for simulation too."""
     return _federation(_run(name), name)

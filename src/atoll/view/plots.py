@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import ConfigurationError
@@ -15,6 +16,8 @@ from atoll.view.figure import COLOURS, picture
 if TYPE_CHECKING:
     from atoll.tracking.record import Run
 
+#: So many clients are named on an axis, by so many letters.
+NAMED, LETTERS = 30, 16
 #: Metrics that lie between 0 and 1.
 SHARES = {"accuracy", "exact", "micro_f1", "macro_f1", "auc"}
 
@@ -62,6 +65,33 @@ def draw_metric(
     return path
 
 
+def draw_bands(groups: Mapping[str, Sequence[Run]], path: Path, metric: str) -> Path:
+    """One line per group of runs (named by its key): the mean over them, and a deviation each way.
+
+    The legend stands beside the axes, so that it covers nothing.
+    """
+    with picture(path) as (_, axes):
+        for number, (name, runs) in enumerate(groups.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            style = ("-", "--", "-.", ":")[number // len(COLOURS) % 4]
+            series = [dict(zip(*run.series(metric), strict=True)) for run in runs]
+            rounds = sorted(set.intersection(*(set(each) for each in series)))
+            middle = [fmean(each[r] for each in series) for r in rounds]
+            axes.plot(rounds, middle, style, color=colour, label=name, linewidth=1.8)
+            if len(runs) > 1:
+                spread = [stdev([each[r] for each in series]) for r in rounds]
+                low = [m - s for m, s in zip(middle, spread, strict=True)]
+                high = [m + s for m, s in zip(middle, spread, strict=True)]
+                axes.fill_between(rounds, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.set_xlabel("round")
+        axes.set_ylabel(metric.replace("_", " "))
+        seeds = max(len(runs) for runs in groups.values())
+        title = f"mean and deviation over {seeds} seeds" if seeds > 1 else ""
+        axes.set_title(f"{metric.replace('_', ' ')}{': ' * bool(title)}{title}")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return path
+
+
 def draw_spread(run: Run, path: Path, metric: str) -> Path:
     """Every client's own value, sorted, with the mean and the worst tenth."""
     values = run.per_client.get(metric)
@@ -71,7 +101,8 @@ def draw_spread(run: Run, path: Path, metric: str) -> Path:
             f"{metric!r} was not evaluated per client; {known} was (see Evaluation(spread=...))"
         )
     worst_first = more_is_better(metric, directions(run.config, run.data))
-    ordered = sorted(values.values(), reverse=not worst_first)
+    named = sorted(values.items(), key=lambda item: item[1], reverse=not worst_first)
+    ordered = [value for _, value in named]
     tail = math.ceil(len(ordered) / 10)
     with picture(path) as (_, axes):
         colours = [COLOURS[1]] * tail + [COLOURS[0]] * (len(ordered) - tail)
@@ -86,7 +117,13 @@ def draw_spread(run: Run, path: Path, metric: str) -> Path:
             textcoords="offset points",
             fontsize="small",
         )
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(ordered) <= NAMED:
+            names = [
+                name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…" for name, _ in named
+            ]
+            axes.set_xticks(range(1, len(ordered) + 1), names, rotation=45, ha="right")
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(f"{len(ordered)} clients, worst first (worst tenth in orange)")
         axes.set_ylabel(f"{metric.replace('_', ' ')} on own test data")
         axes.set_title(f"{_title(run)}: {metric.replace('_', ' ')} by client")
