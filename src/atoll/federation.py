@@ -15,11 +15,11 @@ from atoll.backends.parsing import engine_of
 from atoll.core.files import write_json
 from atoll.core.model_file import ModelFile, load_model
 from atoll.core.vectors import Vectors
-from atoll.data.encoding.encoding import Encoding
 from atoll.data.federated import FederatedData, check_population
 from atoll.errors import CheckpointError, ConfigurationError, require
 from atoll.learners.base import Learner
-from atoll.learners.prediction import Predictions, predict
+from atoll.learners.prediction import Predictions
+from atoll.learners.saved import SavedModel
 from atoll.rounds.describe import about_model, describe, short
 from atoll.rounds.plan import Plan
 from atoll.simulation.asynchronous import AsynchronousSimulator
@@ -215,15 +215,10 @@ class Federation(Plan):
 
         Raises ConfigurationError for another federation's model.
         """
-        kept = saved_model(model)
-        encoding = kept.about.get("encoding")
-        if encoding is not None and not isinstance(x, np.ndarray | Mapping):
-            x = Encoding.read(encoding, "the model's encoding").apply(x)
-        return predict(
-            self.learner, self.learner.vectors_of(kept.arrays), x,
-            str(kept.about.get("task") or "regression"), kept.about.get("classes"),
-            tuple(kept.about.get("class_names") or ()),
-        )  # fmt: skip
+        saved = SavedModel.of(self.learner, saved_model(model))
+        if saved.encoding is not None and not isinstance(x, np.ndarray | Mapping):
+            x = saved.encoding.apply(x)
+        return saved.predict(dict(x) if isinstance(x, Mapping) else np.asarray(x))
 
     def explain(self, clients: FederatedData, *, engine: Engine | str | None = None) -> Explanation:
         """How `simulate` would run this over these clients; print it.

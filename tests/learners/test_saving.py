@@ -14,7 +14,7 @@ from atoll import Federation, data, schedules
 from atoll.algorithms import FedAvg
 from atoll.core.model_file import load_model, save_model
 from atoll.core.vectors import Layout
-from atoll.errors import CheckpointError, ConfigurationError
+from atoll.errors import CheckpointError, ConfigurationError, DataError
 from atoll.learners import NumpyLearner, SklearnLearner
 from atoll.learners.prediction import predict
 from atoll.tracking.reading import read_run
@@ -213,3 +213,117 @@ def test_a_damaged_file_is_refused(clients, tmp_path):
     assert found.layout == layout
     save_model(path, model, replace(layout, entries=layout.entries[::-1]), {})
     assert load_model(path).vectors["params"].tolist() == model["params"].tolist()
+
+
+def test_other_frozen_weights_are_refused(clients, tmp_path):
+    torch = pytest.importorskip("torch")
+    from torch import nn
+
+    from atoll.learners import TorchLearner
+
+    def plan(seed):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(4, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, 2))
+        return TorchLearner(net, lr=0.1, batch_size=10, weights="given")
+
+    one, run = ran(plan(0), clients)
+    path = run.save(tmp_path / "m.safetensors")
+    other, _ = ran(plan(1), clients)
+    with pytest.raises(ConfigurationError, match="beside other frozen weights"):
+        other.predict(path, X)
+    # Where it starts from is another matter.
+    torch.manual_seed(5)
+    again = plan(0)
+    with torch.no_grad():
+        again.module[2].weight.add_(1)
+    same, _ = ran(again, clients)
+    assert same.predict(path, X).values.tolist() == one.predict(run, X).values.tolist()
+
+
+def test_probabilities_are_those_of_the_row_alone(clients):
+    torch = pytest.importorskip("torch")
+    from torch import nn
+
+    from atoll.learners import TorchLearner
+
+    net = nn.Sequential(nn.Linear(4, 2), nn.Softmax(1))
+    loss = lambda outputs, y: nn.functional.nll_loss(torch.log(outputs + 1e-9), y)  # noqa: E731
+    plan, run = ran(TorchLearner(net, lr=0.1, batch_size=10, loss=loss), clients)
+    whole = plan.predict(run, X).probabilities
+    np.testing.assert_allclose(
+        whole, plan.learner.outputs(run.model, data.Examples(X, Y)), rtol=1e-6
+    )
+    for row in range(5):
+        np.testing.assert_allclose(plan.predict(run, X[row : row + 1]).probabilities[0], whole[row])
+    logits = nn.Linear(4, 2)
+    plan, run = ran(TorchLearner(logits, lr=0.1, batch_size=10), clients)
+    whole = plan.predict(run, X).probabilities
+    for row in range(len(X)):
+        alone = plan.predict(run, X[row : row + 1]).probabilities[0]
+        np.testing.assert_allclose(alone, whole[row], rtol=1e-5)
+
+
+def test_a_single_output_beyond_its_bounds_is_a_probability_still(clients):
+    pytest.importorskip("torch")
+    from torch import nn
+
+    from atoll.learners import TorchLearner
+
+    loss = lambda outputs, y: ((outputs.squeeze(1) - y) ** 2).mean()  # noqa: E731
+    plan, run = ran(TorchLearner(nn.Linear(4, 1), lr=0.1, batch_size=10, loss=loss), clients)
+    found = plan.predict(run, 10 * X).probabilities
+    assert found.min() >= 0 and found.max() <= 1
+
+
+@pytest.mark.parametrize("wrong", [X[:, :3], X[0], X[:0], X.tolist()[0], np.full((2, 4), np.nan)])
+def test_inputs_that_do_not_fit_are_a_sentence(clients, wrong):
+    plan, run = ran(NumpyLearner([4, 2], lr=0.1, batch_size=10), clients)
+    with pytest.raises(ConfigurationError):
+        plan.predict(run, wrong)
+
+
+def test_many_classes_are_decided_as_scikit_learn_decides(tmp_path):
+    linear = pytest.importorskip("sklearn.linear_model")
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_digits(return_X_y=True)
+    x = x.astype(np.float32)
+    estimator = linear.SGDClassifier(loss="log_loss", random_state=0)
+    plan = Federation(
+        learner=SklearnLearner(estimator, features=64, classes=10), algorithm=FedAvg(),
+        schedule=schedules.Synchronous(rounds=3),
+    )  # fmt: skip
+    clients = data.from_arrays(x, y).iid(clients=3)
+    run = plan.simulate(clients)
+    theirs = run.load_into(linear.SGDClassifier(loss="log_loss"))
+    assert (plan.predict(run, x).values != theirs.predict(x)).sum() == 0
+    test = clients.test_part.all()
+    assert run.metrics["accuracy"] == pytest.approx(theirs.score(*test))
+
+
+def test_labels_of_several_and_amounts(tmp_path):
+    torch = pytest.importorskip("torch")
+    from torch import nn
+
+    from atoll.learners import TorchLearner
+
+    torch.manual_seed(0)
+    topics = np.stack([X[:, 0] > 0, X[:, 1] > 0], axis=1)
+    clients = data.from_arrays(X, topics, task="multilabel", class_names=("a", "b")).iid(clients=3)
+    learner = TorchLearner(nn.Linear(4, 2), lr=0.5, batch_size=10, loss="binary_cross_entropy")
+    plan, run = ran(learner, clients)
+    found = plan.predict(run, X[:20])
+    for row, label in zip(found.values, found.labels, strict=True):
+        assert label == ", ".join(name for name, holds in zip("ab", row, strict=True) if holds)
+
+
+def test_a_file_of_no_sense_is_a_sentence(clients, tmp_path):
+    plan, run = ran(NumpyLearner([4, 2], lr=0.1, batch_size=10), clients)
+    kept = run.saved()
+    for wrong in ({"class_names": 5}, {"classes": 10**12}, {"task": "magic"}, {"encoding": 3},
+                  {"class_names": ["a"]}, {"classes": "x"}):  # fmt: skip
+        path = tmp_path / "odd.safetensors"
+        save_model(path, kept.vectors, kept.layout, {**kept.about, **wrong})
+        with pytest.raises((ConfigurationError, DataError)):
+            plan.predict(path, X)
+    with pytest.raises(ConfigurationError, match="there is no folder"):
+        run.save(tmp_path / "nowhere" / "m.safetensors")

@@ -98,17 +98,27 @@ def test_who_is_asked_and_when(measuring, plan):
     assert not measure.wanted("a", 3, done=False)
     assert measure.wanted("a", 4, done=False)
     assert measure.wanted("a", 3, done=True), "the last model is measured, whatever its round"
-    assert measure.told("a", said(3, accuracy=0.5), 4).startswith("round 3 is not measured now")
-    assert measure.told("a", said(4, accuracy=0.5, auc=float("nan")), 4) == ""
+    assert "nobody asks a" in measure.told("a", said(4, accuracy=0.5)), "it was not asked"
+    measure.ask("a", 4, 7)
+    assert "nobody asks a" in measure.told("a", said(3, accuracy=0.5))
+    for wrong in ({"<b>": 0.5}, {"": 0.5}, {"accuracy": 1e308}):
+        assert "no figures" in measure.told("a", said(4, **wrong))
+    assert measure.told("a", said(4, accuracy=0.5, auc=float("nan"))) == ""
+    assert "nobody asks a" in measure.told("a", said(4, accuracy=0.6)), "once"
     assert not measure.wanted("a", 4, done=False)
     assert measure.wanted("b", 4, done=False)
     # Another process takes over.
     again = Measuring(plan, store, folder)
     assert not again.wanted("a", 4, done=False)
-    assert again.told("b", said(4, accuracy=0.75), 4) == ""
+    again.ask("b", 4, 9)
+    # Rounds go on meanwhile, and its answer is kept.
+    assert not again.wanted("b", 5, done=False)
+    assert again.told("b", said(4, accuracy=0.75)) == ""
     assert json.loads((folder / "spread.json").read_text()) == {"accuracy": {"a": 0.5, "b": 0.75}}
-    assert again.told("b", said(8, accuracy=0.9), 8) == ""
+    again.ask("b", 8, 9)
+    assert again.told("b", said(8, accuracy=0.9)) == ""
     assert by_metric(latest(store)) == {"accuracy": {"b": 0.9}}
+    assert [row["examples"] for row in latest(store)] == [7, 9], "as was said before"
     assert [row["round"] for row in latest(store)] == [4, 8]
 
 

@@ -59,9 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 WORKING = frozenset({"demo", "flower", "join", "serve", "simulate", "sweep"})
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser for which `--option=--` lacks its argument; before Python 3.13 it is a list."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.nargs is None and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "expected one argument")
+        return super()._get_values(action, arg_strings)
+
+
 def parser() -> argparse.ArgumentParser:
     """The grammar of all commands."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="atoll",
         description="Federated learning: describe a federation, simulate it, compare, serve it.",
     )
@@ -179,6 +188,13 @@ def _models(commands: Any) -> None:
     predict.add_argument("--runs", default=RUNS, metavar="FOLDER", help="where run folders are")
     predict.add_argument("--federation", required=True, metavar="FILE", help="the file it is of")
     predict.add_argument("--data", required=True, metavar="TABLE", help="a .csv or .parquet file")
+    predict.add_argument(
+        "--unit",
+        action="append",
+        default=[],
+        metavar="COLUMN=UNIT",
+        help="what a column is counted in, where its name does not say so",
+    )
     predict.add_argument("--output", metavar="FILE", help="a .csv file; default: print some rows")
     predict.set_defaults(module="predict")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atoll.data.encoding import Summary, agree, summarize
-from atoll.data.encoding.summary import NoValue
+from atoll.data.encoding.kinds import NoValue
 from atoll.errors import ConfigurationError, DataError
 
 #: How this command writes what the sentences of `agree` advise.
@@ -28,7 +28,7 @@ def _summarize(options: argparse.Namespace) -> int:
         label=options.label,
         features=options.features,
         leave_out=options.leave_out,
-        units=dict(_pair(text, "--unit") for text in options.unit),
+        units=dict(pair(text, "--unit") for text in options.unit),
         no_value=_no_value(options.no_value),
         least=options.least,
         site=options.site,
@@ -55,7 +55,7 @@ def _agree(options: argparse.Namespace) -> int:
     try:
         found = agree(
             summaries,
-            columns=dict(_pair(text, "--column") for text in options.column),
+            columns=dict(pair(text, "--column") for text in options.column),
             values=values,
             units=units,
             alike=options.alike,
@@ -74,17 +74,17 @@ def _agree(options: argparse.Namespace) -> int:
 
 
 def _no_value(given: Sequence[str]) -> NoValue:
-    """Texts for all columns, or by column."""
-    if not any("=" in text for text in given):
-        return tuple(given)
+    """Texts for all columns, or by column; `COLUMN=` says that all that is there is a value."""
     found: dict[str, list[str]] = {}
     for text in given:
-        column, value = _pair(text, "--no-value, which is said for every column or for none,")
-        found.setdefault(column, []).append(value)
+        column, equals, value = text.partition("=")
+        own = found.setdefault(column if equals else "*", [])
+        own += [value] if equals and value else [] if equals else [text]
     return found
 
 
-def _pair(text: str, option: str) -> tuple[str, str]:
+def pair(text: str, option: str) -> tuple[str, str]:
+    """`NAME=VALUE` as the two."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise ConfigurationError(f"{option} needs NAME=VALUE, not {text!r}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from atoll.cli.files import find_run, read_plan
 from atoll.core.model_file import ModelFile, load_model
 from atoll.errors import ConfigurationError
+from atoll.learners.saved import SavedModel
 from atoll.learners.saving import write_model
 from atoll.tracking.reading import read_run
 
@@ -18,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     learner = None
     if options.federation:
         learner = read_plan(options.federation).learner
-        learner.vectors_of(kept.arrays)  # or it says what does not fit
+        SavedModel.of(learner, kept)  # or it says what does not fit
     path = write_model(Path(options.output), kept, learner, shape)
     about = f"round {kept.about['round']}" if "round" in kept.about else "a model"
     print(f"written: {path} ({about}, {len(kept.arrays)} arrays)")
@@ -30,7 +31,13 @@ def _model(options: argparse.Namespace) -> tuple[ModelFile, tuple[int, ...] | No
     if path.is_file():
         if options.best:
             raise ConfigurationError("--best is of a run; this is a file of one model")
-        return load_model(path), None
+        kept = load_model(path)
+        return kept, _shape(kept.about.get("input_shape"))
     run = read_run(find_run(options.model, options.runs))
-    shape = run.data.get("input_shape")
-    return run.saved(best=options.best), tuple(shape) if isinstance(shape, list) else None
+    kept = run.saved(best=options.best)
+    return kept, _shape(run.data.get("input_shape") or kept.about.get("input_shape"))
+
+
+def _shape(told: object) -> tuple[int, ...] | None:
+    sides = isinstance(told, list) and all(isinstance(side, int) and side > 0 for side in told)
+    return tuple(told) if isinstance(told, list) and sides else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,10 @@ def read_plan(name: str) -> Federation:
     return _federation(_run(name), name)
 
 
-def read_data(name: str, encoding: Encoding | None = None, held_out: float = 0.0) -> FederatedData:
+def read_data(
+    name: str, encoding: Encoding | None = None, held_out: float = 0.0,
+    units: Mapping[str, str] | None = None,
+) -> FederatedData:  # fmt: skip
     """One client's data from a Python file that defines `data`, or a table as it is.
 
     `data` is a Dataset, a population of one, or a population of which `client` names one. A .csv or
@@ -68,7 +72,7 @@ def read_data(name: str, encoding: Encoding | None = None, held_out: float = 0.0
     `held_out` is for testing.
     """
     if Path(name).suffix.lower() in TABLES:
-        return _one_client(_table(name, encoding), held_out)
+        return _one_client(_table(name, encoding, units or {}), held_out)
     found = _run(name)
     data = _called(found, "data", name, SITE)
     if isinstance(data, Dataset):
@@ -87,14 +91,14 @@ def read_data(name: str, encoding: Encoding | None = None, held_out: float = 0.0
     return data
 
 
-def _table(name: str, encoding: Encoding | None) -> Dataset:
+def _table(name: str, encoding: Encoding | None, units: Mapping[str, str]) -> Dataset:
     if encoding is None:
         raise ConfigurationError(
             f"{name} is a table, and the federation has no encoding that says what its columns "
             "are: give Federation(encoding=...), see `atoll agree`, or a Python file that defines "
             "`data`"
         )
-    return from_table(name, encoding=encoding)
+    return from_table(name, encoding=encoding, units=units)
 
 
 def _one_client(data: Dataset, held_out: float) -> FederatedData:

@@ -116,6 +116,13 @@ def _site(commands: Any) -> None:
         "default: 0.2",
     )
     join.add_argument(
+        "--unit",
+        action="append",
+        default=[],
+        metavar="COLUMN=UNIT",
+        help="what a table's column is counted in, where its name does not say so",
+    )
+    join.add_argument(
         "--data",
         required=True,
         metavar="FILE",

@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from atoll.cli.encoding import pair
 from atoll.cli.files import read_data, read_plan
 from atoll.cli.logs import log_to
 from atoll.errors import ConfigurationError
@@ -25,7 +26,10 @@ ENDS = {"done": 0, "given up": 3, "stopped": 130, "left": 130}
 def run(options: argparse.Namespace) -> int:
     """Join, and work until the federation is over."""
     federation = read_plan(options.file)
-    data = read_data(options.data, federation.encoding, options.held_out)
+    data = read_data(
+        options.data, federation.encoding, options.held_out,
+        dict(pair(text, "--unit") for text in options.unit),
+    )  # fmt: skip
     if options.threads:
         stacking(federation.learner).use_threads(options.threads)
     log_to(options.log)

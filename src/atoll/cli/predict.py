@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from atoll.cli.encoding import pair
 from atoll.cli.files import find_run, read_plan
 from atoll.cli.tables import console, figure, print_table
 from atoll.core.model_file import ModelFile, load_model
 from atoll.data.arrow import read_table
-from atoll.data.encoding.encoding import Encoding
 from atoll.data.examples import Examples
 from atoll.data.tasks import task_of
 from atoll.errors import ConfigurationError
-from atoll.federation import Federation
-from atoll.learners.prediction import Predictions, predict
+from atoll.learners.prediction import Predictions
+from atoll.learners.saved import SavedModel
 
 #: Rows that are printed where no file is to be written.
 SHOWN = 10
@@ -32,14 +32,13 @@ def run(options: argparse.Namespace) -> int:
             f"{options.model} does not know how its inputs were encoded, so a table cannot be "
             "read for it; see Federation.predict for arrays"
         )
-    encoding = Encoding.read(kept.about["encoding"], f"the encoding in {options.model}")
-    name = Path(options.data).stem
+    saved = SavedModel.of(federation.learner, kept)
+    encoding = saved.encoding
+    assert encoding is not None
+    name, units = Path(options.data).stem, dict(pair(text, "--unit") for text in options.unit)
     table = read_table(Path(options.data), name)
-    x = encoding.inputs(table, name)
-    task, classes = task_of(str(kept.about.get("task", "regression"))), kept.about.get("classes")
-    model = federation.learner.vectors_of(kept.arrays)
-    names = tuple(kept.about.get("class_names") or ())
-    found = predict(federation.learner, model, x, task, classes, names)
+    found = saved.predict(encoding.inputs(table, name, units))
+    targets = encoding.targets(table, name, units) if encoding.holds_label(table) else None
     rows = _rows(found)
     if options.output:
         with Path(options.output).open("w", newline="", encoding="utf-8") as file:
@@ -47,9 +46,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"written: {options.output} ({len(found)} rows)")
     else:
         _show(rows, len(found))
-    if encoding.holds_label(table):
-        y = np.asarray(encoding.targets(table, name))
-        _score(federation, Examples(x, y), model, str(task.name), classes)
+    if targets is not None:
+        x = encoding.inputs(table, name, units)
+        _score(saved, Examples(x, np.asarray(targets)))
     return 0
 
 
@@ -86,14 +85,11 @@ def _show(rows: Iterator[list[str]], count: int) -> None:
         console().print(f"and {count - SHOWN} more rows; --output FILE.csv writes them all")
 
 
-def _score(
-    federation: Federation, examples: Examples, model: dict[str, np.ndarray], task: str,
-    classes: int | None,
-) -> None:  # fmt: skip
+def _score(saved: SavedModel, examples: Examples) -> None:
     """The table has the label too: say how good the predictions are."""
-    kind = task_of(task)
-    sums = federation.learner.evaluate(model, examples, kind, classes)
-    figures = federation.learner.figures(sums, kind)
+    kind = task_of(saved.task)
+    sums = saved.learner.evaluate(saved.model, examples, kind, saved.classes)
+    figures = saved.learner.figures(sums, kind)
     print_table(
         ("", ""), [(name.replace("_", " "), figure(value)) for name, value in figures.items()]
     )

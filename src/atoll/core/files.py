@@ -105,7 +105,7 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Any], Vectors]:
         label = json.loads(metadata["atoll"])
         body, stated, stored = sha256(), label.pop("sha256"), label.pop("kind")
         version = label.pop("format")
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is a safetensors file, but not one of atoll's") from None
     if version != FORMAT or stored != kind:
         raise CheckpointError(f"{path} is a {stored} of format {version}, not a {kind} of {FORMAT}")

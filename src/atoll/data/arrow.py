@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +24,8 @@ Missing = Literal["refuse", "indicator"]
 #: The first pyarrow that casts the text columns of polars.
 INSTALL = "pyarrow>=18"
 NO_TEXT = "is no UTF-8 text; save it as UTF-8, whatever wrote the file"
+#: What stands for no value among numbers; in a column of text it is a text like others.
+NOTHING = ["", "NA", "N/A", "#N/A", "NaN", "nan", "-NaN", "-nan", "null", "NULL", "n/a"]
 DROP = "drop these rows first"
 
 
@@ -49,10 +52,11 @@ def read_table(source: Any, name: str) -> Table:
 
 def check_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
     """Raise DataError for the first wanted column that is not there exactly once."""
+    held = Counter(columns)
     for column in wanted:
-        if column not in columns:
+        if column not in held:
             raise DataError(f"{name}: there is no column {column!r}; {_choice(column, columns)}")
-        if list(columns).count(column) > 1:
+        if held[column] > 1:
             raise DataError(f"{name}: there are several columns {column!r}; rename all but one")
 
 
@@ -97,9 +101,39 @@ def _read_file(path: Path, name: str) -> Table:
 
 def _read_csv(path: Path) -> Table:
     csv = require("pyarrow.csv", INSTALL, "Reading a table")
-    # An empty field is a missing value in a text column too; "" in quotes is an empty text.
-    convert = csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False)
-    return csv.read_csv(path, convert_options=convert)
+    # An empty field is a missing value in a text column too.
+    convert = csv.ConvertOptions(strings_can_be_null=True, null_values=NOTHING)
+    table = csv.read_csv(path, convert_options=convert)
+    return _as_written(path, table)
+
+
+def _as_written(path: Path, table: Table) -> Table:
+    """Columns that are codes as the file has them: "01" is no number, and "NA" may be a country.
+
+    What is text in one site's file must not be numbers in another's, where all happen to be digits.
+    """
+    arrow, csv = pyarrow_module(), require("pyarrow.csv", INSTALL, "Reading a table")
+    compute = require("pyarrow.compute", INSTALL, "Reading a table")
+    types = arrow.types
+    names = [
+        name
+        for name in dict.fromkeys(table.column_names)
+        if table.column_names.count(name) == 1
+        and (types.is_integer(table[name].type) or is_text(table[name].type))
+    ]
+    if not names:
+        return table
+    convert = csv.ConvertOptions(
+        column_types=dict.fromkeys(names, arrow.string()), include_columns=names,
+        strings_can_be_null=True, null_values=[""],
+    )  # fmt: skip
+    written = csv.read_csv(path, convert_options=convert)
+    for name in names:
+        codes = compute.any(compute.match_substring_regex(written[name], r"^\s*[+-]?0\d")).as_py()
+        if codes or is_text(table[name].type):
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, written[name])
+    return table
 
 
 def _read_parquet(path: Path) -> Table:

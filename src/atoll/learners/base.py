@@ -246,6 +246,10 @@ class Learner(ABC):
         """A digest of what shapes the results but does not travel; empty if there is nothing."""
         return ""
 
+    def frozen(self) -> str:
+        """A digest of the weights that are never trained, which a model of this learner needs."""
+        return ""
+
     def vectors_of(self, source: Any) -> Vectors:
         """A model of this layout from what people have: named arrays, or the framework's own.
 

@@ -30,6 +30,8 @@ def write_model(
             f"a model is saved as {known}, not {path.suffix!r}; for another format of its "
             "framework's own, run.load_into(...) its object and save that"
         )
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"there is no folder {path.parent} to write {path.name} into")
     writer(path, kept, learner, shape)
     return path
 
@@ -50,6 +52,11 @@ def _torch(path: Path, kept: ModelFile, learner: Learner | None, shape: Any) -> 
 
 def _onnx(path: Path, kept: ModelFile, learner: Learner | None, shape: Shape | None) -> None:
     export = getattr(learner, "export_onnx", None)
+    if learner is not None and shape is None:
+        raise ConfigurationError(
+            "an .onnx file is made from inputs of one array whose shape is known, and this model "
+            "has none: several inputs by name, or a file that does not say"
+        )
     if learner is None or shape is None:
         raise ConfigurationError(
             "an .onnx file holds the model's program too, so it needs the federation's file: "

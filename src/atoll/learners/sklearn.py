@@ -37,6 +37,10 @@ from sklearn.base import (  # type: ignore[import-untyped]  # noqa: E402
 EVALUATED_AT_ONCE = 4096
 
 
+#: What decides between classes that are equally probable; no figure shows it.
+TIE = 1e-5
+
+
 @dataclass(frozen=True, eq=False)
 class SklearnLearner(Learner):
     """Fits a scikit-learn estimator from the received coefficients.
@@ -316,7 +320,12 @@ def _set_coefficients(estimator: Any, arrays: Mapping[str, NDArray[Any]]) -> Non
 def _scores(estimator: Any, x: NDArray[Any]) -> NDArray[np.float64]:
     """Log-probabilities [B, K] where the estimator has them, decision values otherwise."""
     if hasattr(estimator, "predict_proba"):
-        return np.asarray(np.log(np.clip(estimator.predict_proba(x), 1e-12, None)))
+        scores = np.asarray(np.log(np.clip(estimator.predict_proba(x), 1e-12, None)))
+        if scores.shape[1] > 2 and hasattr(estimator, "decision_function"):
+            # Probabilities that round to one tie; the estimator itself decides by these.
+            order = np.asarray(estimator.decision_function(x)).argsort(axis=1).argsort(axis=1)
+            scores = scores + TIE * order / scores.shape[1]
+        return scores
     return np.asarray(estimator.decision_function(x), np.float64)
 
 

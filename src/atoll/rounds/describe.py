@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from atoll.aggregation.stage import Pipeline
 from atoll.algorithms.algorithm import Algorithm
+from atoll.data.examples import of_each
 from atoll.data.federated import FederatedData
 from atoll.learners.base import Learner
 from atoll.rounds.code import class_digest, function_digest, is_own
@@ -225,13 +226,15 @@ def plan_digest(plan: Plan) -> str:
 
 def about_model(plan: Plan, data: FederatedData | None = None) -> dict[str, Any]:
     """What a model of this plan tells of itself, for whoever uses it elsewhere."""
-    about: dict[str, Any] = {"plan": plan_digest(plan)}
+    about: dict[str, Any] = {"plan": plan_digest(plan), "frozen": plan.learner.frozen()}
     encoding = plan.encoding or (data.encoding if data is not None else None)
     if encoding is not None:
         about["encoding"] = encoding.json()
+        about["input_shape"] = [len(encoding.names)]
     if data is not None:
         about |= {"task": data.task.name, "classes": data.classes}
         about["class_names"] = list(data.class_names)
+        about["input_shape"] = of_each(data.x, lambda column: list(column.shape[1:]))
     elif encoding is not None and encoding.classes:
         names = list(encoding.classes)
         about |= {"task": "classification", "classes": len(names), "class_names": names}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from atoll.service.storage.tables import measured
 
 logger = logging.getLogger("atoll.service")
 
+#: What metrics are called, and what none is beyond.
+NAME, LARGEST = re.compile(r"[A-Za-z][A-Za-z0-9_@.+-]{0,63}"), 1e9
 #: The file of a run's folder that has each site's figures.
 SPREAD = "spread.json"
 
@@ -37,32 +40,45 @@ class Measuring:
     def __init__(self, plan: Plan, store: Store, folder: Path | None) -> None:
         self._every = plan.evaluation.clients_every
         self._store, self._folder = store, folder
-        #: The sites that were asked or have answered, of the version that is asked about.
+        #: Which version each site was asked about, and how many rows it said that it holds out.
+        self._asked: dict[str, tuple[int, int]] = {}
         self._version, self._settled = -1, set[str]()
 
     def wanted(self, site: str, version: int, *, done: bool) -> bool:
         """Whether a site is to measure this version now."""
         if self._every is None or version == 0 or (version % self._every and not done):
             return False
-        self._at(version)
+        if version != self._version:
+            rows = self._store.rows(sa.select(measured).where(measured.c.round == version))
+            self._version, self._settled = version, {row["site"] for row in rows}
         return site not in self._settled
 
-    def told(self, site: str, message: Measured, version: int) -> str:
-        """Keep what a site that is wanted says of this version; why not, in words, if not."""
-        if message.round != version:
-            return f"round {message.round} is not measured now; the model is of round {version}"
+    def ask(self, site: str, version: int, held_out: int) -> None:
+        """A site is being asked."""
+        self._asked[site] = (version, held_out)
+
+    def told(self, site: str, message: Measured) -> str:
+        """Keep what a site says that was asked, also if rounds went on meanwhile; or why not."""
+        asked, held_out = self._asked.get(site, (0, 0))
+        if not asked or message.round != asked:
+            return f"nobody asks {site} how good the model of round {message.round} is"
+        odd = [name for name in message.figures if not NAME.fullmatch(name)]
+        if odd or any(abs(value) > LARGEST for value in message.figures.values()):
+            return f"what {site} says are no figures of a model"
+        del self._asked[site]
         figures = {name: value for name, value in message.figures.items() if math.isfinite(value)}
         with self._store.change() as change:
             change.run(
                 measured.insert().values(
-                    round=version, site=site, examples=message.examples,
+                    round=asked, site=site, examples=held_out,
                     figures=json.dumps(figures, sort_keys=True),
                 )
             )  # fmt: skip
-        self._settled.add(site)
+        if asked == self._version:
+            self._settled.add(site)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(figures.items()))
         logger.info(
-            "%s measured round %d on %d examples of its own: %s", site, version, message.examples,
+            "%s measured round %d on %d examples of its own: %s", site, asked, held_out,
             shown or "nothing that has a value",
         )  # fmt: skip
         self.write()
@@ -72,11 +88,6 @@ class Measuring:
         """Write the latest figures into the run's folder."""
         if self._folder is not None:
             files.write_json(self._folder / SPREAD, by_metric(latest(self._store)))
-
-    def _at(self, version: int) -> None:
-        if version != self._version:
-            rows = self._store.rows(sa.select(measured).where(measured.c.round == version))
-            self._version, self._settled = version, {row["site"] for row in rows}
 
 
 def latest(store: Store) -> list[Row]:

@@ -65,6 +65,8 @@ logger = logging.getLogger("atoll.site")
 WAIT = 25.0
 SHORTEST_BEAT = 0.5
 FAILURES = 5
+#: What an agent is busy with that measures a model, and owes nothing.
+MEASURING = "measuring"
 #: Seconds that a farewell may take.
 FAREWELL = 5.0
 #: What a server, or something before it, says of an update for good.
@@ -311,6 +313,8 @@ class Site:
         """Say how good the model that this site itself would use is on what it holds out."""
         examples, data = self.data.test(0), self.data
         figures: dict[str, float] = {}
+        # What it is asked for next waits for it meanwhile: that it is at work is to be heard.
+        self._busy, self._beat = order.assignment or MEASURING, max(order.wait[0], SHORTEST_BEAT)
         try:
             received = Received.of(self.plan, self._received(order)[0])
             row = (0, self.link.site, order.round, order.round, 1.0, 1.0, 0)
@@ -329,6 +333,8 @@ class Site:
         except Exception as error:
             # It is said by having no figure; the round goes on without.
             logger.error("round %d cannot be measured here: %s", order.round, error)
+        finally:
+            self._busy = None
         told = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
         try:
             self.link.measured(messages.Measured(order.round, len(examples), told))
@@ -483,7 +489,8 @@ class Site:
             if busy is None:
                 continue
             with contextlib.suppress(AtollError, OSError):
-                order = link.check_in(self._greeting(busy=busy), 0)
+                on = None if busy == MEASURING else busy
+                order = link.check_in(self._greeting(busy=on), 0)
                 if order.kind == "drop" and self._busy == busy:
                     self._dropped.set()
 

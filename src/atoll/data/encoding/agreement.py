@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -14,13 +13,18 @@ import numpy as np
 from atoll.data.encoding.columns import Amounts, Categories, Classes, Numbers
 from atoll.data.encoding.encoding import Encoding
 from atoll.data.encoding.summary import ColumnSummary, Summary, pooled
-from atoll.data.encoding.values import in_order, plain, shown
+from atoll.data.encoding.values import in_order, is_number, letters, plain, shown
 from atoll.errors import DataError
 
 Missing = Literal["refuse", "indicator"]
 Unknown = Literal["refuse", "zeros"]
-#: Means that are so many deviations apart, and of so many times the size, are of another unit.
-APART, TIMES = 3.0, 3.0
+#: Means that are so many of the smaller deviations apart, or deviations that are so many times as
+#: large, may be of another unit; of constants, means that are so many times as large.
+APART, SPREADS, TIMES = 3.0, 5.0, 3.0
+#: Whole numbers of no more different values may be codes, as 1 and 2 for 0 and 1.
+CODED = 3
+#: So many names are looked at for one that is alike.
+MANY = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +75,13 @@ def agree(
     decided = Decisions(
         columns={**(columns or {})},
         values={column: _spelled(same) for column, same in (values or {}).items()},
-        units={**(units or {})},
+        units={column: _factors(column, of) for column, of in (units or {}).items()},
         alike=frozenset(alike),
         leave_out=frozenset(leave_out),
     )
     for noun, given, known in (
         ("missing", missing, ("refuse", "indicator")), ("unknown", unknown, ("refuse", "zeros")),
+        ("task", task, (None, "classification", "regression")),
     ):  # fmt: skip
         if given not in known:
             raise DataError(f"{noun} must be {' or '.join(map(repr, known))}, not {given!r}")
@@ -85,7 +90,7 @@ def agree(
     sites = [summary.site for summary in told]
     if len(set(sites)) < len(sites):
         raise DataError(f"two summaries are of {max(sites, key=sites.count)!r}; name their sites")
-    found = _Columns(told, decided)
+    found = _Columns(told, decided, unknown)
     inputs: dict[str, Numbers | Categories] = {}
     for column in found.inputs:
         own = found.of(column)
@@ -103,11 +108,20 @@ def _spelled(same: Mapping[str, str]) -> dict[str, str]:
     return {plain(spelling): plain(value) for spelling, value in same.items()}
 
 
+def _factors(column: str, units: Mapping[str, float]) -> dict[str, float]:
+    try:
+        return {unit: float(by) for unit, by in units.items()}
+    except (TypeError, ValueError):
+        raise DataError(
+            f"units of {column!r} are names and numbers to multiply by, not {units!r}"
+        ) from None
+
+
 class _Columns:
     """Which site tells what of which column, and what they do not agree on."""
 
-    def __init__(self, told: Sequence[Summary], decided: Decisions) -> None:
-        self.told, self.decided = told, decided
+    def __init__(self, told: Sequence[Summary], decided: Decisions, unknown: Unknown) -> None:
+        self.told, self.decided, self.unknown = told, decided, unknown
         self.faults: list[str] = []
         self.target = self._name(told[0].target)
         self._tables = [self._renamed(summary) for summary in told]
@@ -156,7 +170,9 @@ class _Columns:
             ]
             others = [n for n in shared if n != name and n not in common and not any(
                 n in table and name in table for table in self._tables)]  # fmt: skip
-            near = get_close_matches(name.casefold(), {n.casefold(): n for n in others}, 1, 0.5)
+            # Of very many it would take for ever.
+            cased = {n.casefold(): n for n in others[:MANY]}
+            near = get_close_matches(name.casefold(), cased, 1, 0.5)
             close = next((n for n in others if near and n.casefold() == near[0]), "another")
             has = "has" if len(have) == 1 else "have"
             if close == "another":
@@ -186,7 +202,7 @@ class _Columns:
         )
         called = [n for n in dict.fromkeys(names) if n != column and self._name(n) == column]
         found = _Column(column, sites, tuple(called), self.decided, label)
-        faults = found.faults()
+        faults = found.faults(self.unknown)
         self.faults += faults
         return None if faults else found
 
@@ -210,11 +226,40 @@ class _Column:
         self.alike = name in decided.alike
         kinds = {told.kind for told in sites.values()}
         self.categories = "categories" in kinds or bool(self.same)
+        #: A label of few whole numbers: what is a class at one site is one at another.
+        self._classes = label and all(told.values for told in sites.values())
         codes = [code for told in sites.values() for code in told.no_value]
         self.no_value = tuple(dict.fromkeys(codes))
 
-    def faults(self) -> list[str]:
-        return list(self._faults_of_categories() if self.categories else self._faults_of_numbers())
+    def faults(self, unknown: Unknown) -> list[str]:
+        """What the sites do not agree on."""
+        found = [*self._faults_of_codes()]
+        kind = self._faults_of_categories if self.categories or self._classes else None
+        found += (kind or self._faults_of_numbers)()
+        held = {value for told in self.sites.values() for value in told.values}
+        stray = sorted(set(self.same) - held)
+        rare = [site for site, told in self.sites.items() if told.rare]
+        if stray and not rare:
+            found.append(f"values says {shown(stray)} of {self.noun}, which no site holds")
+        if rare and self.categories and unknown == "refuse" and not (self.alike or stray):
+            found.append(
+                f"{self.noun} holds values at {_sites(rare)} that too few rows hold to be told, so "
+                "that these rows would be refused there: bring them into another category "
+                f"(values={{{self.name!r}: {{the value: another}}}}), or unknown='zeros'"
+            )
+        return found
+
+    def _faults_of_codes(self) -> Iterable[str]:
+        """What means no value at one site, and may be a value at another."""
+        for site, told in self.sites.items():
+            for code in told.no_value:
+                for other, theirs in self.sites.items():
+                    if code in theirs.no_value or not _may_hold(theirs, code):
+                        continue
+                    yield (
+                        f"{code!r} means no value in {self.noun} at {site}, and may be a value at "
+                        f"{other}: say so at both with no_value, or recode it at one"
+                    )
 
     def _faults_of_categories(self) -> Iterable[str]:
         for site, told in self.sites.items():
@@ -237,22 +282,36 @@ class _Column:
             return
         if self.alike:
             return
-        everything = in_order({value for values in vocabularies.values() for value in values})
-        for one, other in combinations(everything, 2):
-            if _letters(one) == _letters(other):
-                yield (
-                    f"{self.noun} holds {one!r} and {other!r}: if they are the same, values="
-                    f"{{{self.name!r}: {{{other!r}: {one!r}}}}}; if not, alike=[{self.name!r}]"
-                )
-        first, *others = vocabularies
-        for site in others:
-            if not set(vocabularies[site]) & set(vocabularies[first]):
-                yield (
-                    f"{self.noun} holds {shown(vocabularies[first])} at {first} and "
-                    f"{shown(vocabularies[site])} at {site}, none the same: say which are, values="
-                    f"{{{self.name!r}: {{{vocabularies[site][0]!r}: {vocabularies[first][0]!r}, "
-                    f"...}}}}; or alike=[{self.name!r}] if they are all different"
-                )
+        alike: dict[str, list[str]] = {}
+        for value in in_order({value for values in vocabularies.values() for value in values}):
+            alike.setdefault(letters(value), []).append(value)
+        for one, *others in (group for group in alike.values() if len(group) > 1):
+            same = ", ".join(f"{other!r}: {one!r}" for other in others)
+            yield (
+                f"{self.noun} holds {one!r} and {shown(others)}: if they are the same, values="
+                f"{{{self.name!r}: {{{same}}}}}; if not, alike=[{self.name!r}]"
+            )
+        first = {value: group[0] for group in alike.values() for value in group}
+        yield from self._faults_of_words(
+            {site: [first[value] for value in values] for site, values in vocabularies.items()}
+        )
+
+    def _faults_of_words(self, vocabularies: Mapping[str, Sequence[str]]) -> Iterable[str]:
+        """Two sites each of which has a value that the other has not: they may be the same."""
+        said: set[tuple[frozenset[str], frozenset[str]]] = set()
+        for (one, mine), (other, theirs) in combinations(vocabularies.items(), 2):
+            own, others = set(mine) - set(theirs), set(theirs) - set(mine)
+            pair = (frozenset(own), frozenset(others))
+            if not own or not others or pair in said or pair[::-1] in said:
+                continue
+            said.add(pair)
+            first, second = in_order(own), in_order(others)
+            yield (
+                f"{self.noun} holds {shown(first)} at {one} only, and {shown(second)} at {other}: "
+                f"if some are the same, values={{{self.name!r}: {{{second[0]!r}: {first[0]!r}, "
+                f"...}}}}; if one site's codes mean something else, recode them there; "
+                f"alike=[{self.name!r}] if all are different"
+            )
 
     def _vocabulary(self, told: ColumnSummary) -> tuple[str, ...]:
         return in_order({self.same.get(value, value) for value in told.values})
@@ -272,17 +331,19 @@ class _Column:
             return
         if self.alike:
             return
+        few = {site: tuple(told.values) for site, told in self.sites.items()}
+        if all(0 < len(values) <= CODED for values in few.values()):
+            yield from self._faults_of_words(few)
+            return
         for (one, mine), (other, theirs) in combinations(self._scaled().items(), 2):
             for place in range(mine.width):
-                a, b = mine.mean[place], theirs.mean[place]
-                spread = max(mine.deviation[place], theirs.deviation[place])
-                small, large = sorted((abs(a), abs(b)))
-                if abs(a - b) > APART * spread and large > TIMES * small:
+                told = [(each.mean[place], each.deviation[place]) for each in (mine, theirs)]
+                if _of_another_size(*told):
+                    (a, s), (b, t) = told
                     yield (
                         f"{self.noun} is of another size at {one} (mean {a:.4g}, deviation "
-                        f"{mine.deviation[place]:.3g}) than at {other} ({b:.4g}, "
-                        f"{theirs.deviation[place]:.3g}): say the units, or alike=[{self.name!r}] "
-                        "if it is right"
+                        f"{s:.3g}) than at {other} ({b:.4g}, {t:.3g}): say the units, or "
+                        f"alike=[{self.name!r}] if it is right"
                     )
                     return
 
@@ -341,6 +402,10 @@ class _Column:
     def as_label(self, task: str | None) -> Classes | Amounts:
         told = [*self.sites.values()]
         few = all(each.values or each.rare for each in told)
+        if task == "regression" and self.categories:
+            raise DataError(f"{self.noun} is no amount at every site, but task='regression'")
+        if task == "classification" and not (self.categories or few):
+            raise DataError(f"{self.noun} has fractions or many values, but is to be classes")
         if self.categories or (few and task in (None, "classification")):
             values, same = self._values()
             return Classes(called=self.called, no_value=self.no_value, values=values, same=same)
@@ -350,10 +415,25 @@ class _Column:
         )  # fmt: skip
 
 
-def _letters(text: str) -> str:
-    """What of a text tells it apart from another: letters and digits, whatever their case."""
-    bare = unicodedata.normalize("NFKD", text).casefold()
-    return "".join(c for c in bare if c.isalnum()) or text
+def _may_hold(told: ColumnSummary, code: str) -> bool:
+    """Whether a code is, or may be, a value among what a site tells."""
+    if told.values or told.kind == "categories":
+        return letters(code) in map(letters, told.values)
+    if not is_number(code):
+        return False
+    return any(
+        abs(float(code) - mean) <= APART * spread
+        for mean, spread in zip(told.mean, told.deviation, strict=True)
+    )
+
+
+def _of_another_size(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether (mean, deviation) of two sites' numbers differ as numbers of other units do."""
+    (a, s), (b, t) = sorted((one, other), key=lambda told: told[1])
+    if s == 0:
+        small, large = sorted((abs(a), abs(b)))
+        return abs(a - b) > APART * t and large > TIMES * small
+    return abs(a - b) > APART * s or t > SPREADS * s
 
 
 def _sites(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +54,7 @@ class Encoding:
             raise DataError("an encoding has at least one column")
         names = [self.target, *self.columns, *self.label.called]
         names += [other for column in self.columns.values() for other in column.called]
-        double = sorted({name for name in names if names.count(name) > 1})
+        double = sorted(name for name, often in Counter(names).items() if often > 1)
         if double:
             raise DataError(f"two columns of the encoding are called {double[0]!r}")
 
@@ -79,7 +80,16 @@ class Encoding:
 
         Raises DataError for what does not fit.
         """
+        self._check_units(units, name)
         return inputs_of(self.columns, table, name, units)
+
+    def _check_units(self, units: Mapping[str, str] | None, name: str) -> None:
+        known = {self.target, *self.label.called, *self.columns}
+        known |= {other for column in self.columns.values() for other in column.called}
+        bare = {said: match["name"] for said in units or () if (match := UNIT.fullmatch(said))}
+        odd = [said for said in units or () if said not in known and bare.get(said) not in known]
+        if odd:
+            raise DataError(f"{name}: a unit is said of {odd[0]!r}, which the encoding has not")
 
     def apply(self, source: Any, *, units: Mapping[str, str] | None = None) -> NDArray[np.float32]:
         """Inputs [N, F] of whatever `data.from_table` reads, which need not have the label."""
@@ -88,12 +98,15 @@ class Encoding:
 
     def targets(self, table: Table, name: str, units: Mapping[str, str] | None = None) -> Array:
         """Labels [N], or amounts [N] or [N, width], of a table."""
-        found, unit = _found(table, self.target, self.label, name, units or {})
+        names = _Names(table.column_names)
+        found, unit = _found(names, self.target, self.label, name, units or {})
+        check_columns((found,), table.column_names, name)
+        self._check_units(units, name)
         return self.label.targets(table[found], f"label column {found!r}", name, unit)
 
     def holds_label(self, table: Table) -> bool:
         """Whether a table has the label's column."""
-        return bool(_candidates(table.column_names, self.target, self.label))
+        return bool(_Names(table.column_names).of(self.target, self.label))
 
     def difference(self, other: Encoding, here: str, there: str) -> str:
         """How this encoding, of `here`, differs from another, in words; empty if it does not."""
@@ -182,26 +195,29 @@ def inputs_of(
     """Inputs [N, F] that these columns of a table become."""
     if len(table) == 0:
         raise DataError(f"{name}: there are no examples")
-    blocks = []
-    for column, kind in columns.items():
-        found, unit = _found(table, column, kind, name, units or {})
-        blocks.append(kind.block(table[found], f"column {found!r}", name, unit))
-    return side_by_side(blocks)
+    names = _Names(table.column_names)
+    places = [_found(names, column, kind, name, units or {}) for column, kind in columns.items()]
+    check_columns([found for found, _ in places], table.column_names, name)
+    return side_by_side(
+        [
+            kind.block(table[found], f"column {found!r}", name, unit)
+            for (found, unit), kind in zip(places, columns.values(), strict=True)
+        ]
+    )
 
 
 def _found(
-    table: Table, column: str, kind: Column, name: str, units: Mapping[str, str]
+    names: _Names, column: str, kind: Column, name: str, units: Mapping[str, str]
 ) -> tuple[str, str]:
-    """What a column is called in this table, and its unit where that is said."""
-    found = _candidates(table.column_names, column, kind)
+    """What a column is called in a table, and its unit where that is said."""
+    found = names.of(column, kind)
     if len(found) > 1:
         raise DataError(
             f"{name}: columns {' and '.join(map(repr, found))} are both {column!r}; take one out"
         )
     if not found:
-        check_columns((column,), table.column_names, name)
+        check_columns((column,), names.all, name)
     (own,) = found
-    check_columns((own,), table.column_names, name)
     said = UNIT.fullmatch(own)
     unit = said["unit"] if said and own not in (column, *kind.called) else ""
     return own, units.get(column, units.get(own, unit))
@@ -225,13 +241,23 @@ def _column(plain: Any, name: str, kinds: Sequence[type[Column]]) -> Column:
     return read(by_name[kind], rest, repr(name))
 
 
-def _candidates(names: Sequence[str], column: str, kind: Column) -> list[str]:
-    known = {column, *kind.called}
-    found = [name for name in dict.fromkeys(names) if name in known]
-    if found:
-        return found
-    said = {name: UNIT.fullmatch(name) for name in dict.fromkeys(names)}
-    return [name for name, match in said.items() if match and match["name"] in known]
+class _Names:
+    """The names of a table's columns, found by themselves or without the unit in them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.all = names
+        self._own = set(names)
+        self._bare: dict[str, list[str]] = {}
+        for name in dict.fromkeys(names):
+            match = UNIT.fullmatch(name)
+            if match:
+                self._bare.setdefault(match["name"], []).append(name)
+
+    def of(self, column: str, kind: Column) -> list[str]:
+        """What a column may be called here."""
+        known = (column, *kind.called)
+        found = [name for name in known if name in self._own]
+        return found or [name for each in known for name in self._bare.get(each, ())]
 
 
 def _words(column: Column) -> tuple[str, str]:

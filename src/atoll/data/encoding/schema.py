@@ -21,7 +21,11 @@ def _text(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        return real and math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _whole(value: Any) -> bool:

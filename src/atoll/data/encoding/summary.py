@@ -13,7 +13,7 @@ from atoll.core.files import write_json
 from atoll.core.numbers import whole
 from atoll.data.arrow import Array, default_name, is_list, read_table, stored_type
 from atoll.data.encoding.encoding import UNIT
-from atoll.data.encoding.kinds import categories, chosen
+from atoll.data.encoding.kinds import NoValue, categories, check_codes, chosen, said_of
 from atoll.data.encoding.schema import read, read_json, told
 from atoll.data.encoding.values import MOST_CATEGORIES, Coded, numbers, plain
 from atoll.errors import DataError
@@ -23,8 +23,6 @@ KIND, VERSION = "atoll.summary", 1
 LEAST = 5
 #: Whole numbers of no more different values may be categories; their counts are told too.
 FEW = 20
-
-NoValue = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,10 @@ class ColumnSummary:
             raise DataError(f"it tells of {self.width} numbers per row, but not of each")
         if any(each < 0 for each in self.deviation):
             raise DataError("no deviation is below 0")
+        if len(self.values) > MOST_CATEGORIES:
+            raise DataError(f"it tells of {len(self.values)} values, more than become inputs")
+        if not self.values and not self.rare and not all(self.counts):
+            raise DataError("it tells of no value")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class Summary:
                 for name, each in columns.items()
             }
             target = read(ColumnSummary, label, "the label")
+            rows = {n + m for each in (*read_columns.values(), target)
+                    for n, m in zip(each.counts, each.missing, strict=True)}  # fmt: skip
+            if not bare.site.isprintable() or rows - {bare.rows}:
+                raise DataError("its site is no name, or its counts are not of its rows")
             return cls(bare.site, bare.rows, read_columns, bare.target, target)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
@@ -174,21 +180,30 @@ def summarize(
     name = site or default_name(source)
     table = read_table(source, name)
     wanted = chosen(table, label, features, leave_out, name)
+    titles = (*wanted, label)
     said = {**(units or {})}
-    unknown = [column for column in said if column not in (*wanted, label)]
+    unknown = [column for column in said if column not in titles]
     if unknown:
         raise DataError(f"{name}: a unit is said of {unknown[0]!r}, which is no column")
-    if len(table) == 0:
-        raise DataError(f"{name}: there are no examples")
+    whole("least", least, 1, DataError)
+    if len(table) < least:
+        raise DataError(
+            f"{name}: {len(table)} rows are too few to tell anything of; {least} are needed"
+        )
+    codes = said_of(no_value, titles, name)
 
     def of(column: str, noun: str, most: int) -> tuple[str, ColumnSummary]:
         match = UNIT.fullmatch(column)
+        own = codes.get(column)
+        found = categories(table[column], noun, name, own, column)
+        if found is not None:
+            if column in said:
+                raise DataError(f"{name}: {noun} has unit {said[column]!r}, but is no numbers")
+            # What stands in brackets after categories is no unit.
+            return column, _of_categories(found, own or (), least)
         bare, unit = (match["name"], match["unit"]) if match else (column, "")
-        codes = tuple(no_value.get(column, no_value.get(bare, ()))) if isinstance(
-            no_value, Mapping) else tuple(no_value)  # fmt: skip
-        codes = tuple(plain(code) for code in codes)
         unit = said.get(column, unit)
-        return bare, _column(table[column], unit, noun, name, codes, least, most)
+        return bare, _of_numbers(table[column], unit, noun, name, own, column, least, most)
 
     columns = dict(of(column, f"column {column!r}", FEW) for column in wanted)
     if len(columns) < len(wanted):
@@ -197,21 +212,7 @@ def summarize(
     return Summary(name, len(table), columns, *target)
 
 
-def _column(
-    column: Any, unit: str, noun: str, name: str, codes: tuple[str, ...], least: int, most: int
-) -> ColumnSummary:
-    whole("least", least, 1, DataError)
-    found = categories(column, noun, name, codes)
-    if found is not None:
-        return _of_categories(found, unit, noun, name, codes, least)
-    return _of_numbers(column, unit, noun, name, codes, least, most)
-
-
-def _of_categories(
-    found: Coded, unit: str, noun: str, name: str, codes: tuple[str, ...], least: int
-) -> ColumnSummary:
-    if unit:
-        raise DataError(f"{name}: {noun} has unit {unit!r}, but is no column of numbers")
+def _of_categories(found: Coded, codes: tuple[str, ...], least: int) -> ColumnSummary:
     counts = found.counts()
     values = {text: count for text, count in sorted(counts.items()) if count >= least}
     return ColumnSummary(
@@ -221,28 +222,38 @@ def _of_categories(
 
 
 def _of_numbers(
-    column: Any, unit: str, noun: str, name: str, codes: tuple[str, ...], least: int, most: int
-) -> ColumnSummary:
+    column: Any, unit: str, noun: str, name: str, said: tuple[str, ...] | None, title: str,
+    least: int, most: int,
+) -> ColumnSummary:  # fmt: skip
+    codes = said or ()
     values = numbers(column, noun, name, codes)
+    if said is None and values.shape[1] == 1:
+        check_codes(values[:, 0].astype(np.float64), noun, name, title)
     there = ~np.isnan(values) if values.dtype.kind == "f" else np.ones(values.shape, np.bool_)
-    if not there.any(axis=0).all():
+    held = there.sum(axis=0)
+    if held.min() < least:
         raise DataError(
-            f"{name}: {noun} holds no value to take a mean of; leave it out with features=..."
+            f"{name}: {noun} holds {int(held.min())} values; a mean of fewer than {least} would "
+            f"tell what they are: leave_out=[{title!r}]"
         )
-    mean = np.atleast_1d(np.mean(values, axis=0, dtype=np.float64, where=there))
-    square = np.mean(np.square(values - mean), axis=0, dtype=np.float64, where=there)
     all_whole = bool((values[there] == np.floor(values[there])).all())
     few: dict[str, int] = {}
     rare = 0
     if all_whole and values.shape[1] == 1 and not is_list(stored_type(column.type)):
-        different, held = np.unique(values[there], return_counts=True)
+        different, often = np.unique(values[there], return_counts=True)
         if len(different) <= most:
-            counts = {plain(float(v)): int(n) for v, n in zip(different, held, strict=True)}
+            counts = {plain(float(v)): int(n) for v, n in zip(different, often, strict=True)}
             few = {text: count for text, count in counts.items() if count >= least}
             rare = sum(counts.values()) - sum(few.values())
+            if 0 < rare < least:
+                # A mean over them too would tell what the few are.
+                told = [v for v, n in zip(different, often, strict=True) if n >= least]
+                there &= np.isin(values, told)
+    mean = np.atleast_1d(np.mean(values, axis=0, dtype=np.float64, where=there))
+    square = np.mean(np.square(values - mean), axis=0, dtype=np.float64, where=there)
     return ColumnSummary(
         kind="numbers", counts=tuple(there.sum(axis=0).tolist()), width=values.shape[1], unit=unit,
-        missing=tuple((~there).sum(axis=0).tolist()), mean=tuple(mean.tolist()),
+        missing=tuple((len(values) - held).tolist()), mean=tuple(mean.tolist()),
         deviation=tuple(np.atleast_1d(np.sqrt(square)).tolist()), whole=all_whole, values=few,
         rare=rare, no_value=codes,
     )  # fmt: skip

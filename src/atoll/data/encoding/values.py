@@ -24,6 +24,8 @@ from atoll.errors import DataError
 
 #: A column of more different texts is a name or a sentence rather than a category.
 MOST_CATEGORIES = 1000
+#: What at the end or beginning of a text changes its meaning.
+SIGNS = "+-<>=≤≥"
 #: So many values are shown in a sentence.
 SHOWN = 5
 
@@ -43,7 +45,7 @@ def plain(value: Any) -> str:
 def in_order(texts: Collection[str]) -> tuple[str, ...]:
     """Texts sorted: as numbers if they all are whole ones, by their letters otherwise."""
     whole = all(text.lstrip("-").isdecimal() and text.isascii() for text in texts)
-    return tuple(sorted(texts, key=int if whole else str))
+    return tuple(sorted(texts, key=(lambda text: (int(text), text)) if whole else str))
 
 
 def coded(column: Column, noun: str, name: str, no_value: Sequence[str] = ()) -> Coded:
@@ -72,9 +74,14 @@ def coded(column: Column, noun: str, name: str, no_value: Sequence[str] = ()) ->
         raise DataError(
             f"{name}: {noun} holds fractions ({shown(fractions)}), which are no categories"
         )
+    codes_of_none = {float(text) for text in no_value if is_number(text)}
     absent = {"", *no_value}
     texts = ["" if each != each else plain(each) for each in given]  # noqa: PLR0124
-    different = [text for text in dict.fromkeys(texts) if text not in absent]
+    different = [
+        text
+        for text in dict.fromkeys(texts)
+        if text not in absent and not (is_number(text) and float(text) in codes_of_none)
+    ]
     place = {text: number for number, text in enumerate(different)}
     # The last place answers the code -1.
     moved = np.array([*(place.get(text, -1) for text in texts), -1], np.int64)
@@ -129,7 +136,8 @@ def numbers(column: Column, noun: str, name: str, no_value: Sequence[str] = ()) 
         )
     codes = [float(text) for text in no_value if is_number(text)]
     if codes:
-        values = np.where(np.isin(values, codes), np.nan, values)
+        kind = values.dtype if values.dtype.kind == "f" else np.dtype(np.float64)
+        values = np.where(np.isin(values, np.array(codes, kind)), np.nan, values)
     _check_size(values, noun, name)
     return values
 
@@ -148,6 +156,19 @@ def _read(found: Coded, noun: str, name: str) -> Array:
             f"{found.first(odd[0])}); {advice}"
         )
     return np.array([*(float(text) for text in found.texts), np.nan])[found.codes]
+
+
+def letters(text: str) -> str:
+    """What of a text tells it apart from another: its number, or its letters and digits.
+
+    Their case and marks between them do not; signs at either end, as of blood types, do.
+    """
+    if is_number(text):
+        return repr(float(text) + 0.0)
+    bare = unicodedata.normalize("NFKD", text).casefold()
+    ends = {0, len(bare) - 1}
+    kept = (c for i, c in enumerate(bare) if c.isalnum() or (c in SIGNS and i in ends))
+    return "".join(kept) or text
 
 
 def is_number(text: str) -> bool:

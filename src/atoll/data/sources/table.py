@@ -31,7 +31,7 @@ from atoll.data.arrow import (
 from atoll.data.dataset import Dataset
 from atoll.data.encoding.columns import Amounts, Classes
 from atoll.data.encoding.encoding import Encoding, inputs_of
-from atoll.data.encoding.kinds import chosen, fitted
+from atoll.data.encoding.kinds import NoValue, chosen, fitted
 from atoll.data.encoding.values import plain
 from atoll.data.sources.arrays import from_arrays
 from atoll.data.tasks import Task
@@ -50,6 +50,7 @@ def from_table(
     classes: int | None = None,
     test: Any = None,
     missing: Missing = "refuse",
+    no_value: NoValue = (),
     name: str | None = None,
     class_names: Sequence[str] = (),
 ) -> Dataset:
@@ -70,8 +71,9 @@ def from_table(
     category that the table holds, the categories sorted. Missing values (null, NaN or empty text)
     are refused, or with `missing="indicator"` numbers are filled with the mean of their column in
     `source`, categories with zeros, and the column is followed by inputs that are 1 where a value
-    was missing. A text or categorical label gives sorted `class_names`; whole labels mean
-    classification, fractional regression.
+    was missing. `no_value` are texts or numbers that mean so, in all columns or by column; texts
+    such as "NA" are asked about. A text or categorical label gives sorted `class_names`; whole
+    labels mean classification, fractional regression.
 
     `client` names the columns that become natural keys. `test` is another source with the same
     columns, encoded as `source` is; a category that only it holds becomes zeros.
@@ -84,7 +86,8 @@ def from_table(
     clients = (client,) if isinstance(client, str) else tuple(client or ())
     if encoding is not None:
         said = {"label": label, "features": features, "classes": classes,
-                "class_names": class_names, "missing": missing != "refuse"}  # fmt: skip
+                "class_names": class_names, "missing": missing != "refuse",
+                "no_value": no_value}  # fmt: skip
         beside = [noun for noun, given in said.items() if given]
         if beside:
             raise DataError(f"{name}: an encoding is given, which says what {beside[0]} would say")
@@ -98,7 +101,7 @@ def from_table(
     if missing not in get_args(Missing):
         raise DataError(f"{name}: missing must be 'refuse' or 'indicator', not {missing!r}")
     features = chosen(table, label, features, clients, name)
-    inputs = fitted(table, features, missing, name)
+    inputs = fitted(table, features, missing, name, no_value)
     target, sorted_names = label_values(table, label, name)
     held = None
     if held_out is not None:

@@ -221,6 +221,12 @@ def _class_names(
     whole = y.dtype.kind in "iu" and y.size == len(y) > 0
     if not may_be_labels(task) or not whole or not isinstance(names, list | tuple):
         return ()
-    if len(names) <= y.max() or classes not in (None, len(names)):
+    if classes not in (None, len(names)):
+        raise DataError(
+            f"the set names {len(names)} classes ({', '.join(map(str, names[:5]))}), and not "
+            f"{classes}: where sites lack classes, give all of them the same names and labels, as "
+            "from_arrays(x, labels as text, class_names=(all of them))"
+        )
+    if len(names) <= y.max():
         return ()
     return tuple(str(text) for text in names)

@@ -122,6 +122,10 @@ class JaxLearner(GradientLearner):
         told = getattr(self.model, "fixed", None)
         return str(told()) if callable(told) else ""
 
+    def frozen(self) -> str:
+        told = getattr(self.model, "frozen", None)
+        return str(told()) if callable(told) else ""
+
     @property
     def _stateful(self) -> bool:
         return bool(self._variables.names[1])

@@ -35,6 +35,10 @@ class OnJax:
         """Digest of the frozen weights, and of the first ones where they are given."""
         return self._weights.fixed(everything=self._start == "given")
 
+    def frozen(self) -> str:
+        """Digest of the frozen weights."""
+        return self._weights.fixed(everything=False)
+
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         source = self._weights
         if self._start == "seeded" and not isinstance(key, jax.core.Tracer):

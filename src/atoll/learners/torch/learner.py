@@ -340,8 +340,15 @@ class TorchLearner(GradientLearner):
             return Resident(redrawn(self.module)).model()
 
     def fixed(self) -> str:
+        return self._digest(everything=self.weights == "given")
+
+    def frozen(self) -> str:
+        return self._digest(everything=False)
+
+    def _digest(self, *, everything: bool) -> str:
+        """Digest of the module's weights, or of those alone that do not travel."""
         tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        if self.weights != "given":
+        if not everything:
             entries = {entry.name for entry in self.layout.entries}
             tensors = {name: t for name, t in tensors.items() if name not in entries}
         digest = sha256()

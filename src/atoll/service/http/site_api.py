@@ -109,10 +109,10 @@ class SiteApi:
             on = row is not None and row["id"] == message.busy
             return answered(messages.Order("go on" if on else "drop"))
         wait = min(seconds(request.query_params.get("wait", "0")), LONGEST_WAIT)
-        return answered(await self._order(loop, site, wait, message.farewell, message.held_out > 0))
+        return answered(await self._order(loop, site, wait, message.farewell, message.held_out))
 
     async def _order(
-        self, loop: FederationLoop, site: str, wait: float, farewell: bool, measures: bool
+        self, loop: FederationLoop, site: str, wait: float, farewell: bool, held_out: int
     ) -> messages.Order:
         """What a site is to do, once there is something or after `wait` seconds."""
         until = time.monotonic() + wait
@@ -126,12 +126,14 @@ class SiteApi:
             row = loop.open.get(site)
             version = loop.version
             at = version["version"]
-            asked = measures and not farewell
+            asked = held_out and not farewell
             if asked and loop.measuring.wanted(site, at, done=loop.done):
+                loop.measuring.ask(site, at, held_out)
                 return messages.Order(
                     "measure", round=at, rounds=rounds_, seed=loop.service.seed,
                     model=version["broadcast"], size=loop.models.size(version["broadcast"]),
-                    memory=loop.memory_of(site),
+                    memory=loop.memory_of(site), assignment=row["id"] if row else None,
+                    wait=(beat, beat),
                 )  # fmt: skip
             if row is not None and not loop.stopping:
                 began = version
@@ -318,10 +320,7 @@ class SiteApi:
         site = (await self.endpoints.who(request, "site", body)).site
         message = messages.read(messages.Measured, body)
         loop = self.endpoints.leading()
-        version = loop.version["version"]
-        if not loop.measuring.wanted(site, version, done=loop.done):
-            raise Refused(410, f"nobody asks {site} how good the model of round {version} is")
-        reason = loop.measuring.told(site, message, version)
+        reason = loop.measuring.told(site, message)
         if reason:
             raise Refused(410, reason)
         return Response(status_code=204)
