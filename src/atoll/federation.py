@@ -15,7 +15,8 @@ from atoll.backends.parsing import engine_of
 from atoll.core.files import write_json
 from atoll.core.model_file import ModelFile, load_model
 from atoll.core.vectors import Vectors
-from atoll.data.federated import FederatedData, check_population
+from atoll.data.dataset import Dataset
+from atoll.data.federated import FederatedData, check_population, one_client
 from atoll.errors import CheckpointError, ConfigurationError, require
 from atoll.learners.base import Learner
 from atoll.learners.prediction import Predictions
@@ -37,6 +38,10 @@ from atoll.view import html as display
 if TYPE_CHECKING:
     from atoll.service.storage.folder import StateFolder
     from atoll.site.agent import Ended
+
+
+#: The part of a site's own data set that is not trained on.
+HELD_OUT = 0.2
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -137,7 +142,7 @@ class Federation(Plan):
         sites: int | None = None,
         lease: float = 900.0,
         linger: float = 600.0,
-        test: FederatedData | None = None,
+        test: FederatedData | Dataset | None = None,
         initial: Any = None,
         stop: threading.Event | None = None,
     ) -> Run:
@@ -165,6 +170,7 @@ class Federation(Plan):
                 "a served federation's private parts begin at each site, from the learner: give "
                 "the learner its weights, and no initial="
             )
+        test = one_client(test, 0.0) if isinstance(test, Dataset) else test
         folder = state_folder(state, host)
         service = Service(seed=seed, sites=sites, lease=lease, presence=lease)
         listening = Listening(host=host, port=port, linger=linger)
@@ -176,7 +182,7 @@ class Federation(Plan):
     def join(
         self,
         url: str,
-        data: FederatedData,
+        data: FederatedData | Dataset,
         folder: str | Path,
         *,
         token: str = "",
@@ -187,7 +193,8 @@ class Federation(Plan):
 
         Args:
             url: the server's address, "https://HOST:PORT".
-            data: one client's data, which stay here.
+            data: one client's data, which stay here; of a Dataset a fifth is held out, to say how
+                good models are.
             folder: the site's own folder: its key, and what it remembers.
             token: what it was invited with (see `invite`); once joined, none is needed.
             report: is told, in words, how it goes.
@@ -200,7 +207,8 @@ class Federation(Plan):
         from atoll.protocol.identity import Token
         from atoll.site.agent import Site
 
-        site = Site(Path(folder), self, check_population(data))
+        own = one_client(data, HELD_OUT) if isinstance(data, Dataset) else check_population(data)
+        site = Site(Path(folder), self, own)
         site.report, site.leaving = report or site.report, stop or site.leaving
         site.join(url, Token.read(token) if token else None)
         return site.run()

@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from atoll.data.dataset import Dataset
 from atoll.data.encoding.encoding import Encoding
-from atoll.data.federated import FederatedData, assemble
+from atoll.data.federated import FederatedData, one_client
 from atoll.data.sources.table import from_table
 from atoll.errors import AtollError, CheckpointError, ConfigurationError
 from atoll.federation import Federation
@@ -72,11 +70,11 @@ def read_data(
     `held_out` is for testing.
     """
     if Path(name).suffix.lower() in TABLES:
-        return _one_client(_table(name, encoding, units or {}), held_out)
+        return one_client(_table(name, encoding, units or {}), held_out)
     found = _run(name)
     data = _called(found, "data", name, SITE)
     if isinstance(data, Dataset):
-        return _one_client(data, held_out)
+        return one_client(data, held_out)
     if not isinstance(data, FederatedData):
         raise ConfigurationError(
             f"`data` in {name} is a {type(data).__name__}; it must be a Dataset, e.g. {SITE}"
@@ -99,10 +97,6 @@ def _table(name: str, encoding: Encoding | None, units: Mapping[str, str]) -> Da
             "`data`"
         )
     return from_table(name, encoding=encoding, units=units)
-
-
-def _one_client(data: Dataset, held_out: float) -> FederatedData:
-    return assemble(data, ["site"], [np.arange(len(data))], held_out, 0)
 
 
 def _run(name: str) -> dict[str, Any]:

@@ -263,6 +263,11 @@ def assemble(
     )
 
 
+def one_client(dataset: Dataset, held_out: float) -> FederatedData:
+    """A data set as one client's, of which the fraction `held_out` is for testing."""
+    return assemble(dataset, ["site"], [np.arange(len(dataset))], held_out, 0)
+
+
 def check_population(data: object) -> FederatedData:
     """The data as a population, or a sentence about what they are instead."""
     if isinstance(data, FederatedData):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from atoll.data.arrow import Array, missing_error
 from atoll.data.encoding.values import coded, numbers, shown
 from atoll.errors import DataError
+
+logger = logging.getLogger("atoll.data")
 
 FILL_FIRST = "fill or drop them first, or say missing='indicator'"
 
@@ -248,5 +251,12 @@ def _places(
             f"{found.first(odd[0])}), which the encoding does not know; it knows "
             f"{shown(column.values)}" + (f": is it {close!r}?" if close else "")
         )
+    if odd:
+        held = found.counts()
+        rows = sum(held[text] for text in odd)
+        logger.warning(
+            "%s: %s holds %s in %d rows, which the encoding does not know: all zeros there", name,
+            noun, shown(odd), rows,
+        )  # fmt: skip
     moved = np.array([*(place.get(text, -1) for text in found.texts), -1], np.int64)
     return moved[found.codes], found.codes < 0
