@@ -103,7 +103,9 @@ def _until(found: Mapping[str, Any]) -> str:
     if not found["waiting_for"]:
         return ""
     if until is None:
-        return "they answer, are revoked, or the federation is stopped"
+        silent = found.get("silence") if found.get("at_work") else None
+        quiet = f"are silent for {human_seconds(silent)}, " if silent else ""
+        return f"they answer, {quiet}are revoked, or the federation is stopped"
     clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(until))
     return f"{clock}, in {human_seconds(max(until - time.time(), 0))}"
 

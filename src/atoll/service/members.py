@@ -57,7 +57,9 @@ class Members:
     def saw(self, site: str, examples: int | None = None, about: str = "{}") -> None:
         """A site was heard of; what it says of itself is written down with the next tick."""
         self.seen[site] = self.heard[site] = self._clock()
-        self.absent.discard(site)
+        if site in self.absent:
+            self.absent.discard(site)
+            logger.info("%s is back", site)
         if examples is not None and self._said.get(site) != (examples, about):
             self._said[site] = examples, about
             self._unsaid.add(site)
