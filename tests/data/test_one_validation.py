@@ -188,6 +188,8 @@ PARTITIONS = [
     ("iid", {"clients": 4, "test": "a"}, "test fraction must be"),
     ("dirichlet", {"clients": 4, "alpha": math.nan}, "alpha must be positive"),
     ("dirichlet", {"clients": 4, "alpha": 0}, "alpha must be positive"),
+    ("dirichlet", {"clients": 4, "alpha": 5e-324}, "alpha must be 1e-12 or more"),
+    ("dirichlet", {"clients": 4, "alpha": 5e-324, "balanced": True}, "alpha must be 1e-12"),
     ("dirichlet", {"clients": 4, "alpha": "1"}, "alpha must be positive"),
     ("dirichlet", {"clients": 4, "alpha": 1, "minimum": 1.5}, "minimum must be a whole number"),
     ("dirichlet", {"clients": 4, "alpha": 1, "minimum": -1}, "minimum must be a whole number"),

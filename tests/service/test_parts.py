@@ -216,3 +216,14 @@ def test_structured_logs_are_one_object_a_line(capsys):
     assert json.loads(first)["message"] == "two\nlines \x1b[2J"
     assert json.loads(first)["level"] == "warning"
     assert second.endswith("WARNING two\\nlines \\x1b[2J")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1', "\x00"])
+def test_an_approval_that_is_cut_short_says_nothing_yet(tmp_path, text):
+    from atoll.site.terms import _answer
+
+    assert _answer(tmp_path / "approved.json") is None
+    (tmp_path / "approved.json").write_text(text)
+    assert _answer(tmp_path / "approved.json") is None
+    (tmp_path / "approved.json").write_text('{"a": 1}')
+    assert _answer(tmp_path / "approved.json") == {"a": 1}

@@ -17,6 +17,8 @@ from atoll.data.examples import Rows
 from atoll.errors import DataError
 
 Partition = list[Rows]
+#: A smaller concentration is lost in rounding.
+LEAST = 1e-12
 
 
 def iid(examples: int, clients: int, rng: np.random.Generator) -> Partition:
@@ -158,3 +160,5 @@ def _enough(examples: int, clients: int, each: int = 1) -> None:
 def _concentration(alpha: float) -> None:
     if alpha != math.inf:
         positive("alpha", alpha, DataError)
+        if alpha < LEAST:
+            raise DataError(f"alpha must be {LEAST:g} or more, not {alpha!r}: below, draws are 0/0")

@@ -53,7 +53,11 @@ class Terms:
 
 
 def _answer(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    """What the owner has said so far; a file that is cut short says nothing yet."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def approve(folder: Path, *, refuse: bool = False) -> dict[str, Any]:
