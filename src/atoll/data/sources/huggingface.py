@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from atoll.data.arrow import Missing, Table, check_columns
 from atoll.data.dataset import Dataset
+from atoll.data.encoding.kinds import NoValue
 from atoll.data.sources.arrays import channels_first, from_arrays
 from atoll.data.sources.table import client_keys, from_table, label_values
 from atoll.data.tasks import Task, may_be_labels
@@ -30,6 +31,7 @@ def from_huggingface(
     classes: int | None = None,
     test: Any = None,
     missing: Missing = "refuse",
+    no_value: NoValue = (),
     name: str | None = None,
 ) -> Dataset:
     """The rows of a `datasets.Dataset`, or the "train" and "test" split of a `DatasetDict`.
@@ -61,6 +63,7 @@ def from_huggingface(
             classes=classes,
             test=None if test is None else _table(test, None, label, library),
             missing=missing,
+            no_value=no_value,
             name=name,
             class_names=class_names,
         )

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from atoll.data.arrow import read_table
 from atoll.data.dataset import Dataset
 from atoll.data.encoding.encoding import inputs_of, names_of
-from atoll.data.encoding.kinds import fitted
+from atoll.data.encoding.kinds import NoValue, fitted
 from atoll.data.sources.arrays import from_arrays
 from atoll.data.tasks import Task, may_be_labels
 from atoll.errors import DataError
@@ -26,13 +26,15 @@ def from_sklearn(
     classes: int | None = None,
     keys: Mapping[str, ArrayLike] | None = None,
     test: Mapping[str, Any] | tuple[ArrayLike, ArrayLike] | None = None,
+    no_value: NoValue = (),
     name: str | None = None,
 ) -> Dataset:
     """The `data` [N, F] and `target` [N] or [N, D] of a bunch, frames included.
 
-    A frame with text or categorical columns is encoded as `from_table` does. `target_names`
-    become the class names of a classification set. `test` is another bunch of the same kind
-    (the `subset="test"` of some sets) or a pair (x, y). The rest is as in `from_arrays`.
+    A frame with text or categorical columns is encoded as `from_table` does, with its
+    `no_value`. `target_names` become the class names of a classification set. `test` is another
+    bunch of the same kind (the `subset="test"` of some sets) or a pair (x, y). The rest is as in
+    `from_arrays`.
 
     Raises DataError where `data` or `target` is missing or does not fit.
     """
@@ -40,7 +42,7 @@ def from_sklearn(
     data, target = _part(bunch, name)
     columns = tuple(map(str, getattr(data, "columns", ())))
     if _is_mixed_frame(data):
-        data, test, columns = _encoded(data, test, name)
+        data, test, columns = _encoded(data, test, name, no_value)
     held_out = _part(test, f"{name}, test part") if isinstance(test, Mapping) else test
     return from_arrays(
         data,
@@ -76,9 +78,11 @@ def _is_mixed_frame(data: Any) -> bool:
     )
 
 
-def _encoded(data: Any, test: Any, name: str) -> tuple[Any, Any, tuple[str, ...]]:
+def _encoded(
+    data: Any, test: Any, name: str, no_value: NoValue
+) -> tuple[Any, Any, tuple[str, ...]]:
     table = read_table(data, name)
-    columns = fitted(table, table.column_names, "refuse", name)
+    columns = fitted(table, table.column_names, "refuse", name, no_value)
     inputs = inputs_of(columns, table, name)
     if test is None:
         return inputs, None, names_of(columns)
