@@ -407,7 +407,7 @@ def test_a_federation_that_was_given_up_is_no_success_anywhere(place):
     file.write_text(f"{head}{FAILING}\nfederation ={rest}")
     place.serve("--linger", "20", "--sites", "2")
     joined(place, "0", "1")
-    finished(place, "0", "1", code=1)
+    finished(place, "0", "1", code=3)
     assert "the federation was given up" in place.log("0") + place.log("1")
 
 

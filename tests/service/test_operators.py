@@ -337,5 +337,5 @@ def test_who_was_revoked_and_invited_again_is_invited(store):
         )
     assert operations.sites(store) == [
         {"name": "a", "role": "analyst", "status": "invited", "joined": None, "examples": None,
-         "seen": None}
+         "seen": None, "measured": None}
     ]  # fmt: skip

@@ -127,7 +127,9 @@ def _uneven(
             continue
         alone, both = of((0, each)), of((0, each), (last, beside))
         if not _near(both, (alone + known[beside]) / 2):
-            return each, beside, _near(both, known[beside])
+            # One that weighs fifty times less is nearly unseen beside the other, but not alone.
+            nothing = not np.isfinite(alone) or alone == 0
+            return each, beside, nothing and _near(both, known[beside])
     return None
 
 

@@ -112,7 +112,7 @@ class SiteApi:
         return answered(await self._order(loop, site, wait, message.farewell, message.held_out))
 
     async def _order(
-        self, loop: FederationLoop, site: str, wait: float, farewell: bool, held_out: int
+        self, loop: FederationLoop, site: str, wait: float, farewell: bool, held_out: int = 0
     ) -> messages.Order:
         """What a site is to do, once there is something or after `wait` seconds."""
         until = time.monotonic() + wait
