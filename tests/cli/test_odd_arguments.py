@@ -113,7 +113,7 @@ def test_a_command_ends_in_a_sentence(name, place, monkeypatch, capsys):
     from atoll.cli import access
 
     monkeypatch.setattr(access, "PATIENCE", 0.1)
-    kept = sorted(os.listdir(place))
+    kept, root = sorted(os.listdir(place)), os.stat("/").st_mode
 
     @given(words_of(commands()[name]))
     @settings(
@@ -133,6 +133,7 @@ def test_a_command_ends_in_a_sentence(name, place, monkeypatch, capsys):
 
     tried()
     assert set(kept) <= set(os.listdir(place))
+    assert os.stat("/").st_mode == root
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from atoll.cli.access import PATIENCE, access, note
 from atoll.cli.tables import figure, print_table
-from atoll.core.files import write_atomically, write_json
+from atoll.core.files import own_folder, write_atomically, write_json
 from atoll.learners.metrics import main_metric
 from atoll.protocol.certificates import make_server
 from atoll.protocol.identity import Token, make_key
@@ -60,9 +60,8 @@ def _invite(options: argparse.Namespace) -> int:
 
 def _enrol(options: argparse.Namespace) -> int:
     folder = Path(options.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
     token = Token.read(options.token or os.environ.get("ATOLL_TOKEN", ""))
+    own_folder(folder, "site.json", "key.pem", "ca.pem")
     pem = None if options.public_ca else first_contact(options.url, token)
     if pem is None:
         (folder / "ca.pem").unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from atoll.core import safetensors
 from atoll.core.vectors import Vectors
-from atoll.errors import CheckpointError
+from atoll.errors import CheckpointError, ConfigurationError
 
 FORMAT = 1
 CHUNK = 1 << 20
@@ -62,6 +62,17 @@ def write_atomically(
             f"{path} could not be written: {error.strerror or error}; free some space, then "
             "resume the run"
         ) from error
+
+
+def own_folder(path: Path, *marks: str) -> None:
+    """Make a folder that nobody else can read; one that is there is empty, or ours by one of these.
+
+    Raises `ConfigurationError` for any other, whose rights are nobody's to take.
+    """
+    if path.is_dir() and any(path.iterdir()) and not any((path / mark).exists() for mark in marks):
+        raise ConfigurationError(f"{path} holds other things; give a folder of its own")
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
 
 
 def begin_writing(file: IO[bytes], length: int) -> None:

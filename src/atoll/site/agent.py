@@ -113,9 +113,9 @@ class Site:
     leaving: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        (self.folder / "outbox").mkdir(parents=True, exist_ok=True)
+        files.own_folder(self.folder, "site.json", "key.pem", "ca.pem", "outbox")
+        (self.folder / "outbox").mkdir(exist_ok=True)
         self._memory = Memory(self.folder, self.plan)
-        self.folder.chmod(0o700)
         self._lock()
         self.plan.check_data(self.data)
         self._failures, self._agent = 0, secrets.token_hex(16)
