@@ -42,7 +42,9 @@ class ModelFile:
 
 
 def save_model(path: Path, model: Vectors, layout: Layout | None, about: Mapping[str, Any]) -> None:
-    """Write a model, whole or not at all."""
+    """Write a model, whole or not at all; sections that are not the layout's by their own names."""
+    # Where clients have models of their own there may be none that is everybody's.
+    layout = layout if layout is not None and set(model) == set(layout.sizes) else None
     arrays = model if layout is None else layout.unpack(model)
     entries = [] if layout is None else [[e.name, e.section, e.dtype] for e in layout.entries]
     files.save(path, KIND, {**about, "arrays": entries}, arrays)

@@ -191,8 +191,9 @@ class Run:
             raise ConfigurationError("this run has no one model: its clients have their own")
         rounds = self.history[-1].round if self.history else 0
         about = {**self.about, "round": rounds, "metrics": dict(self.metrics)}
-        arrays = self.layout.unpack(self.model) if self.layout else self.model
-        return ModelFile(arrays, self.layout, about)
+        fits = self.layout is not None and set(self.model) == set(self.layout.sizes)
+        arrays = self.layout.unpack(self.model) if self.layout and fits else self.model
+        return ModelFile(arrays, self.layout if fits else None, about)
 
     @property
     def served(self) -> bool:
