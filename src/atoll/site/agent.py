@@ -35,7 +35,7 @@ from typing import Any
 
 from atoll import __version__
 from atoll.core import files, room, safetensors
-from atoll.core.files import file_digest
+from atoll.core.files import file_digest, own_folder
 from atoll.core.model_file import save_model
 from atoll.core.random import Key
 from atoll.core.updates import Update
@@ -113,7 +113,7 @@ class Site:
     leaving: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        files.own_folder(self.folder, "site.json", "key.pem", "ca.pem", "outbox")
+        own_folder(self.folder, "site.json", "key.pem", "ca.pem", "outbox")
         (self.folder / "outbox").mkdir(exist_ok=True)
         self._memory = Memory(self.folder, self.plan)
         self._lock()
