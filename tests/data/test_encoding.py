@@ -491,6 +491,24 @@ def test_a_mean_of_few_is_not_told():
     assert (told.rare, told.mean, told.deviation) == (1, (0.0,), (0.0,))
 
 
+def test_what_is_told_of_rare_numbers_is_kept_and_comes_back(tmp_path):
+    """A file that `summarize` wrote is one that `agree` reads."""
+    stages = {"stage": [0] * 17 + [3, 3, None], "ill": ["no", "yes"] * 10}
+    told = data.summarize(arrow.table(stages), label="ill", site="north")
+    assert (told.columns["stage"].counts, told.columns["stage"].missing) == ((19,), (1,))
+    assert data.Summary.load(told.save(tmp_path / "north.json")) == told
+
+
+def test_a_label_that_is_counted_in_something_is_an_amount():
+    tables = [
+        arrow.table({"a": np.arange(20.0), "dose [mg]": [5, 10, 15, top] * 5}) for top in (20, 25)
+    ]
+    told = [data.summarize(table, label="dose [mg]", site=str(i)) for i, table in enumerate(tables)]
+    agreed = data.agree(told)
+    assert agreed.label.kind == "amounts"
+    assert data.from_table(tables[1], encoding=agreed).y[:4].tolist() == [5, 10, 15, 25]
+
+
 def test_thousands_of_columns_take_no_time():
     import time
 

@@ -48,8 +48,10 @@ class Compared:
         self.alike = name in decided.alike
         kinds = {told.kind for told in sites.values()}
         self.categories = "categories" in kinds or bool(self.same)
-        #: A label of few whole numbers: what is a class at one site is one at another.
-        self._classes = label and all(told.values for told in sites.values())
+        #: A label of few whole numbers, counted in nothing: a class here is one at other sites too.
+        self._classes = label and all(
+            (told.values or told.rare) and not told.unit for told in sites.values()
+        )
         codes = [code for told in sites.values() for code in told.no_value]
         self.no_value = tuple(dict.fromkeys(codes))
 
@@ -222,18 +224,16 @@ class Compared:
         )  # fmt: skip
 
     def as_label(self, task: str | None) -> Classes | Amounts:
-        told = [*self.sites.values()]
-        few = all(each.values or each.rare for each in told)
         if task == "regression" and self.categories:
             raise DataError(f"{self.noun} is no amount at every site, but task='regression'")
-        if task == "classification" and not (self.categories or few):
+        if task == "classification" and not (self.categories or self._classes):
             raise DataError(f"{self.noun} has fractions or many values, but is to be classes")
-        if self.categories or (few and task in (None, "classification")):
+        if self.categories or (self._classes and task != "regression"):
             values, same = self._values()
             return Classes(called=self.called, no_value=self.no_value, values=values, same=same)
         return Amounts(
-            called=self.called, no_value=self.no_value, width=told[0].width, unit=self.unit,
-            units=self.factors,
+            called=self.called, no_value=self.no_value, unit=self.unit,
+            units=self.factors, width=next(iter(self.sites.values())).width,
         )  # fmt: skip
 
 

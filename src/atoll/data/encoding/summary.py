@@ -35,7 +35,8 @@ class ColumnSummary:
         missing: rows that do not, [width].
         width: numbers per row.
         unit: what they are counted in, where that is said.
-        mean, deviation: [width], of the numbers that are there; the deviation divides by `counts`.
+        mean, deviation: [width], of the numbers that are there, but for rare ones that are too few
+            to be told; the deviation divides by how many those are.
         whole: whether all numbers are whole.
         values: categories, or whole numbers that are few, and how many rows hold each.
         rare: rows whose values are not told, for being held by too few.
@@ -252,7 +253,7 @@ def _of_numbers(
     mean = np.atleast_1d(np.mean(values, axis=0, dtype=np.float64, where=there))
     square = np.mean(np.square(values - mean), axis=0, dtype=np.float64, where=there)
     return ColumnSummary(
-        kind="numbers", counts=tuple(there.sum(axis=0).tolist()), width=values.shape[1], unit=unit,
+        kind="numbers", counts=tuple(held.tolist()), width=values.shape[1], unit=unit,
         missing=tuple((len(values) - held).tolist()), mean=tuple(mean.tolist()),
         deviation=tuple(np.atleast_1d(np.sqrt(square)).tolist()), whole=all_whole, values=few,
         rare=rare, no_value=codes,
