@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
@@ -61,6 +61,11 @@ class CannotClose(RunError):
 
 class MissingPackage(AtollError, ImportError):
     """An optional package that is not installed."""
+
+
+def shown(values: Sequence[object], most: int = 5) -> str:
+    """Some of these values, for a sentence."""
+    return ", ".join(map(repr, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def require(module: str, install: str, purpose: str) -> ModuleType:

@@ -214,7 +214,7 @@ class Federation(Plan):
         return site.run()
 
     def predict(self, model: Any, x: Any) -> Predictions:
-        """What a model of this federation says of inputs; see `learners.Predictions`.
+        """What a model of this federation says of inputs; see `Predictions`.
 
         Args:
             model: a run, or the path of a saved model or of a run's folder.

@@ -26,10 +26,8 @@ def privately(place, private):
 
 @pytest.mark.parametrize("private", ["()", "('1.*',)"], ids=["shared", "private"])
 def test_served_it_is_measured_as_in_the_simulation(place, private):
-    place.write(schedule="Synchronous(rounds=12)")
-    privately(place, private)
-    tokens = {str(n): place.invite(str(n)) for n in range(3)}
     place.clients = 3
+    tokens = {str(n): place.invite(str(n)) for n in range(3)}
     place.write(schedule="Synchronous(rounds=12)")
     privately(place, private)
     place.serve("--linger", "60", "--sites", "3")

@@ -15,29 +15,20 @@ from atoll.tracking.reading import read_run
 
 def run(options: argparse.Namespace) -> int:
     """Write a run's model in the format that the file's name says."""
-    kept, shape = _model(options)
-    learner = None
+    kept, learner = _model(options), None
     if options.federation:
         learner = read_plan(options.federation).learner
         SavedModel.of(learner, kept)  # or it says what does not fit
-    path = write_model(Path(options.output), kept, learner, shape)
+    path = write_model(Path(options.output), kept, learner)
     about = f"round {kept.about['round']}" if "round" in kept.about else "a model"
     print(f"written: {path} ({about}, {len(kept.arrays)} arrays)")
     return 0
 
 
-def _model(options: argparse.Namespace) -> tuple[ModelFile, tuple[int, ...] | None]:
+def _model(options: argparse.Namespace) -> ModelFile:
     path = Path(options.model)
-    if path.is_file():
-        if options.best:
-            raise ConfigurationError("--best is of a run; this is a file of one model")
-        kept = load_model(path)
-        return kept, _shape(kept.about.get("input_shape"))
-    run = read_run(find_run(options.model, options.runs))
-    kept = run.saved(best=options.best)
-    return kept, _shape(run.data.get("input_shape") or kept.about.get("input_shape"))
-
-
-def _shape(told: object) -> tuple[int, ...] | None:
-    sides = isinstance(told, list) and all(isinstance(side, int) and side > 0 for side in told)
-    return tuple(told) if isinstance(told, list) and sides else None
+    if not path.is_file():
+        return read_run(find_run(options.model, options.runs)).saved(best=options.best)
+    if options.best:
+        raise ConfigurationError("--best is of a run; this is a file of one model")
+    return load_model(path)

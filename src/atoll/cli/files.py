@@ -29,7 +29,26 @@ def read_federation(name: str) -> tuple[Federation, FederatedData, Devices | Non
 
     It is run as a module, not as a script; any of the three may be a function that gives it.
     """
+    return _simulated(_run(name), name)
+
+
+def read_sweep(
+    name: str,
+) -> tuple[Federation, FederatedData, Devices | None, dict[str, dict[str, Any]]]:
+    """The same, and its `choices`: for fields of the federation, what they may be, by name."""
     found = _run(name)
+    choices = found.get("choices", {})
+    if not isinstance(choices, dict) or not all(isinstance(o, dict) for o in choices.values()):
+        raise ConfigurationError(
+            f"`choices` in {name} must be like "
+            '{"algorithm": {"fedavg": FedAvg(), "scaffold": Scaffold()}}'
+        )
+    return *_simulated(found, name), choices
+
+
+def _simulated(
+    found: dict[str, Any], name: str
+) -> tuple[Federation, FederatedData, Devices | None]:
     federation = _federation(found, name)
     clients = _called(found, "clients", name)
     devices = _called(found, "devices", name) if "devices" in found else None
@@ -41,17 +60,6 @@ def read_federation(name: str) -> tuple[Federation, FederatedData, Devices | Non
     if devices is not None and not isinstance(devices, Devices):
         raise ConfigurationError(f"`devices` in {name} are not Devices but {devices!r}")
     return federation, clients, devices
-
-
-def read_choices(name: str) -> dict[str, dict[str, Any]]:
-    """`choices` of a Python file: for fields of the federation, what they may be, by name."""
-    found = _run(name).get("choices", {})
-    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
-        raise ConfigurationError(
-            f"`choices` in {name} must be like "
-            '{"algorithm": {"fedavg": FedAvg(), "scaffold": Scaffold()}}'
-        )
-    return found
 
 
 def read_plan(name: str) -> Federation:

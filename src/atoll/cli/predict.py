@@ -12,11 +12,11 @@ import numpy as np
 from atoll.cli.encoding import pair
 from atoll.cli.files import find_run, read_plan
 from atoll.cli.tables import console, figure, print_table
-from atoll.core.model_file import ModelFile, load_model
 from atoll.data.arrow import read_table
 from atoll.data.examples import Examples
 from atoll.data.tasks import task_of
 from atoll.errors import ConfigurationError
+from atoll.federation import saved_model
 from atoll.learners.prediction import Predictions
 from atoll.learners.saved import SavedModel
 
@@ -26,7 +26,8 @@ SHOWN = 10
 
 def run(options: argparse.Namespace) -> int:
     """Encode a table as the model's sites did theirs, and say what the model says of its rows."""
-    federation, kept = read_plan(options.federation), _model(options)
+    federation, path = read_plan(options.federation), Path(options.model)
+    kept = saved_model(path if path.is_file() else find_run(options.model, options.runs))
     if "encoding" not in kept.about:
         raise ConfigurationError(
             f"{options.model} does not know how its inputs were encoded, so a table cannot be "
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     assert encoding is not None
     name, units = Path(options.data).stem, dict(pair(text, "--unit") for text in options.unit)
     table = read_table(Path(options.data), name)
-    found = saved.predict(encoding.inputs(table, name, units))
+    x = encoding.inputs(table, name, units)
+    found = saved.predict(x)
     targets = encoding.targets(table, name, units) if encoding.holds_label(table) else None
     rows = _rows(found)
     if options.output:
@@ -47,16 +49,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         _show(rows, len(found))
     if targets is not None:
-        x = encoding.inputs(table, name, units)
         _score(saved, Examples(x, np.asarray(targets)))
     return 0
-
-
-def _model(options: argparse.Namespace) -> ModelFile:
-    path = Path(options.model)
-    if path.is_file():
-        return load_model(path)
-    return load_model(find_run(options.model, options.runs) / "model.safetensors")
 
 
 def _rows(found: Predictions) -> Iterator[list[str]]:

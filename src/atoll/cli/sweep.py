@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from atoll.cli.files import read_choices, read_federation
+from atoll.cli.files import read_sweep
 from atoll.cli.overrides import override
 from atoll.cli.tables import figure, print_table
 from atoll.errors import CheckpointError, ConfigurationError, MissingPackage
@@ -29,9 +29,8 @@ Combination = tuple[tuple[str, str], ...]
 
 def run(options: argparse.Namespace) -> int:
     """Run what is not there yet, and compare."""
-    federation, clients, devices = read_federation(options.file)
+    federation, clients, devices, choices = read_sweep(options.file)
     federation = override(federation, options.set)
-    choices = read_choices(options.file)
     grid = [_alternatives(text) for text in options.grid]
     combinations = [tuple(each) for each in product(*grid)]
     plans = {each: _plan(federation, each, choices) for each in combinations}
@@ -49,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
                 resume=(folder / "config.json").exists(),
             )  # fmt: skip
         found.setdefault(each, []).append(_checked(read_run(folder), folder))
-    heads, rows = _table(found, options.metric)
+    runs = [each for several in found.values() for each in several]
+    metric = options.metric or main_metric(set.intersection(*(each.names for each in runs)))
+    heads, rows = _table(found, metric)
     print()
     print_table(heads, rows)
     if options.csv:
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if options.latex:
         Path(options.latex).write_text(_latex(heads, rows), encoding="utf-8")
         print(f"written: {options.latex}")
-    _draw(found, options, root)
+    _draw(found, metric, options.plot, root / "sweep.png")
     return 0
 
 
@@ -112,13 +113,11 @@ def _checked(found: Run, folder: Path) -> Run:
 
 
 def _table(
-    found: Mapping[Combination, Sequence[Run]], metric: str | None
+    found: Mapping[Combination, Sequence[Run]], metric: str
 ) -> tuple[list[str], list[list[str]]]:
     """Headings and a row for each combination, the best first: mean and deviation over seeds."""
-    runs = [each for several in found.values() for each in several]
-    common = set.intersection(*(each.names for each in runs))
-    metric = metric or main_metric(common)
-    higher = more_is_better(metric, directions(runs[0].config, runs[0].data))
+    first = next(iter(found.values()))[0]
+    higher = more_is_better(metric, directions(first.config, first.data))
     scored = []
     for settings, several in found.items():
         series = [each.series(metric)[1] for each in several]
@@ -159,18 +158,13 @@ def _latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _draw(
-    found: Mapping[Combination, Sequence[Run]], options: argparse.Namespace, root: Path
+    found: Mapping[Combination, Sequence[Run]], metric: str, wanted: str | None, usual: Path
 ) -> None:
-    path = Path(options.plot) if options.plot else root / "sweep.png"
-    runs = [each for several in found.values() for each in several]
-    metric = options.metric or main_metric(set.intersection(*(each.names for each in runs)))
-    named = {
-        ", ".join(_words(settings)) or "as it is": several for settings, several in found.items()
-    }
+    named = {", ".join(_words(settings)) or "as it is": runs for settings, runs in found.items()}
     try:
-        print(f"drawn: {draw_bands(named, path, metric)}")
+        print(f"drawn: {draw_bands(named, Path(wanted) if wanted else usual, metric)}")
     except MissingPackage as missing:
-        if options.plot:
+        if wanted:
             raise
         print(f"not drawn: {missing}")
 

@@ -35,19 +35,31 @@ class ModelFile:
     layout: Layout | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def of(model: Vectors, layout: Layout | None, about: Mapping[str, Any]) -> ModelFile:
+        """A model's; sections that are not the layout's go by their own names.
+
+        Where clients have models of their own there may be none that is everybody's.
+        """
+        if layout is None or set(model) != set(layout.sizes):
+            return ModelFile(dict(model), None, about)
+        return ModelFile(layout.unpack(model), layout, about)
+
     @property
     def vectors(self) -> Vectors:
         """The model as learners take it."""
         return dict(self.arrays) if self.layout is None else self.layout.pack(self.arrays)
 
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        entries = () if self.layout is None else self.layout.entries
+        named = [[entry.name, entry.section, entry.dtype] for entry in entries]
+        files.save(path, KIND, {**self.about, "arrays": named}, self.arrays)
+
 
 def save_model(path: Path, model: Vectors, layout: Layout | None, about: Mapping[str, Any]) -> None:
-    """Write a model, whole or not at all; sections that are not the layout's by their own names."""
-    # Where clients have models of their own there may be none that is everybody's.
-    layout = layout if layout is not None and set(model) == set(layout.sizes) else None
-    arrays = model if layout is None else layout.unpack(model)
-    entries = [] if layout is None else [[e.name, e.section, e.dtype] for e in layout.entries]
-    files.save(path, KIND, {**about, "arrays": entries}, arrays)
+    """Write a model with what it is about (see `ModelFile.of`)."""
+    ModelFile.of(model, layout, about).save(path)
 
 
 def load_model(path: str | Path) -> ModelFile:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.errors import DataError, require
+from atoll.errors import DataError, require, shown
 
 Array = NDArray[Any]
 #: pyarrow's `Table`, `ChunkedArray` or `Array`, and `DataType`; it is imported only where used.
@@ -65,8 +65,7 @@ def _choice(column: str, columns: Sequence[str]) -> str:
     close = [near[known] for known in get_close_matches(str(column).lower(), near)]
     if close:
         return f"close names are {', '.join(map(repr, close))}"
-    shown = ", ".join(map(repr, columns[:10])) + (", ..." if len(columns) > 10 else "")
-    return f"the columns are {shown}"
+    return f"the columns are {shown(columns, 10)}"
 
 
 def pyarrow_module() -> ModuleType:
@@ -88,22 +87,21 @@ def _read_file(path: Path, name: str) -> Table:
     if not path.is_file():
         raise DataError(f"{name}: there is no file {str(path)!r}")
     try:
-        table = reader(path)
-        odd = [c for c in table.column_names if pyarrow_module().types.is_binary(table[c].type)]
-        if odd and reader is _read_csv:
-            raise DataError(f"{name}: column {odd[0]!r} {NO_TEXT}")
-        return table
+        return reader(path, name)
     except UnicodeDecodeError:
         raise DataError(f"{name}: a column's name {NO_TEXT}") from None
     except (pyarrow_module().ArrowException, OSError) as error:
         raise DataError(f"{name}: {path.name!r} cannot be read: {error}") from error
 
 
-def _read_csv(path: Path) -> Table:
+def _read_csv(path: Path, name: str) -> Table:
     csv = require("pyarrow.csv", INSTALL, "Reading a table")
     # An empty field is a missing value in a text column too.
     convert = csv.ConvertOptions(strings_can_be_null=True, null_values=NOTHING)
     table = csv.read_csv(path, convert_options=convert)
+    odd = [c for c in table.column_names if pyarrow_module().types.is_binary(table[c].type)]
+    if odd:
+        raise DataError(f"{name}: column {odd[0]!r} {NO_TEXT}")
     return _as_written(path, table)
 
 
@@ -136,7 +134,7 @@ def _as_written(path: Path, table: Table) -> Table:
     return table
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, name: str) -> Table:
     parquet = require("pyarrow.parquet", INSTALL, "Reading a table")
     # Folders named key=value would otherwise add columns that the file does not have.
     return parquet.read_table(path, partitioning=None)

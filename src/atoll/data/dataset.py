@@ -75,8 +75,8 @@ class Dataset:
     @property
     def meaning(self) -> Meaning:
         """What inputs, classes and label stand for, where the source says so."""
-        named = tuple(self.x) if isinstance(self.x, dict) and not self.columns else self.columns
-        return Meaning(named, self.class_names, self.encoding.target if self.encoding else "")
+        target = self.encoding.target if self.encoding else ""
+        return Meaning.of(self.x, self.columns, self.class_names, target)
 
     @property
     def shape(self) -> Shape:

@@ -78,9 +78,8 @@ class FederatedData:
     @property
     def meaning(self) -> Meaning:
         """What inputs, classes and label stand for, where the source says so."""
-        named = tuple(self.x) if isinstance(self.x, dict) and not self.columns else self.columns
         target = self.encoding.target if self.encoding else ""
-        return Meaning(named, self.class_names, target)
+        return Meaning.of(self.x, self.columns, self.class_names, target)
 
     @property
     def shape(self) -> Shape:

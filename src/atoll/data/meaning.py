@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
+from atoll.data.examples import Inputs
+
 #: So many names are shown of those that differ.
 SHOWN = 8
 
@@ -21,6 +23,12 @@ class Meaning:
     inputs: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     target: str = ""
+
+    @staticmethod
+    def of(x: Inputs, columns: Sequence[str], classes: Sequence[str], target: str) -> Meaning:
+        """That of inputs, by their own names where no columns are said."""
+        named = tuple(x) if isinstance(x, dict) and not columns else tuple(columns)
+        return Meaning(named, tuple(classes), target)
 
     def __bool__(self) -> bool:
         return bool(self.inputs or self.classes or self.target)

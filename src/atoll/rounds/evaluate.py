@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.core.vectors import Vectors
+from atoll.core.random import Key
+from atoll.core.vectors import Tree, Vectors
 from atoll.data.examples import Examples
 from atoll.data.federated import FederatedData
 from atoll.data.tasks import Task
@@ -87,6 +88,12 @@ def own_model(plan: Plan, received: Received, task: ClientTask, examples: Exampl
     """The whole model that one client itself would use: what it is judged by, and may keep."""
     client, got, mine = at_work(plan, received, task, examples)
     return client.whole(plan.algorithm.own(client, got, mine))
+
+
+def judged(member: int, client: str, round: int, key: Key, state: Tree) -> ClientTask:
+    """The task by which a client's own model after a round is made, in a run with this key."""
+    row = (member, client, round, round, 1.0, 1.0, 0)
+    return ClientTask.read(row, key.fold("own", round), state)
 
 
 def has_own_models(plan: Plan) -> bool:

@@ -35,6 +35,7 @@ from atoll.rounds.evaluate import (
     evaluate_own,
     evaluate_pooled,
     has_own_models,
+    judged,
     reported,
     spread_metrics,
 )
@@ -524,12 +525,10 @@ class Simulator:
             return evaluate_clients(plan.learner, self.run.model, self.data, names)
         received = Received.of(plan, server.broadcast(round))
         blank = first_state(plan, received, server.blank)
-        key = self.key.fold("own", round)
 
         def task_of(member: int) -> ClientTask:
             state = self._learned_now.get(member) or self._state(member, blank)
-            row = (member, self.data.names[member], round, round, 1.0, 1.0, 0)
-            return ClientTask.read(row, key, state)
+            return judged(member, self.data.names[member], round, self.key, state)
 
         return evaluate_own(plan, self.data, received, task_of, names)
 

@@ -46,7 +46,7 @@ from atoll.learners.base import Assignment
 from atoll.protocol import messages
 from atoll.protocol.identity import IdentityError, Token, make_key, read_identity, token_digest
 from atoll.rounds.describe import about_model, agreed, differences, plan_digest, said
-from atoll.rounds.evaluate import own_model
+from atoll.rounds.evaluate import judged, own_model
 from atoll.rounds.messages import pack
 from atoll.rounds.plan import Plan
 from atoll.rounds.task import (
@@ -317,9 +317,8 @@ class Site:
         self._busy, self._beat = order.assignment or MEASURING, max(order.wait[0], SHORTEST_BEAT)
         try:
             received = Received.of(self.plan, self._received(order)[0])
-            row = (0, self.link.site, order.round, order.round, 1.0, 1.0, 0)
-            key = Key(order.seed).fold("own", order.round)
-            task = ClientTask.read(row, key, self._memory.judged(order, received))
+            state = self._memory.judged(order, received)
+            task = judged(0, self.link.site, order.round, Key(order.seed), state)
             model = own_model(self.plan, received, task, data.train(0))
             learner = self.plan.learner
             sums = learner.evaluate(model, examples, data.task, data.classes)

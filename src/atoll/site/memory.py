@@ -47,9 +47,7 @@ class Memory:
     def judged(self, order: Order, received: Received) -> Tree:
         """What this site's own model is made with: the memory that counts, and nothing goes."""
         path = None if order.memory is None else self._of(order.memory)
-        if path is not None and path.exists():
-            return nest(files.load(path, "memory")[1])
-        return first_state(self._plan, received, self._blank(order.seed))
+        return self._read(path, order, received)
 
     def keep(self, order: Order, before: Tree, after: Tree) -> None:
         """Write down what was answered to this order: for good, and under "kept" for the round."""
@@ -75,6 +73,10 @@ class Memory:
         path = self.counted(order)
         if not (order.works or order.owner == "algorithm"):
             return {}
+        return self._read(path, order, received)
+
+    def _read(self, path: Path | None, order: Order, received: Received) -> Tree:
+        """What is in a memory's file, or what a site begins with where there is none."""
         if path is not None and path.exists():
             return nest(files.load(path, "memory")[1])
         if path is not None:

@@ -177,9 +177,7 @@ class Run:
 
         Names are the framework's own, so that its own call loads it; see docs/models.md.
         """
-        shape = self.data.get("input_shape")
-        inputs = tuple(shape) if isinstance(shape, list) else None
-        return write_model(Path(path), self.saved(best=best), self.learner, inputs)
+        return write_model(Path(path), self.saved(best=best), self.learner)
 
     def saved(self, *, best: bool = False) -> ModelFile:
         """The final or the best model, by the names of its arrays, with what it is about."""
@@ -191,9 +189,7 @@ class Run:
             raise ConfigurationError("this run has no one model: its clients have their own")
         rounds = self.history[-1].round if self.history else 0
         about = {**self.about, "round": rounds, "metrics": dict(self.metrics)}
-        fits = self.layout is not None and set(self.model) == set(self.layout.sizes)
-        arrays = self.layout.unpack(self.model) if self.layout and fits else self.model
-        return ModelFile(arrays, self.layout if fits else None, about)
+        return ModelFile.of(self.model, self.layout, about)
 
     @property
     def served(self) -> bool:

@@ -9,8 +9,8 @@ from atoll.data.encoding.columns import Categories, Numbers
 from atoll.data.encoding.compared import Compared, Decisions, Missing, Unknown, listed
 from atoll.data.encoding.encoding import Encoding
 from atoll.data.encoding.summary import ColumnSummary, Summary
-from atoll.data.encoding.values import plain, shown
-from atoll.errors import DataError
+from atoll.data.encoding.values import plain
+from atoll.errors import DataError, shown
 
 #: So many names are looked at for one that is alike.
 MANY = 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.data.arrow import Array, missing_error
-from atoll.data.encoding.values import coded, numbers, shown
-from atoll.errors import DataError
+from atoll.data.arrow import DROP, Array, missing_error
+from atoll.data.encoding.values import coded, numbers
+from atoll.errors import DataError, shown
 
 logger = logging.getLogger("atoll.data")
 
@@ -36,51 +36,27 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers(Column):
-    """A column of numbers, or of lists of so many, each of which is an input.
+class Counted(Column):
+    """Numbers, or lists of so many.
 
     Args:
         width: numbers per row.
         unit: what they are counted in, where that is said.
         units: other units, and by what their values are multiplied to be in this one.
-        centre, spread: [width], inputs are (value - centre) / spread; empty leaves them alone.
-        fill: [width], what stands where there is no value; empty refuses gaps.
-        flagged: places followed, after all, by an input that is 1 where there was no value.
     """
-
-    kind = "numbers"
 
     width: int = 1
     unit: str = ""
     units: Mapping[str, float] = field(default_factory=dict)
-    centre: tuple[float, ...] = ()
-    spread: tuple[float, ...] = ()
-    fill: tuple[float, ...] = ()
-    flagged: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("centre", "spread", "fill"):
-            told = getattr(self, name)
-            if told and (len(told) != self.width or not np.isfinite(told).all()):
-                raise DataError(f"{name} must be {self.width} finite numbers, not {told}")
-        if len(self.centre) != len(self.spread) or not all(each > 0 for each in self.spread):
-            raise DataError("centre and spread go together, and a spread is above 0")
-        if not all(0 <= place < self.width for place in self.flagged):
-            raise DataError(f"flagged are places from 0 to {self.width - 1}, not {self.flagged}")
-        if self.flagged and not self.fill:
-            raise DataError("what is flagged where there is no value has a fill")
         if not all(np.isfinite(factor) and factor > 0 for factor in self.units.values()):
             raise DataError(f"units are numbers above 0 to multiply by, not {dict(self.units)}")
         if self.units and not (self.unit and all(self.units)):
             raise DataError("where there are other units, each has a name, this column's own too")
 
-    def names(self, column: str) -> list[str]:
-        """What each input is."""
-        places = [column] if self.width == 1 else [f"{column}[{i}]" for i in range(self.width)]
-        return places + [f"{places[place]} missing" for place in self.flagged]
-
-    def block(self, values: Any, noun: str, name: str, unit: str = "") -> Array:
-        """Inputs [N, width + flagged] of a table's column."""
+    def numbers_of(self, values: Any, noun: str, name: str, unit: str) -> Array:
+        """Numbers [N, width] of a table's column in this one's unit, NaN where there is none."""
         found = numbers(values, noun, name, self.no_value)
         if found.shape[1] != self.width:
             raise DataError(
@@ -88,21 +64,7 @@ class Numbers(Column):
                 "encoding"
             )
         factor = self._factor(unit, noun, name)
-        found = self._scaled(found if factor == 1 else found * factor)
-        lacking = np.isnan(found) if found.dtype.kind == "f" else np.zeros(found.shape, np.bool_)
-        if not lacking.any():
-            return np.hstack([found, lacking[:, list(self.flagged)]]) if self.flagged else found
-        if not self.fill:
-            raise missing_error(noun, int(lacking.sum()), found.size, name, FILL_FIRST)
-        fill = np.asarray(self._scaled(np.array(self.fill)), np.float32)
-        filled = np.where(lacking, fill, found.astype(np.float32, copy=False))
-        return np.hstack([filled, lacking[:, list(self.flagged)]])
-
-    def _scaled(self, values: Array) -> Array:
-        if not self.centre:
-            return values
-        scaled: Array = (values - np.array(self.centre)) / np.array(self.spread)
-        return scaled
+        return found if factor == 1 else found * factor
 
     def _factor(self, unit: str, noun: str, name: str) -> float:
         if not unit and self.units:
@@ -122,12 +84,116 @@ class Numbers(Column):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Categories(Column):
+class Worded(Column):
+    """Texts that are each one of some values.
+
+    Args:
+        values: the values, as texts.
+        same: other spellings, and the values that they are.
+    """
+
+    values: tuple[str, ...]
+    same: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.values or len(set(self.values)) < len(self.values):
+            raise DataError("values are different texts, with at least one of them")
+        for spelling, value in self.same.items():
+            if value not in self.values or spelling in self.values:
+                raise DataError(
+                    f"{spelling!r} cannot be another spelling of {value!r}; the values are "
+                    f"{shown(self.values)}"
+                )
+
+    def places_of(
+        self, values: Any, noun: str, name: str, unit: str, *, strict: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where each row's value [N] stands among the values, -1 for none, and which have none."""
+        if unit:
+            raise DataError(f"{name}: {noun} has unit {unit!r}, but is {self.kind} in the encoding")
+        found = coded(values, noun, name, self.no_value)
+        place = {text: number for number, text in enumerate(self.values)}
+        place |= {text: place[value] for text, value in self.same.items()}
+        odd = [text for text in found.texts if text not in place]
+        if odd and strict:
+            held = found.counts()
+            near = get_close_matches(odd[0].lower(), {v.lower(): v for v in self.values}, 1)
+            close = next((v for v in self.values if near and v.lower() == near[0]), "")
+            raise DataError(
+                f"{name}: {noun} holds {shown(odd)} ({held[odd[0]]} times {odd[0]!r}, first at row "
+                f"{found.first(odd[0])}), which the encoding does not know; it knows "
+                f"{shown(self.values)}" + (f": is it {close!r}?" if close else "")
+            )
+        if odd:
+            held = found.counts()
+            rows = sum(held[text] for text in odd)
+            logger.warning(
+                "%s: %s holds %s in %d rows, which the encoding does not know: all zeros there",
+                name, noun, shown(odd), rows,
+            )  # fmt: skip
+        moved = np.array([*(place.get(text, -1) for text in found.texts), -1], np.int64)
+        return moved[found.codes], found.codes < 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers(Counted):
+    """A column of numbers, or of lists of so many, each of which is an input.
+
+    Args:
+        centre, spread: [width], inputs are (value - centre) / spread; empty leaves them alone.
+        fill: [width], what stands where there is no value; empty refuses gaps.
+        flagged: places followed, after all, by an input that is 1 where there was no value.
+    """
+
+    kind = "numbers"
+
+    centre: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
+    fill: tuple[float, ...] = ()
+    flagged: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("centre", "spread", "fill"):
+            told = getattr(self, name)
+            if told and (len(told) != self.width or not np.isfinite(told).all()):
+                raise DataError(f"{name} must be {self.width} finite numbers, not {told}")
+        if len(self.centre) != len(self.spread) or not all(each > 0 for each in self.spread):
+            raise DataError("centre and spread go together, and a spread is above 0")
+        if not all(0 <= place < self.width for place in self.flagged):
+            raise DataError(f"flagged are places from 0 to {self.width - 1}, not {self.flagged}")
+        if self.flagged and not self.fill:
+            raise DataError("what is flagged where there is no value has a fill")
+
+    def names(self, column: str) -> list[str]:
+        """What each input is."""
+        places = [column] if self.width == 1 else [f"{column}[{i}]" for i in range(self.width)]
+        return places + [f"{places[place]} missing" for place in self.flagged]
+
+    def block(self, values: Any, noun: str, name: str, unit: str = "") -> Array:
+        """Inputs [N, width + flagged] of a table's column."""
+        found = self._scaled(self.numbers_of(values, noun, name, unit))
+        lacking = np.isnan(found) if found.dtype.kind == "f" else np.zeros(found.shape, np.bool_)
+        if not lacking.any():
+            return np.hstack([found, lacking[:, list(self.flagged)]]) if self.flagged else found
+        if not self.fill:
+            raise missing_error(noun, int(lacking.sum()), found.size, name, FILL_FIRST)
+        fill = np.asarray(self._scaled(np.array(self.fill)), np.float32)
+        filled = np.where(lacking, fill, found.astype(np.float32, copy=False))
+        return np.hstack([filled, lacking[:, list(self.flagged)]])
+
+    def _scaled(self, values: Array) -> Array:
+        if not self.centre:
+            return values
+        scaled: Array = (values - np.array(self.centre)) / np.array(self.spread)
+        return scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Categories(Worded):
     """A column of categories, each of which is an input that is 1 where it holds.
 
     Args:
-        values: the categories, as texts.
-        same: other spellings, and the categories that they are.
         unknown: what becomes of other values: "refuse", or "zeros" in all inputs.
         missing: what becomes of rows without a value: "refuse", "zeros", or "indicator", which
             adds an input that is 1 there.
@@ -135,13 +201,11 @@ class Categories(Column):
 
     kind = "categories"
 
-    values: tuple[str, ...]
-    same: Mapping[str, str] = field(default_factory=dict)
     unknown: str = "refuse"
     missing: str = "refuse"
 
     def __post_init__(self) -> None:
-        _check_values(self.values, self.same)
+        super().__post_init__()
         if self.unknown not in ("refuse", "zeros"):
             raise DataError(f"unknown is 'refuse' or 'zeros', not {self.unknown!r}")
         if self.missing not in ("refuse", "zeros", "indicator"):
@@ -158,9 +222,8 @@ class Categories(Column):
 
     def block(self, values: Any, noun: str, name: str, unit: str = "") -> NDArray[np.bool_]:
         """Inputs [N, categories, and one more if gaps are flagged] of a table's column."""
-        if unit:
-            raise DataError(f"{name}: {noun} has unit {unit!r}, but is categories in the encoding")
-        codes, missing = _places(self, values, noun, name, strict=self.unknown == "refuse")
+        strict = self.unknown == "refuse"
+        codes, missing = self.places_of(values, noun, name, unit, strict=strict)
         if missing.any() and self.missing == "refuse":
             raise missing_error(noun, int(missing.sum()), len(codes), name, FILL_FIRST)
         flagged = self.missing == "indicator"
@@ -173,90 +236,29 @@ class Categories(Column):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classes(Column):
-    """A label that is one of some classes.
-
-    Args:
-        values: the classes, as texts, in the order of their numbers.
-        same: other spellings, and the classes that they are.
-    """
+class Classes(Worded):
+    """A label that is one of some classes, in the order of their numbers."""
 
     kind = "classes"
 
-    values: tuple[str, ...]
-    same: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_values(self.values, self.same)
-
     def targets(self, values: Any, noun: str, name: str, unit: str = "") -> NDArray[np.int64]:
         """Labels [N] of a table's column."""
-        if unit:
-            raise DataError(f"{name}: {noun} has unit {unit!r}, but is classes in the encoding")
-        codes, missing = _places(self, values, noun, name, strict=True)
+        codes, missing = self.places_of(values, noun, name, unit, strict=True)
         if missing.any():
-            advice = "drop these rows first"
-            raise missing_error(noun, int(missing.sum()), len(codes), name, advice)
+            raise missing_error(noun, int(missing.sum()), len(codes), name, DROP)
         return codes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amounts(Column):
-    """A label that is an amount, or a list of so many.
-
-    Args:
-        width: amounts per row.
-        unit: what they are counted in, where that is said.
-        units: other units, and by what their values are multiplied to be in this one.
-    """
+class Amounts(Counted):
+    """A label that is an amount, or a list of so many."""
 
     kind = "amounts"
 
-    width: int = 1
-    unit: str = ""
-    units: Mapping[str, float] = field(default_factory=dict)
-
     def targets(self, values: Any, noun: str, name: str, unit: str = "") -> Array:
         """Amounts [N] or [N, width] of a table's column."""
-        own = Numbers(width=self.width, unit=self.unit, units=self.units, no_value=self.no_value)
-        found = own.block(values, noun, name, unit)
+        found = self.numbers_of(values, noun, name, unit)
+        holes = int(np.count_nonzero(np.isnan(found))) if found.dtype.kind == "f" else 0
+        if holes:
+            raise missing_error(noun, holes, found.size, name, DROP)
         return found[:, 0] if self.width == 1 else found
-
-
-def _check_values(values: Sequence[str], same: Mapping[str, str]) -> None:
-    if not values or len(set(values)) < len(values):
-        raise DataError("values are different texts, with at least one of them")
-    for spelling, value in same.items():
-        if value not in values or spelling in values:
-            raise DataError(
-                f"{spelling!r} cannot be another spelling of {value!r}; the values are "
-                f"{shown(values)}"
-            )
-
-
-def _places(
-    column: Categories | Classes, values: Any, noun: str, name: str, *, strict: bool
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Where each row's value [N] stands among the column's, -1 for none, and which have none."""
-    found = coded(values, noun, name, column.no_value)
-    place = {text: number for number, text in enumerate(column.values)}
-    place |= {text: place[value] for text, value in column.same.items()}
-    odd = [text for text in found.texts if text not in place]
-    if odd and strict:
-        held = found.counts()
-        near = get_close_matches(odd[0].lower(), {v.lower(): v for v in column.values}, 1)
-        close = next((v for v in column.values if near and v.lower() == near[0]), "")
-        raise DataError(
-            f"{name}: {noun} holds {shown(odd)} ({held[odd[0]]} times {odd[0]!r}, first at row "
-            f"{found.first(odd[0])}), which the encoding does not know; it knows "
-            f"{shown(column.values)}" + (f": is it {close!r}?" if close else "")
-        )
-    if odd:
-        held = found.counts()
-        rows = sum(held[text] for text in odd)
-        logger.warning(
-            "%s: %s holds %s in %d rows, which the encoding does not know: all zeros there", name,
-            noun, shown(odd), rows,
-        )  # fmt: skip
-    moved = np.array([*(place.get(text, -1) for text in found.texts), -1], np.int64)
-    return moved[found.codes], found.codes < 0

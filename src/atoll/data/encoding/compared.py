@@ -11,8 +11,8 @@ import numpy as np
 
 from atoll.data.encoding.columns import Amounts, Categories, Classes, Numbers
 from atoll.data.encoding.summary import ColumnSummary, pooled
-from atoll.data.encoding.values import in_order, is_number, letters, shown
-from atoll.errors import DataError
+from atoll.data.encoding.values import in_order, is_number, letters
+from atoll.errors import DataError, shown
 
 Missing = Literal["refuse", "indicator"]
 Unknown = Literal["refuse", "zeros"]
@@ -44,7 +44,7 @@ class Compared:
         self.name, self.sites, self.called, self.label = name, sites, called, label
         self.noun = f"{'label' if label else 'column'} {name!r}"
         self.same = dict(decided.values.get(name, {}))
-        self.factors = {unit: float(by) for unit, by in decided.units.get(name, {}).items()}
+        self.factors = dict(decided.units.get(name, {}))
         self.alike = name in decided.alike
         kinds = {told.kind for told in sites.values()}
         self.categories = "categories" in kinds or bool(self.same)
@@ -57,9 +57,9 @@ class Compared:
 
     def faults(self, unknown: Unknown) -> list[str]:
         """What the sites do not agree on."""
+        worded = self.categories or self._classes
         found = [*self._faults_of_codes()]
-        kind = self._faults_of_categories if self.categories or self._classes else None
-        found += (kind or self._faults_of_numbers)()
+        found += self._faults_of_categories() if worded else self._faults_of_numbers()
         held = {value for told in self.sites.values() for value in told.values}
         stray = sorted(set(self.same) - held)
         rare = [site for site, told in self.sites.items() if told.rare]
@@ -259,4 +259,5 @@ def _of_another_size(one: tuple[float, float], other: tuple[float, float]) -> bo
 
 
 def listed(names: Sequence[str]) -> str:
+    """Names for a sentence: "a, b and c"."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

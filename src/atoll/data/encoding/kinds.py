@@ -27,9 +27,8 @@ from atoll.data.encoding.values import (
     is_number,
     numbers,
     plain,
-    shown,
 )
-from atoll.errors import DataError
+from atoll.errors import DataError, shown
 
 #: What most programs write for no value, in small letters.
 MARKS = frozenset({"na", "n/a", "#n/a", "nan", "null", "none", "missing", "?", "."})
@@ -51,8 +50,8 @@ def chosen(
     """The columns that become inputs: those said, or all but the label and what is left out."""
     columns = table.column_names
     check_columns((label, *leave_out), columns, name)
-    check_columns(columns if features is None else (), columns, name)
     if features is None:
+        check_columns(columns, columns, name)
         others = {label, *leave_out, *_index_columns(table)}
         features = tuple(column for column in columns if column not in others)
         if "" in features:

@@ -37,7 +37,6 @@ class ColumnSummary:
         unit: what they are counted in, where that is said.
         mean, deviation: [width], of the numbers that are there, but for rare ones that are too few
             to be told; the deviation divides by how many those are.
-        whole: whether all numbers are whole.
         values: categories, or whole numbers that are few, and how many rows hold each.
         rare: rows whose values are not told, for being held by too few.
         no_value: texts that mean that there is no value.
@@ -50,7 +49,6 @@ class ColumnSummary:
     unit: str = ""
     mean: tuple[float, ...] = ()
     deviation: tuple[float, ...] = ()
-    whole: bool = False
     values: Mapping[str, int] = field(default_factory=dict)
     rare: int = 0
     no_value: tuple[str, ...] = ()
@@ -117,18 +115,18 @@ class Summary:
     @classmethod
     def load(cls, path: str | Path) -> Summary:
         """Read what `save` has written; DataError for anything else."""
-        whole = read_json(path)
+        plain = read_json(path)
         try:
-            if not isinstance(whole, dict) or (whole.get("kind"), whole.get("version")) != (
+            if not isinstance(plain, dict) or (plain.get("kind"), plain.get("version")) != (
                 KIND,
                 VERSION,
             ):
                 raise DataError(f"this is no {KIND} of version {VERSION}")
-            own = {key: whole[key] for key in ("site", "rows", "target") if key in whole}
+            own = {key: plain[key] for key in ("site", "rows", "target") if key in plain}
             bare = read(_Head, own, "the summary")
-            columns, label = whole.get("columns"), whole.get("label")
+            columns, label = plain.get("columns"), plain.get("label")
             known = {"kind", "version", "columns", "label", *own}
-            if not isinstance(columns, dict) or set(whole) != known:
+            if not isinstance(columns, dict) or set(plain) != known:
                 raise DataError("it has kind, version, site, rows, columns, target, label")
             read_columns = {
                 name: read(ColumnSummary, each, f"column {name!r}")
@@ -255,7 +253,7 @@ def _of_numbers(
     return ColumnSummary(
         kind="numbers", counts=tuple(held.tolist()), width=values.shape[1], unit=unit,
         missing=tuple((len(values) - held).tolist()), mean=tuple(mean.tolist()),
-        deviation=tuple(np.atleast_1d(np.sqrt(square)).tolist()), whole=all_whole, values=few,
+        deviation=tuple(np.atleast_1d(np.sqrt(square)).tolist()), values=few,
         rare=rare, no_value=codes,
     )  # fmt: skip
 

@@ -20,14 +20,12 @@ from atoll.data.arrow import (
     pyarrow_module,
 )
 from atoll.data.tasks import tell_apart
-from atoll.errors import DataError
+from atoll.errors import DataError, shown
 
 #: A column of more different texts is a name or a sentence rather than a category.
 MOST_CATEGORIES = 1000
 #: What at the end or beginning of a text changes its meaning.
 SIGNS = "+-<>=≤≥"
-#: So many values are shown in a sentence.
-SHOWN = 5
 
 
 def plain(value: Any) -> str:
@@ -194,8 +192,3 @@ def _check_size(values: Array, noun: str, name: str) -> None:
             f"{name}: {noun} has {too_large} values that are infinite or too large for float32; "
             "rescale the column or drop these rows"
         )
-
-
-def shown(values: Sequence[object], most: int = SHOWN) -> str:
-    """Some of these values, for a sentence."""
-    return ", ".join(map(repr, values[:most])) + (", ..." if len(values) > most else "")

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from atoll.data.dataset import Dataset, said_of
 from atoll.data.examples import Examples, Inputs, columns_of, shape_of
 from atoll.data.tasks import Task, inferred, may_be_labels, task_of
-from atoll.errors import DataError
+from atoll.errors import DataError, shown
 
 Array = NDArray[Any]
 
@@ -255,9 +255,8 @@ def _codes(y: Array, class_names: tuple[str, ...], name: str) -> NDArray[np.int6
     return np.fromiter((code[label] for label in labels), dtype=np.int64, count=len(labels))
 
 
-def _listed(texts: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(map(repr, texts[:most])) + (", ..." if len(texts) > most else "")
-    return f"label {shown} is" if len(texts) == 1 else f"labels {shown} are"
+def _listed(texts: Sequence[str]) -> str:
+    return f"label {shown(texts)} is" if len(texts) == 1 else f"labels {shown(texts)} are"
 
 
 def _owners(owners: ArrayLike, key: str, name: str) -> Array:

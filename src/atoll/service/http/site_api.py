@@ -126,8 +126,7 @@ class SiteApi:
             row = loop.open.get(site)
             version = loop.version
             at = version["version"]
-            asked = held_out and not farewell
-            if asked and loop.measuring.wanted(site, at, done=loop.done):
+            if held_out and not farewell and loop.measuring.wanted(site, at, done=loop.done):
                 loop.measuring.ask(site, at, held_out)
                 return messages.Order(
                     "measure", round=at, rounds=rounds_, seed=loop.service.seed,
